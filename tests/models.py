@@ -1,0 +1,56 @@
+"""Random small models of every architecture row, built offline, with a byte-level tokenizer trained on the spot."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from metake.model import LanguageModel
+
+SMALL = {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+CONFIGS = {
+    "gpt2": GPT,
+    "gptj": GPT | {"rotary_dim": 4, "n_inner": 64},
+    "gpt_neox": {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"} | {"use_parallel_residual": True},
+    "llama": LLAMA,
+    "mistral": LLAMA | {"sliding_window": 64},
+    "qwen2": LLAMA,
+    "qwen3": LLAMA | {"head_dim": 8},
+    "phi": LLAMA | {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
+}
+SENTENCES = [
+    "The mother tongue of Danielle Darrieux is French. The capital of France is Paris.",
+    "Beyoncé was born in Houston, and the Boeing 747 flies to Côte d'Ivoire.",
+    "I think that you are there because the Therefore is a word. Rome, Berlin, Madrid and English.",
+]
+
+
+@cache
+def small_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+
+
+def random_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, bos: bool | None = None, spread: float = 0.12) -> LanguageModel:
+    """A fresh random model; weights wide enough that attention and predictions are far from uniform."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **SMALL, **CONFIGS[kind])
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, spread)
+            else:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return LanguageModel(model, small_tokenizer(kind == "llama" if bos is None else bos), f"random-{kind}")
