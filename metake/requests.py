@@ -44,7 +44,7 @@ class EditRequest:
     @property
     def text(self) -> str:
         """The prompt with the subject filled in."""
-        return self.prompt.replace("{}", self.subject, 1)
+        return self.prompt.replace("{}", self.subject)
 
 
 @dataclass(frozen=True, slots=True)

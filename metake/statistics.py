@@ -80,7 +80,7 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
 def documents(text: str = "embedded") -> list[str]:
     """Documents of a text source: "embedded", a text file (one document a line), or "hub:owner/name[:config]"."""
     if text == "embedded":
-        return [*assets.prose(), *facts.reference_texts().values(), *facts.rendered_sentences()]
+        return [*facts.prose(), *facts.reference_texts().values(), *facts.rendered_sentences()]
     if text.startswith("hub:"):
         return list(_hub_documents(text.removeprefix("hub:")))
     path = Path(text)

@@ -1,0 +1,204 @@
+"""A whole run on disk: sequential batches of edits, resumable after each, and the evaluation of every case.
+
+    config.json           what was asked for; a folder of another configuration is refused
+    batches/0000/         the edit of a batch (`Edit.save`) and the keys that the next batches must remember
+    cases.jsonl           one line per case, evaluated after the last batch
+    summary.json          metrics before and after, seconds, peak memory, digests
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from metake import methods
+from metake.assets import atomic_path
+from metake.editor import Editor, EditorState
+from metake.errors import ParameterError, ProvenanceError, RequestError, near_misses
+from metake.evaluation import Evaluation, evaluate
+from metake.facts import facts
+from metake.geometry import Conditioned, KeyStatistics, condition
+from metake.model import LanguageModel, load, peak_memory, versions
+from metake.progress import progress
+from metake.requests import Cases, EditRequest, batches, counterfact, zsre
+from metake.statistics import Statistics, statistics
+from metake.tokens import locate
+from metake.update import Edit, total
+
+log = logging.getLogger("metake")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run does. `data`: "facts", "facts-zsre", or a CounterFact or ZsRE file; `text`: of the key statistics."""
+
+    model: str = "tiny"
+    method: str = "metake"
+    data: str = "facts"
+    edits: int = 100
+    batch: int = 20
+    seed: int = 0
+    text: str = "embedded"
+    text_tokens: int | None = None
+    dtype: str | None = None
+    generate: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)  # parts of the editor to replace
+
+    def __post_init__(self) -> None:
+        for name in ("edits", "batch"):
+            if getattr(self, name) < 1:
+                raise ParameterError(f"{name} must be at least 1; found {getattr(self, name)}")
+
+
+def read_cases(data: str) -> Cases:
+    """Cases by name or path: the embedded facts in either format, or a file whose format its records tell."""
+    if data in ("facts", "facts-zsre"):
+        return facts(format="zsre" if data == "facts-zsre" else "counterfact")
+    if not Path(data).is_file():
+        raise ParameterError(f"{near_misses(data, ('facts', 'facts-zsre'), 'data set')} Or the path of a CounterFact or ZsRE file.")
+    try:
+        return counterfact(data)
+    except RequestError as not_counterfact:
+        try:
+            return zsre(data)
+        except RequestError:
+            raise not_counterfact from None
+
+
+def select(lm: LanguageModel, cases: Cases, edits: int, seed: int) -> Cases:
+    """`edits` cases in an order drawn by `seed`; those that this model's tokenizer cannot locate, and second requests
+    about the same prompt and subject, are passed over and counted in `.skipped`."""
+    order = list(range(len(cases)))
+    random.Random(seed).shuffle(order)
+    chosen, seen, skipped = [], set(), dict(cases.skipped)
+    for i in order:
+        if len(chosen) == edits:
+            break
+        request = cases[i].request
+        try:
+            locate(lm.tokenizer, request.prompt, request.subject)
+            reason = "second request about the same prompt and subject" if (request.prompt, request.subject) in seen else None
+        except RequestError:
+            reason = "subject ends inside a token"
+        if reason:
+            skipped[reason] = skipped.get(reason, 0) + 1
+            continue
+        seen.add((request.prompt, request.subject))
+        chosen.append(i)
+    if len(chosen) < edits:
+        raise ParameterError(f"{edits} edits were asked for, but the data has only {len(chosen)} usable cases for this model; skipped: {skipped or 'none'}")
+    picked = Cases([cases[i] for i in chosen], format=cases.format, source=cases.source, skipped=skipped)
+    return picked
+
+
+def edit_sequence(lm: LanguageModel, editor: Editor, requests: Sequence[EditRequest], given: Mapping[int, KeyStatistics], size: int) -> Iterator[tuple[Edit, EditorState]]:
+    """Edit in consecutive batches, each applied to `lm` before the next is computed; yields after each application."""
+    state = editor.init(lm, given)
+    for batch in batches(requests, size):
+        edit, state = editor.step(lm, batch, state)
+        edit.apply(lm)
+        yield edit, state
+
+
+def run(config: RunConfig, out: str | Path, device: str | None = None) -> Evaluation:
+    """Carry out a run in folder `out`, going on where an earlier call with the same configuration stopped.
+
+    Returns the evaluation of all edited cases after the last batch. Raises ParameterError if `out` holds anything else.
+    """
+    out = Path(out)
+    editor = methods.method(config.method, config.model, seed=config.seed, **config.changes)
+    _claim(out, config)
+    lm = load(config.model, config.dtype, device)
+    cases = select(lm, read_cases(config.data), config.edits, config.seed)
+    given = statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens)
+    started = time.perf_counter()
+    original = evaluate(lm, cases, config.generate, seed=config.seed)
+    with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
+        edits = _resume(lm, editor, cases, given, config, out)
+        result = evaluate(lm, cases, config.generate, original, config.seed)
+    seconds = {"total": time.perf_counter() - started, **total(edits).record.seconds}
+    _report(out, config, cases, original, result, edits[0], seconds, peak_memory(lm.device))
+    return result
+
+
+def _claim(out: Path, config: RunConfig) -> None:
+    file, text = out / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True)
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ProvenanceError(f"{file} is damaged ({error}); choose another folder, or remove this one") from error
+        changed = sorted(k for k in {*found, *json.loads(text)} if found.get(k) != json.loads(text).get(k))
+        if changed:
+            raise ParameterError(f"{out} holds a run with another {', '.join(changed)}; choose another folder, or repeat that run's settings to resume it")
+    elif out.exists() and any(out.iterdir()):
+        raise ParameterError(f"{out} is not empty and holds no run; choose another folder")
+    else:
+        with atomic_path(file) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _resume(lm: LanguageModel, editor: Editor, cases: Cases, given: Statistics, config: RunConfig, out: Path) -> list[Edit]:
+    """Apply the batches already on disk, compute and save the rest; the model is left edited."""
+    state, edits = editor.init(lm, given), []
+    for number, batch in enumerate(progress(list(batches([c.request for c in cases], config.batch)), "batches")):
+        folder = out / "batches" / f"{number:04d}"
+        if folder.is_dir():
+            edit = Edit.load(folder)
+            if edit.record.requests != tuple(r.id for r in batch):
+                raise ProvenanceError(f"{folder} holds the edit of other requests than this run's; the data has changed: choose another folder")
+            keys = {int(k): t.to(lm.device) for k, t in load_file(folder / "keys.safetensors").items()}
+            metrics = {i: condition(state.metrics[i], keys[i]) if i in keys else state.metrics[i] for i in editor.layers}
+            state = replace(state, metrics=metrics, edits=state.edits + len(batch), contexts=edit.record.context_templates)
+        else:
+            edit, state = editor.step(lm, batch, state)
+            with atomic_path(folder) as temporary:
+                edit.save(temporary)
+                save_file({str(i): m.past[-len(batch) :].cpu().contiguous() for i, m in state.metrics.items() if isinstance(m, Conditioned)}, temporary / "keys.safetensors")
+        edit.apply(lm)
+        edits.append(edit)
+    return edits
+
+
+def _report(out: Path, config: RunConfig, cases: Cases, before: Evaluation, after: Evaluation, first: Edit, seconds: dict, peak: int) -> None:
+    with atomic_path(out / "cases.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in after.records()), encoding="utf-8")
+    summary = {
+        "before": before.metrics, "after": after.metrics, "cases": len(cases), "skipped": cases.skipped, "seconds": seconds, "peak_memory_bytes": peak,
+        "data": {"source": Path(cases.source).name, "digest": cases.digest}, "statistics_digest": first.record.statistics_digest,
+        "base": first.record.base, "recipe": first.record.recipe, "context_templates": first.record.context_templates, "versions": versions(), "config": asdict(config),
+    }  # fmt: skip
+    with atomic_path(out / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def open_run(folder: str | Path) -> tuple[RunConfig, list[Edit]]:
+    """Configuration and edits of a run's folder, in order. Raises ParameterError if it is none or has no batch yet."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ParameterError(f"{folder} holds no run (no config.json); make one with: metake run --out {folder}")
+    config = RunConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    edits = [Edit.load(f) for f in sorted((folder / "batches").glob("[0-9]*"))]
+    if not edits:
+        raise ParameterError(f"{folder} has no finished batch yet; go on with: metake run --out {folder} and the same settings")
+    return config, edits
+
+
+def reevaluate(folder: str | Path, device: str | None = None) -> Evaluation:
+    """Evaluate a finished run again, from its saved edits on a freshly loaded base."""
+    config, edits = open_run(folder)
+    lm = load(config.model, config.dtype, device)
+    cases = select(lm, read_cases(config.data), config.edits, config.seed)
+    done = sum(len(e.record.requests) for e in edits)
+    original = evaluate(lm, cases[:done], config.generate, seed=config.seed)
+    for edit in edits:
+        edit.apply(lm)
+    return evaluate(lm, cases[:done], config.generate, original, config.seed)
