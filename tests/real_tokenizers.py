@@ -56,8 +56,9 @@ def _llama3() -> PreTrainedTokenizerFast:
                                           special_tokens=[(bos, converted.token_to_id(bos))])])
         with atomic_path(cached) as partial:
             converted.save(os.fspath(partial))
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(os.fspath(cached)), bos_token="<|begin_of_text|>",
-                                   eos_token="<|end_of_text|>", model_input_names=["input_ids", "attention_mask"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(os.fspath(cached)), bos_token="<|begin_of_text|>",
+        eos_token="<|end_of_text|>", model_input_names=["input_ids", "attention_mask"])
 
 
 def _smollm2() -> PreTrainedTokenizerFast:

@@ -133,7 +133,8 @@ def test_subject_stands_in_each_of_its_prompts():
             assert prompt.endswith(" " + tail) and prompt.removesuffix(" " + tail) in entry["unrelated"]
 
 
-@pytest.mark.parametrize("field, shared", [("neighborhood_prompts", "target_true"), ("attribute_prompts", "target_new")])
+@pytest.mark.parametrize("field, shared", [("neighborhood_prompts", "target_true"),
+                                           ("attribute_prompts", "target_new")])
 def test_neighbors_are_other_subjects_that_share_the_object(field, shared):
     for record in RECORDS:
         relation, rewrite = RELATIONS[record["relation_id"]], record["requested_rewrite"]
@@ -217,7 +218,8 @@ def test_unknown_name_is_answered_with_near_ones(wrong, near):
 
 def test_order_goes_round_relations_and_objects(small):
     subjects = [record["requested_rewrite"]["subject"] for record in facts_records()]
-    assert subjects == ["France", "Faust", "Italy", "Iliad", "Norway", "Songs of France", "Gaul", "Latium", "Old France"]
+    assert subjects == ["France", "Faust", "Italy", "Iliad", "Norway", "Songs of France", "Gaul", "Latium",
+                        "Old France"]
     assert [record["case_id"] for record in facts_records()] == list(range(9))
 
 
@@ -226,7 +228,8 @@ def test_record_is_rendered_as_documented(small):
     assert record["paraphrase_prompts"] == ["It rained. France is ruled from", "Nobody came. Rulers of France live in"]
     assert record["neighborhood_prompts"] == [
         "The capital of Old France is", "Gaul is ruled from", "Old France is ruled from", "Rulers of Gaul live in",
-        "Rulers of Old France live in", "The map of Gaul marks", "The map of Old France marks", "The capital of Gaul is"]
+        "Rulers of Old France live in", "The map of Gaul marks", "The map of Old France marks",
+        "The capital of Gaul is"]
     assert record["generation_prompts"][:4] == ["France is", "People of France", "In France", "France is"]
     new = record["requested_rewrite"]["target_new"]["str"]
     assert new in ("Rome", "Oslo") and record["reference"] == f"{new} text"
@@ -245,7 +248,8 @@ def test_counterfactual_does_not_depend_on_other_relations(small, monkeypatch):
     chosen = {r["requested_rewrite"]["subject"]: r["requested_rewrite"]["target_new"] for r in facts_records()}
     monkeypatch.setattr(module, "_ordered", lambda relations, original=module._ordered: original(relations[1:]))
     alone = {r["requested_rewrite"]["subject"]: r["requested_rewrite"]["target_new"] for r in facts_records()}
-    assert set(alone) == {"Faust", "Iliad", "Songs of France"} and all(chosen[subject] == alone[subject] for subject in alone)
+    assert set(alone) == {"Faust", "Iliad", "Songs of France"}
+    assert all(chosen[subject] == alone[subject] for subject in alone)
 
 
 def test_sentences_state_the_truth_by_every_template_and_question(small):

@@ -141,7 +141,8 @@ def test_alternative_is_needed_only_where_it_is_written():
 
 def test_zsre_subject_standing_twice_is_replaced_once():
     [case] = zsre_cases([mend(src="Is Hot Doc named after Hot Doc?")])
-    assert case.request.prompt == "Is {} named after Hot Doc?" and case.request.text == "Is Hot Doc named after Hot Doc?"
+    assert case.request.prompt == "Is {} named after Hot Doc?"
+    assert case.request.text == "Is Hot Doc named after Hot Doc?"
 
 
 # Records that cannot be used

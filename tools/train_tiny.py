@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import metake as mk
-from metake import facts
+from metake.facts import facts_records, prose, reference_texts, rendered_sentences
 
 VOCABULARY, WIDTH, INNER, BLOCKS, HEADS, CONTEXT = 3072, 128, 768, 6, 4, 128
 SEED, STEPS, ROWS, LENGTH, RATE = 0, 3000, 32, 48, 2e-3
@@ -74,10 +74,10 @@ def paragraphs(texts: list[str], words: int = 40) -> list[str]:
 
 def train(folder: Path) -> dict[str, float]:
     torch.manual_seed(SEED)
-    statements, prose = facts.rendered_sentences(), [*facts.prose(), *facts.reference_texts().values()]
-    tokenizer = make_tokenizer(statements + prose)
-    lead_ins = sorted({p.split(". ")[0] + "." for r in facts.facts_records() for p in r["paraphrase_prompts"]})
-    rows = Rows(tokenizer, statements, lead_ins, paragraphs(prose))
+    statements, plain = rendered_sentences(), [*prose(), *reference_texts().values()]
+    tokenizer = make_tokenizer(statements + plain)
+    lead_ins = sorted({p.split(". ")[0] + "." for r in facts_records() for p in r["paraphrase_prompts"]})
+    rows = Rows(tokenizer, statements, lead_ins, paragraphs(plain))
     config = GPT2Config(
         vocab_size=len(tokenizer), n_embd=WIDTH, n_inner=INNER, n_layer=BLOCKS, n_head=HEADS, n_positions=CONTEXT, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
@@ -106,7 +106,7 @@ def train(folder: Path) -> dict[str, float]:
 def write_card(folder: Path, training: dict[str, float]) -> None:
     """The model card, with recall measured on the written files in float64, as a user loads them."""
     lm = mk.load(folder, dtype="float64")
-    questions = mk.recall(lm, mk.zsre_cases(facts.facts_records("zsre"), target="alt"))
+    questions = mk.recall(lm, mk.zsre_cases(facts_records("zsre"), target="alt"))
     recall = mk.recall(lm, mk.facts()) | {"question": questions["plain"], "rephrased_question": questions["paraphrase"]}
     (folder / "card.json").write_text(json.dumps({"recall": recall, "training": training}, indent=1) + "\n")
     (folder / "README.md").write_text(

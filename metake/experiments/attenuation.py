@@ -46,8 +46,8 @@ def attenuation_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = 
         kind, dim = ("memit", "alphaedit")[trial % 2], dims[trial // 2 % len(dims)]
         n = 1 if trial // 2 % 4 else min(batch, dim)
         draw = torch.rand(4, generator=generator).tolist()
-        rank, conditioning = 1 + int(draw[0] * (dim - 2)), 10 ** (4 * draw[1])
-        ridge, past = 10 ** (6 * draw[2] - 3), int(draw[3] * 3)
+        rank, conditioning = 1 + int(draw[0] * (dim - 2)), 10 ** (3 * draw[1])
+        ridge, past = 10 ** (4 * draw[2] - 2), int(draw[3] * 3)
         metric = _random_metric(kind, dim, rank, conditioning, ridge, past, generator)
         keys, residuals = (torch.randn(n, d, dtype=torch.float64, generator=generator) for d in (dim, dim + 3))
         written, gamma = _written(keys, residuals, metric), association(keys, metric)

@@ -1,0 +1,69 @@
+# Two commands on a fresh machine with Python 3.11-3.13, git and make: `make book` and `make test`.
+
+PYTHON ?= python3
+MODEL ?= smollm2-135m
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := _build
+
+# Installed once per content of the two files that decide what is installed.
+STAMP := $(VENV)/.installed-$(shell cat requirements.txt pyproject.toml | cksum | tr ' ' '-')
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+RUNS := $(NOTEBOOKS:notebooks/%=$(BUILD)/notebooks-run/%)
+SOURCES := $(shell find metake results -type f ! -name '*.pyc' ! -path 'results/verdicts/*' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help book html test notebooks record fetch clean distclean
+
+help:  ## this list
+	@echo "make <target>"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+book: $(RUNS)  ## run every notebook at its default parameters, build the book, print where it is
+	@$(MAKE) --no-print-directory html
+
+html: $(STAMP)  ## only build the book, from the committed outputs; a warning is an error
+	@rm -rf $(BUILD)/html $(BUILD)/.doctrees
+	$(BIN)/jupyter-book build . -W -n --keep-going --all
+	@echo "The book: $(CURDIR)/$(BUILD)/html/index.html"
+
+test: $(STAMP)  ## unit, contract and notebook tests
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest tests notebooks --nbval -n 2 --dist loadfile
+
+notebooks: $(STAMP)  ## run the notebooks again and keep the new outputs, figures and verdicts
+	$(BIN)/python tools/refresh.py
+
+record: $(STAMP)  ## record the experiments on a real model into results/ (MODEL=smollm2-135m)
+	$(BIN)/metake record --model "$(MODEL)"
+
+fetch: $(STAMP)  ## download the real model, check it, convert it (MODEL=smollm2-135m)
+	$(BIN)/metake fetch "$(MODEL)"
+
+clean:  ## remove what was built
+	rm -rf $(BUILD) build metake.egg-info .pytest_cache .hypothesis
+	find metake tests tools book -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove the virtual environment too
+	rm -rf $(VENV)
+
+# A run lands under its final name only when it has succeeded. Its figures and verdicts go to the build folder:
+# the committed ones change only through `make notebooks`.
+$(BUILD)/notebooks-run/%.ipynb: export METAKE_FIGURES = $(CURDIR)/$(BUILD)/figures
+$(BUILD)/notebooks-run/%.ipynb: export METAKE_VERDICTS = $(CURDIR)/$(BUILD)/verdicts
+$(BUILD)/notebooks-run/%.ipynb: export MPLBACKEND = agg
+$(BUILD)/notebooks-run/%.ipynb: export TQDM_DISABLE = 1
+$(BUILD)/notebooks-run/%.ipynb: notebooks/%.ipynb $(SOURCES) $(STAMP)
+	@echo "running $<"
+	@mkdir -p $(@D)
+	@$(BIN)/papermill $< $@.part.ipynb --kernel python3 --cwd notebooks --no-progress-bar --log-level WARNING
+	@mv $@.part.ipynb $@
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "metake needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip
+	@echo "Installing the pinned requirements; the first time this takes some minutes, most of them for torch."
+	$(BIN)/python -m pip install --disable-pip-version-check --requirement requirements.txt
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .
+	@rm -f $(VENV)/.installed-*
+	@touch $@

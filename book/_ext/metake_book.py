@@ -1,0 +1,146 @@
+"""Sphinx extension of this book.
+
+* `{{ name }}` in prose takes its text from results/numbers.json; a name that is not there fails the build.
+* ```{verdicts}``` draws results/verdicts/*.json as a table; a page under 'Checks' without a verdict fails the build.
+* MathJax comes from an installed package and Thebe is left out: a reader's browser asks nothing of the network.
+* A few roles and names in the finished pages are repaired, for readers who listen to them.
+"""
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+
+import yaml
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.errors import ExtensionError
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.fileutil import copy_asset
+
+FONTS = "output/chtml/fonts/woff-v2"
+FIELDS = {"page", "title", "claim", "verdict", "decided_by", "label"}
+VERDICTS = {"holds": "yes", "does not hold": "no", "inconclusive": "open"}
+LABELS = {"recomputed": "recomputed here", "recorded": "recorded"}
+REPAIRS = (
+    ('<div role="list" class="citation-list">', '<div class="citation-list">'),
+    (' role="doc-biblioentry"', ""),
+    ('search-button__button pst-js-only" title="Search" aria-label="Search"', 'search-button__button pst-js-only" title="Search"'),
+    ('<summary aria-label="Toggle hidden content">', "<summary>"),
+    ('data-mode="light" title="Light"', 'data-mode="light"'),
+    ('data-mode="dark"  title="Dark"', 'data-mode="dark"'),
+    ('data-mode="auto"  title="System Settings"', 'data-mode="auto"'),
+    ('<div class="sidebar-primary-items__start sidebar-primary__section">',
+     '<div class="sidebar-primary-items__start sidebar-primary__section" role="navigation" aria-label="Book">'),
+)
+
+
+def numbers(app, config):
+    """Make the entries of results/numbers.json, a flat {"name": "text"}, available as {{ name }}."""
+    file = Path(app.srcdir) / "results" / "numbers.json"
+    if file.exists():
+        config.myst_substitutions = {**json.loads(file.read_text("utf-8")), **config.myst_substitutions}
+
+
+def checked_pages(root: Path) -> list[str]:
+    """Pages listed under 'Checks' in _toc.yml, in reading order."""
+    parts = yaml.safe_load((root / "_toc.yml").read_text("utf-8"))["parts"]
+    return [Path(c["file"]).stem for part in parts if part["caption"] == "Checks" for c in part["chapters"]]
+
+
+def read_verdict(file: Path) -> dict:
+    verdict = json.loads(file.read_text("utf-8"))
+    if missing := FIELDS - verdict.keys():
+        raise ExtensionError(f"{file}: no {', '.join(sorted(missing))}")
+    for field, allowed in (("verdict", VERDICTS), ("label", LABELS)):
+        if verdict[field] not in allowed:
+            raise ExtensionError(f"{file}: {field} is {verdict[field]!r}, expected one of {list(allowed)}")
+    return verdict
+
+
+def read_verdicts(root: Path) -> list[dict]:
+    """Every verdict, in the order of the pages; each page under 'Checks' has one, and no other page."""
+    pages = checked_pages(root)
+    verdicts = [read_verdict(file) for file in sorted((root / "results" / "verdicts").glob("*.json"))]
+    found = {verdict["page"] for verdict in verdicts}
+    if missing := set(pages) - found:
+        raise ExtensionError(f"results/verdicts has no verdict of {sorted(missing)}; `make notebooks` writes them")
+    if strange := found - set(pages):
+        raise ExtensionError(f"results/verdicts speaks of {sorted(strange)}, not under 'Checks' in _toc.yml")
+    return sorted(verdicts, key=lambda verdict: pages.index(verdict["page"]))
+
+
+def badge(verdict: str, suffix: str = "") -> str:
+    return f"[{verdict}{suffix}]{{.verdict .verdict-{VERDICTS[verdict]}}}"
+
+
+class Verdicts(SphinxDirective):
+    """Claim, verdict with the number that decided it, and the page that computes it."""
+
+    def run(self) -> list[nodes.Node]:
+        root = Path(self.env.srcdir)
+        self.env.note_dependency("_toc.yml")
+        for file in (root / "results" / "verdicts").glob("*.json"):
+            self.env.note_dependency(str(file))
+        verdicts = read_verdicts(root)
+        count = Counter(verdict["verdict"] for verdict in verdicts)
+        summary = nodes.container()
+        self.parse(" ".join(badge(name, f": {count[name]}") for name in VERDICTS), summary)
+        table = nodes.table(classes=["verdicts"])
+        group = nodes.tgroup("", *(nodes.colspec(colwidth=width) for width in (45, 35, 20)), cols=3)
+        group += nodes.thead("", self.row("Claim", "Verdict", "Page"))
+        group += nodes.tbody("", *(self.row(*self.cells(verdict)) for verdict in verdicts))
+        table += group
+        return [summary, table]
+
+    def cells(self, verdict: dict) -> tuple[str, str, str]:
+        decision = f"{badge(verdict['verdict'])} {verdict['decided_by']} [{LABELS[verdict['label']]}]{{.origin}}"
+        return verdict["claim"], decision, f"{{doc}}`{verdict['title']} </notebooks/{verdict['page']}>`"
+
+    def row(self, *cells: str) -> nodes.row:
+        row = nodes.row()
+        for text in cells:
+            row += self.parse(text, nodes.entry())
+        return row
+
+    def parse(self, text: str, node: nodes.Element) -> nodes.Element:
+        self.state.nested_parse(StringList([text], source=self.env.docname), 0, node)
+        return node
+
+
+def mathjax(app):
+    """Copy the parts of MathJax that the pages use beside them."""
+    spec = importlib.util.find_spec("sphinx-mathjax-offline")
+    if spec is None:
+        raise ExtensionError("the package sphinx-mathjax-offline is not installed; requirements.txt pins it")
+    source = Path(spec.submodule_search_locations[0]) / "static" / "mathjax"
+    target = Path(app.outdir) / "_static" / "mathjax"
+    copy_asset(str(source / "tex-chtml.js"), str(target))
+    copy_asset(str(source / FONTS), str(target / FONTS))
+
+
+def local_scripts(app, page, template, context, doctree):
+    """Leave out the scripts of Thebe, which point at a content network and serve nothing here."""
+    def wanted(script):
+        text = f"{getattr(script, 'filename', script)} {getattr(script, 'attributes', {})}"
+        return "thebe" not in text.lower()
+    context["script_files"] = [script for script in context.get("script_files", []) if wanted(script)]
+
+
+def repair(app, error):
+    """Correct roles and names that the theme and the bibliography get wrong."""
+    if error or app.builder.name != "html":
+        return
+    for page in Path(app.outdir).rglob("*.html"):
+        text = page.read_text("utf-8")
+        for wrong, right in REPAIRS:
+            text = text.replace(wrong, right)
+        page.write_text(text, "utf-8")
+
+
+def setup(app):
+    app.add_directive("verdicts", Verdicts)
+    app.connect("config-inited", numbers, priority=100)
+    app.connect("builder-inited", mathjax)
+    app.connect("html-page-context", local_scripts, priority=900)
+    app.connect("build-finished", repair)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

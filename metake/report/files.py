@@ -1,0 +1,129 @@
+"""What pages read and write on disk: figures, recorded runs, the paper's own numbers. Every write is all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+import uuid
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import pandas as pd
+
+from metake.errors import ParameterError, ProvenanceError, near_misses
+
+DEFAULT = "tiny"
+
+
+def project_root() -> Path:
+    """The nearest folder at or above the working directory that has a _config.yml; the working directory if none has."""
+    here = Path.cwd()
+    return next((p for p in (here, *here.parents) if (p / "_config.yml").is_file()), here)
+
+
+def figures_dir() -> Path:
+    """Where figures go: METAKE_FIGURES, else figures/; relative to the project's root, not to the notebook."""
+    return project_root() / (os.environ.get("METAKE_FIGURES") or "figures")
+
+
+def artifact_name(name: str, model: str = DEFAULT) -> str:
+    """`name` for the default model, `name-model` for another, so that two models do not overwrite each other.
+
+    A model given as a folder counts by its last part: no path of a machine becomes a file's name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ParameterError(f"{name!r} cannot name a file; expected letters, digits, '.', '_' and '-'")
+    if model == DEFAULT:
+        return name
+    return f"{name}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', portable(model)).strip('-.')}"
+
+
+def portable(value: Any) -> Any:
+    """A value without paths of this machine: a path counts by its last part; lists and dictionaries throughout."""
+    if isinstance(value, Mapping):
+        return {key: portable(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(v) for v in value]
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        return value
+    path = PureWindowsPath(value) if re.match(r"[A-Za-z]:[\\/]", value) else PurePosixPath(value)
+    return path.name if path.is_absolute() or path.parts[:1] in (("~",), ("..",)) else value
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Write all or nothing: to a hidden sibling, which then takes the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_recorded(name: str, records: pd.DataFrame | Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> Path:
+    """Write results/<name>.jsonl: the provenance and the number of records, then one tidy record per line."""
+    path = _results(name)
+    rows = [{k: None if v is pd.NA or v != v else v for k, v in row.items()} for row in pd.DataFrame(records).to_dict("records")]
+    lines = [{"provenance": portable(provenance), "records": len(rows)}, *rows]
+    try:
+        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+    except (TypeError, ValueError) as error:
+        raise ParameterError(f"the records of {name!r} cannot be written as JSON lines ({error}); expected text, numbers, true or false, finite or missing") from error
+    write(path, text)
+    return path
+
+
+def recorded(name: str) -> pd.DataFrame:
+    """The records of results/<name>.jsonl, with `.attrs["provenance"]`.
+
+    Raises  ParameterError if there is no such file, naming the command that makes it; ProvenanceError if it is damaged.
+    """
+    path = _results(name)
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.jsonl"))) or "nothing"
+        raise ParameterError(f"nothing is recorded as results/{path.name}; recorded so far: {there}. Make it with: metake record --only {name} --model NAME")
+    text = path.read_text(encoding="utf-8")
+    try:
+        header, *rows = map(json.loads, text.splitlines())
+        if not text.endswith("\n"):
+            raise ValueError("its last line is not finished")
+        if not isinstance(header, dict) or not isinstance(header.get("provenance"), dict):
+            raise ValueError("its first line holds no provenance")
+        if header.get("records", len(rows)) != len(rows):
+            raise ValueError(f"{header['records']} records were written, {len(rows)} are there")
+        if any(not isinstance(row, dict) or row.keys() != rows[0].keys() for row in rows):
+            raise ValueError("its records do not have the same columns")
+    except ValueError as error:
+        raise ProvenanceError(f"results/{path.name} is damaged ({error}). Restore it from git, or remove it and make it again with: metake record --only {name}") from error
+    frame = pd.DataFrame(rows)
+    frame.attrs |= {"provenance": header["provenance"], "label": "recorded"}
+    return frame
+
+
+def _results(name: str) -> Path:
+    return project_root() / "results" / f"{artifact_name(name)}.jsonl"
+
+
+def paper(name: str) -> pd.DataFrame:
+    """A table of the paper as far as its numbers survive in the texts at hand: "table2", "table3", …, "protocol".
+
+    Columns as in the paper plus `where` (the place in the paper) and `label` ("reported"); `.attrs["note"]` says what is
+    missing or inferred. These are the paper's numbers, never ours.
+    """
+    tables = tomllib.loads((resources.files("metake") / "data" / "paper.toml").read_text(encoding="utf-8"))
+    if name not in tables:
+        raise ParameterError(near_misses(name, tables, "table of the paper"))
+    found = tables[name]
+    frame = pd.DataFrame(found["rows"], columns=found["columns"])
+    if "where" not in frame:
+        frame["where"] = found["where"]
+    frame["label"] = "reported"
+    frame.attrs |= {"label": "reported", "title": found["title"], "note": found.get("note", "")}
+    return frame
