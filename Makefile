@@ -33,8 +33,8 @@ test: $(STAMP)  ## unit, contract and notebook tests
 notebooks: $(STAMP)  ## run the notebooks again and keep the new outputs, figures and verdicts
 	$(BIN)/python tools/refresh.py
 
-record: $(STAMP)  ## record the experiments on a real model into results/ (MODEL=smollm2-135m)
-	$(BIN)/metake record --model "$(MODEL)"
+record: $(STAMP)  ## record the experiments on a real model into results/ (MODEL=smollm2-135m ARGS=...)
+	$(BIN)/metake record --model "$(MODEL)" $(ARGS)
 
 fetch: $(STAMP)  ## download the real model, check it, convert it (MODEL=smollm2-135m)
 	$(BIN)/metake fetch "$(MODEL)"

@@ -1,0 +1,159 @@
+"""Things with two faces: markup for the page, rounded plain text for the tests. Tables, verdicts, provenance stamps."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import pandas as pd
+
+from metake.errors import ParameterError, ProvenanceError, near_misses
+from metake.report.files import DEFAULT, artifact_name, portable, project_root, write
+from metake.report.style import style
+
+LABELS = {"recomputed": "recomputed here", "recorded": "recorded", "reported": "reported in the paper"}
+VERDICTS = {True: ("holds", "yes"), False: ("does not hold", "no"), None: ("inconclusive", "open")}
+STABLE = ("model", "model_digest", "dataset", "dataset_digest", "data", "data_digest", "seed", "seeds", "edits", "n")
+SHOWN = {"method": lambda v: style(v).name, "label": lambda v: LABELS.get(v, v), "dataset": lambda v: {"counterfact": "CounterFact", "zsre": "ZsRE"}.get(v, v)}
+NOISE = 1e-9  # digits below it are rounding errors, which differ between machines
+LINES = 40  # of a long text/plain
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a cell shows."""
+
+    html: str
+    text: str
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return {"text/html": self.html, "text/plain": self.text}
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def texts(column: pd.Series, digits: int, noise: bool = False) -> list[str]:
+    """One column as text: `digits` decimals, or that many significant digits if it spans magnitudes. noise: show it."""
+    column = column.infer_objects()
+    if pd.api.types.is_bool_dtype(column):
+        return ["yes" if v else "no" for v in column]
+    if not pd.api.types.is_numeric_dtype(column):
+        name = SHOWN.get(str(column.name), str)
+        return ["–" if v is None or v is pd.NA or v != v else str(name(v)) for v in column]
+    if pd.api.types.is_integer_dtype(column):
+        return ["–" if v is pd.NA else str(v) for v in column]
+    sizes = column.abs()[column.abs() >= NOISE]
+    form = f".{digits}f" if sizes.empty or (sizes.min() >= 10**-digits and sizes.max() < 1e6) else f".{digits}g"
+    return [_number(float(v), form, noise) for v in column]
+
+
+def _number(value: float, form: str, noise: bool) -> str:
+    if value != value:
+        return "–"
+    if 0 < abs(value) < NOISE:
+        return f"{value:.0e}" if noise else f"<{NOISE:.0e}"
+    return format(value + 0.0, form)
+
+
+def is_numeric(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column.infer_objects()) and not pd.api.types.is_bool_dtype(column)
+
+
+def plain(frame: pd.DataFrame, digits: int) -> str:
+    """A frame as aligned text, numbers to the right; a long one is cut, and says so."""
+    columns = []
+    for i, name in enumerate(frame.columns):
+        cells = [str(name).replace("_", " "), *texts(frame.iloc[:, i], digits)[:LINES]]
+        width, right = max(map(len, cells)), is_numeric(frame.iloc[:, i])
+        columns.append([c.rjust(width) if right else c.ljust(width) for c in cells])
+    lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+    return "\n".join(lines + [f"… and {len(frame) - LINES} more rows"] * (len(frame) > LINES))
+
+
+def badge(label: str, provenance: Mapping[str, Any] | None = None) -> str:
+    """Markup of a label; of a recording also its model, data set, date, commit and device."""
+    if label not in LABELS:
+        raise ParameterError(near_misses(str(label), LABELS, "label"))
+    known = portable({k: provenance[k] for k in ("model", "dataset", "date", "commit", "device") if (provenance or {}).get(k)})
+    if "commit" in known:
+        known["commit"] = str(known["commit"])[:10]
+    source = f" ({escape(', '.join(map(str, known.values())))})" if label == "recorded" and known else ""
+    return f'<span class="label label-{label}">{LABELS[label]}</span>{source}'
+
+
+def table(frame: pd.DataFrame, caption: str = "", digits: int = 2, label: str | None = None) -> Shown:
+    """A frame as an accessible table: caption, scopes, no empty header cell, aligned numbers.
+
+    A column `label` (recomputed, recorded, reported) becomes badges. Without one the caption carries the frame's label, or
+    the given one; "" for none. A named index becomes columns. digits: decimals.
+    """
+    if label is None:
+        label = "" if "label" in frame else frame.attrs.get("label", "recomputed")
+    mark = badge(label, frame.attrs.get("provenance")) if label else ""
+    frame = frame if frame.index.names == [None] else frame.reset_index()
+    frame = frame.set_axis([" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in frame.columns], axis=1)
+    kinds = ["num" if is_numeric(frame[c]) else "text" for c in frame]
+    cells = [[badge(v) for v in frame[c]] if c == "label" else [escape(t) for t in texts(frame[c], digits, noise=True)] for c in frame]
+    rows = ""
+    for row in zip(*cells, strict=True):
+        first = "td" if kinds[0] == "num" else 'th scope="row"'
+        opened = [first, *["td"] * (len(row) - 1)]
+        rows += "<tr>" + "".join(f'<{tag} class="{kind}">{cell}</{tag[:2]}>' for tag, kind, cell in zip(opened, kinds, row, strict=True)) + "</tr>"
+    head = "".join(f'<th scope="col" class="{kind}">{escape(c.replace("_", " "))}</th>' for c, kind in zip(frame, kinds, strict=True))
+    title = f"<caption>{escape(caption)} {mark}</caption>" if caption or mark else ""
+    text = [f"{caption} [{LABELS[label]}]".strip() if label else caption, plain(frame, digits)]
+    return Shown(f'<table class="dataframe metake-table">{title}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>', "\n".join(filter(None, text)))
+
+
+@dataclass(frozen=True)
+class Verdict(Shown):
+    """The outcome of a page's claim."""
+
+    verdict: str  # "holds", "does not hold" or "inconclusive"
+
+
+def verdict(page: str, title: str, claim: str, holds: bool | None, decided_by: str, label: str = "recomputed", model: str = DEFAULT) -> Verdict:
+    """The page's claim, whether it holds (None: inconclusive), and the number that decided it.
+
+    Kept for the book as <page>.json: in the folder METAKE_VERDICTS if it is set, else in the project's results/verdicts,
+    and there for the default model only, so that a run of another model does not speak for the page.
+    """
+    found = [word for key, word in VERDICTS.items() if (holds is None) == (key is None) and (key is None or holds == key)]
+    if len(found) != 1:
+        raise ParameterError(f"the verdict of {page!r} must be True, False or None (inconclusive); found {holds!r}")
+    if label not in ("recomputed", "recorded"):
+        raise ParameterError(f"a verdict is recomputed or recorded; found {label!r}")
+    (word, tone), name, root = found[0], artifact_name(page, model), project_root()
+    content = {"page": page, "title": title, "claim": claim, "verdict": word, "decided_by": decided_by, "label": label}
+    folder = os.environ.get("METAKE_VERDICTS") or ("results/verdicts" if model == DEFAULT and (root / "_config.yml").is_file() else None)
+    if folder:
+        write(root / folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    html = (
+        f'<div class="admonition metake-verdict metake-verdict-{tone}"><p class="admonition-title">Verdict: <span class="verdict verdict-{tone}">{word}</span></p>'
+        f"<p>{escape(claim)}</p><p>Decided by: {escape(decided_by)} {badge(label)}</p></div>"
+    )
+    return Verdict(html, f"Verdict: {word} – {claim}\nDecided by: {decided_by} [{LABELS[label]}]", word)
+
+
+def provenance(source: pd.DataFrame | Mapping[str, Any]) -> Shown:
+    """Where records come from. The text has only what is equal on every machine; the markup has everything."""
+    if isinstance(source, pd.DataFrame):
+        if "provenance" not in source.attrs:
+            raise ProvenanceError("these records carry no provenance; expected it in .attrs['provenance'], as recorded(...) sets it")
+        source = source.attrs["provenance"]
+    given = portable(source)
+    stable = [f"{k.replace('_', ' ')} {str(given[k])[: 12 if k.endswith('digest') else None]}" for k in STABLE if given.get(k) not in (None, "")]
+    items = "".join(f"<dt>{escape(str(k).replace('_', ' '))}</dt><dd>{escape(_flat(v))}</dd>" for k, v in given.items() if v not in (None, ""))
+    text = f"Provenance: {', '.join(stable)}"
+    return Shown(f'<details class="metake-provenance"><summary>{escape(text)}</summary><dl>{items}</dl></details>', text)
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_flat(v)}" for k, v in value.items())
+    return ", ".join(map(_flat, value)) if isinstance(value, list | tuple) else str(value)
