@@ -83,19 +83,18 @@ class Evaluation:
             values = [v for c in self.cases if (v := getattr(c, name)) is not None]
             if values:
                 found[name] = 100 * fmean(values)
-        if self.before is not None:
-            found["specificity_pre_edit"] = 100 * self._unchanged()
+        shares = [v for v in self._unchanged() if v is not None]
+        if shares:
+            found["specificity_pre_edit"] = 100 * fmean(shares)
         return found
 
-    def _unchanged(self) -> float:
-        shares = []
-        for now, then in zip(self.cases, self.before.cases, strict=True):
+    def _unchanged(self) -> list[float | None]:
+        """Per case: share of its neighborhood answers' tokens whose arg-max is as before; None without such probes."""
+        shares: list[float | None] = []
+        for now, then in zip(self.cases, self.before.cases if self.before else (), strict=bool(self.before)):
             pairs = [(a.target.greedy, b.target.greedy) for a, b in zip(now.probes, then.probes, strict=True) if a.kind == "neighborhood"]
-            if pairs:
-                shares.append(fmean(fmean(x == y for x, y in zip(a, b, strict=True)) for a, b in pairs))
-        if not shares:
-            raise ParameterError("specificity against the pre-edit answers needs neighborhood probes; these cases have none")
-        return fmean(shares)
+            shares.append(fmean(fmean(x == y for x, y in zip(a, b, strict=True)) for a, b in pairs) if pairs else None)
+        return shares
 
     def __getitem__(self, name: str) -> float:
         return self.metrics[name]
@@ -103,8 +102,8 @@ class Evaluation:
     def records(self) -> list[dict[str, Any]]:
         """One plain dictionary per case, as `metake run` writes them."""
         rows = []
-        for case in self.cases:
-            row: dict[str, Any] = {"id": case.id}
+        for case, unchanged in zip(self.cases, self._unchanged() or [None] * len(self.cases), strict=True):
+            row: dict[str, Any] = {"id": case.id} | ({} if unchanged is None else {"specificity_pre_edit": unchanged})
             for kind, name in NAMES.items():
                 if (value := case.mean(kind)) is not None:
                     row |= {name: value, f"{name}_accuracy": case.mean(kind, "accuracy")}

@@ -2,6 +2,7 @@
 
     config.json           what was asked for; a folder of another configuration is refused
     batches/0000/         the edit of a batch (`Edit.save`) and the keys that the next batches must remember
+    before.jsonl          one line per case, evaluated before the first edit
     cases.jsonl           one line per case, evaluated after the last batch
     summary.json          metrics before and after, seconds, peak memory, digests
 """
@@ -169,8 +170,9 @@ def _resume(lm: LanguageModel, editor: Editor, cases: Cases, given: Statistics, 
 
 
 def _report(out: Path, config: RunConfig, cases: Cases, before: Evaluation, after: Evaluation, first: Edit, seconds: dict, peak: int) -> None:
-    with atomic_path(out / "cases.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in after.records()), encoding="utf-8")
+    for name, evaluation in (("before.jsonl", before), ("cases.jsonl", after)):
+        with atomic_path(out / name) as temporary:
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.records()), encoding="utf-8")
     summary = {
         "before": before.metrics, "after": after.metrics, "cases": len(cases), "skipped": cases.skipped, "seconds": seconds, "peak_memory_bytes": peak,
         "data": {"source": Path(cases.source).name, "digest": cases.digest}, "statistics_digest": first.record.statistics_digest,

@@ -86,3 +86,9 @@ def attenuation_on_model(model: str = "tiny", requests: int = 40, text: str = "e
         eigenvalues = torch.linalg.eigvals(together).real.sort(descending=True).values.tolist()
         spectra += [{"method": name, "index": i + 1, "eigenvalue": value} for i, value in enumerate(eigenvalues)]
     return pd.DataFrame(singles), pd.DataFrame(spectra)
+
+
+def judge(records: pd.DataFrame, tolerance: float = 1e-9) -> dict:
+    """Holds if no instance, single or batch, departs from the prediction by more than `tolerance` (relative)."""
+    worst = max(records.error.max(), records.remainder_error.max())
+    return {"holds": bool(worst < tolerance), "decided_by": f"largest relative departure {'below 1e-9' if worst < 1e-9 else f'{worst:.0e}'} in {len(records)} random instances"}

@@ -7,11 +7,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from metake.runs import RunConfig, run
 
 PRIMARY = ("memit", "alphaedit", "metake")
+METRICS = ("efficacy", "generalization", "specificity", "specificity_pre_edit", "fluency", "consistency")
 
 
 def comparison(
@@ -26,30 +28,60 @@ def comparison(
     generate: bool = False,
     out: str | Path | None = None,
 ) -> pd.DataFrame:
-    """Run every (data set, method, seed) and collect the metrics, in percent.
+    """Run every (data set, method, seed): sequential batches, all cases evaluated after the last.
 
-    out: folder of the runs, which are resumable; None: a temporary one. One row per run, and one "pre-edit" row per
-    data set and seed, measured on the same cases before the first edit. Columns: dataset, method, seed, metrics, seconds.
+    out: folder of the runs, which are resumable; None: a temporary one. One row per case, run and method, and one per
+    case and seed for "pre-edit", measured before the first edit: dataset, method, seed, id, metrics as shares.
+    attrs["runs"]: the summary of every run.
     """
+    rows, summaries = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        root, rows = Path(out or scratch), []
         for name, source in (data or {"CounterFact format": "facts", "ZsRE format": "facts-zsre"}).items():
             for seed in seeds:
                 for place, method in enumerate(methods):
-                    folder = root / f"{Path(source).stem}-{method}-{seed}"
+                    folder = Path(out or scratch) / f"{Path(source).stem}-{method}-{seed}"
                     sampled = generate and "zsre" not in Path(source).stem
                     if not (folder / "summary.json").is_file():
                         run(RunConfig(model, method, source, edits, batch, seed, text, text_tokens, generate=sampled), folder)
-                    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-                    fixed = {"dataset": name, "seed": seed, "edits": edits, "batch": batch}
-                    if not place:
-                        rows.append(fixed | {"method": "pre-edit", "seconds": 0.0} | summary["before"])
-                    rows.append(fixed | {"method": method, "seconds": summary["seconds"]["total"]} | summary["after"])
+                    summaries.append({"dataset": name, "method": method, "seed": seed} | json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+                    for label, file in ([] if place else [("pre-edit", "before.jsonl")]) + [(method, "cases.jsonl")]:
+                        rows += [{"dataset": name, "method": label, "seed": seed} | row for row in _cases(folder / file)]
+    frame = pd.DataFrame(rows)
+    frame.attrs["runs"] = summaries
+    return frame
+
+
+def _cases(file: Path) -> list[dict]:
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return [{k: v for k, v in row.items() if k != "generations"} for row in rows]
+
+
+def summarize(records: pd.DataFrame) -> pd.DataFrame:
+    """Percent per data set and method: the mean over cases within a seed, then mean and standard deviation over seeds."""
+    metrics = [m for m in METRICS if m in records and records[m].notna().any()]
+    by_seed = 100 * records.groupby(["dataset", "method", "seed"], sort=False)[metrics].mean()
+    grouped = by_seed.groupby(["dataset", "method"], sort=False)
+    mean, deviation = grouped.mean(), grouped.std(ddof=0)
+    return (mean.join(deviation, rsuffix="_sd") if records.seed.nunique() > 1 else mean).reset_index()
+
+
+def paired_differences(records: pd.DataFrame, one: str = "metake", other: str = "alphaedit", draws: int = 4000, seed: int = 0) -> pd.DataFrame:
+    """`one` minus `other` on the same cases, in percentage points, with a 95 % bootstrap interval over cases."""
+    generator, rows = np.random.default_rng(seed), []
+    for dataset, group in records.groupby("dataset", sort=False):
+        for metric in METRICS[:3]:
+            sides = [group[group.method == m].set_index(["seed", "id"])[metric] for m in (one, other)]
+            difference = 100 * (sides[0] - sides[1]).dropna().to_numpy()
+            means = generator.choice(difference, (draws, len(difference))).mean(1)
+            low, high = np.percentile(means, [2.5, 97.5])
+            rows.append({"dataset": dataset, "metric": metric, "cases": len(difference), "difference": difference.mean(), "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
-def summarize(records: pd.DataFrame, metrics: Sequence[str] = ("efficacy", "generalization", "specificity")) -> pd.DataFrame:
-    """Mean and standard deviation over seeds per data set and method, in the order of first appearance."""
-    grouped = records.groupby(["dataset", "method"], sort=False)[list(metrics)]
-    mean, deviation = grouped.mean(), grouped.std(ddof=0)
-    return mean.join(deviation, rsuffix="_sd").reset_index()
+def judge(differences: pd.DataFrame) -> dict:
+    """The paper's claim, efficacy and generalization above AlphaEdit's: holds if an interval lies above zero and none
+    below; does not hold if one lies below; inconclusive if all include zero."""
+    claimed = differences[differences.metric.isin(["efficacy", "generalization"])]
+    better, worse = (claimed.low > 0).sum(), (claimed.high < 0).sum()
+    parts = [f"{r.metric} {r.dataset} {r.difference:+.1f} [{r.low:.1f}, {r.high:.1f}]" for r in claimed.itertuples()]
+    return {"holds": False if worse else True if better else None, "decided_by": "MetaKE − AlphaEdit in points: " + "; ".join(parts)}

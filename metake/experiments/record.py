@@ -1,0 +1,81 @@
+"""Recorded runs of a real model: made once, kept in `results/` with their provenance, drawn beside what is recomputed.
+
+Every part goes on where an earlier call stopped: finished recordings are kept, unfinished runs resume.
+"""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from metake import report
+from metake.errors import ParameterError, near_misses
+from metake.experiments.comparison import comparison
+from metake.experiments.dispersion import association_dispersion
+from metake.experiments.quickstart import quickstart
+from metake.model import default_device, load, versions
+from metake.runs import read_cases
+
+
+def record(
+    model: str,
+    counterfact: str | None = None,
+    zsre: str | None = None,
+    text: str = "embedded",
+    edits: int = 50,
+    batch: int = 10,
+    seeds: Sequence[int] = (0,),
+    only: Sequence[str] | None = None,
+    tokens: int | None = 100_000,
+) -> Iterator[str]:
+    """Make the recordings of `model` that are missing, and say which; `only` makes the named ones again.
+
+    counterfact, zsre: files of records (default: the embedded facts); text, tokens: of the key statistics.
+    """
+    data = {"CounterFact": counterfact or "facts", "ZsRE": zsre or "facts-zsre"}
+    common: dict[str, Any] = {"model": model, "text": text}
+    parts: dict[str, Callable[[], pd.DataFrame]] = {
+        "quickstart": lambda: quickstart(**common),
+        "dispersion": lambda: association_dispersion(**common, requests=_least(data), data=data, text_tokens=tokens),
+        "comparison": lambda: comparison(
+            **common, data=data, edits=edits, batch=batch, seeds=seeds, text_tokens=tokens, generate=True, out=report.project_root() / "runs" / f"record-{Path(model).name}"
+        ),
+    }
+    for name in only or ():
+        if name not in parts:
+            raise ParameterError(near_misses(name, parts, "recording"))
+    for name, make in parts.items():
+        target = f"{name}-{Path(model).name}"
+        if name in only if only else not (report.project_root() / "results" / f"{target}.jsonl").is_file():
+            start = time.perf_counter()
+            frame = make()
+            facts = _provenance(model, data, text, tokens) | {"minutes": round((time.perf_counter() - start) / 60, 1)} | frame.attrs.get("summary", {})
+            yield f"wrote {report.write_recorded(target, frame, facts)}"
+        else:
+            yield f"kept results/{target}.jsonl"
+
+
+def _least(data: dict[str, str]) -> int:
+    return min(800, *(len(read_cases(source)) for source in data.values()))
+
+
+def _provenance(model: str, data: dict[str, str], text: str, tokens: int | None) -> dict[str, Any]:
+    lm = load(model)
+    digests = {name: f"{Path(source).name} sha256:{read_cases(source).digest[:16]}" for name, source in data.items()}
+    return {
+        "model": model, "model_origin": lm.origin, "model_digest": lm.digest(lm.write_path(lm.depth - 1)), "dataset": ", ".join(digests.values()),
+        "statistics": f"{Path(text).name}, {tokens} tokens", "date": datetime.date.today().isoformat(), "commit": _commit(),
+        "device": str(default_device()), "dtype": str(lm.dtype).removeprefix("torch."), "versions": versions(),
+    }  # fmt: skip
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=report.project_root(), check=False)
+    dirty = subprocess.run(["git", "status", "--porcelain", "metake"], capture_output=True, text=True, cwd=report.project_root(), check=False)
+    return (found.stdout.strip() or "unknown") + ("+changes" if dirty.stdout.strip() else "")
