@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from metake.errors import ParameterError, RequestError
+from metake.errors import ParameterError, RequestError, near_misses
 from metake.generation import sample
 from metake.model import LanguageModel
 from metake.progress import progress
@@ -128,12 +128,18 @@ def evaluate(
     cases = list(cases)
     if not cases:
         raise ParameterError("a metric of zero cases is undefined: give at least one case")
-    if before is not None and [c.id for c in before.cases] != [c.request.id for c in cases]:
-        raise ParameterError("`before` was evaluated on other cases than these; evaluate the same cases before and after")
     pairs = [(p.prompt, text) for c in cases for p in c.probes if p.kind in NAMES for text in (p.target, p.rival) if text is not None]
     readings = dict(zip(pairs, read(lm, pairs, tokens), strict=True))
     written = _generate(lm, cases, length, seed) if generate else [()] * len(cases)
-    return Evaluation(tuple(_case(c, readings, texts) for c, texts in zip(cases, written, strict=True)), before)
+    scores = tuple(_case(c, readings, texts) for c, texts in zip(cases, written, strict=True))
+    if before is not None and list(map(_asked, before.cases)) != list(map(_asked, scores)):
+        raise ParameterError("`before` was evaluated on other cases than these; evaluate the same cases before and after")
+    return Evaluation(scores, before)
+
+
+def _asked(case: CaseScore) -> tuple:
+    """What a case's scores tell of what it asked: id, kinds of its probes, lengths of their targets."""
+    return case.id, [(p.kind, len(p.target.greedy)) for p in case.probes]
 
 
 def _case(case: EditCase, readings: dict[tuple[str, str], Reading], texts: tuple[str, ...]) -> CaseScore:

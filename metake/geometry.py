@@ -102,8 +102,8 @@ class InverseCovariance:
         operator = weight * statistics.covariance
         operator.diagonal().add_(ridge)
         self._factor, failed = torch.linalg.cholesky_ex(operator)
-        diagonal = self._factor.diagonal()
-        if failed.item() or diagonal.min() <= 1e-9 * diagonal.max():
+        pivots = self._factor.diagonal().square()  # next to each direction's own variance: keys may have outlier dimensions
+        if failed.item() or (ridge == 0 and statistics.count < self.dim) or (pivots <= 1e-12 * operator.diagonal()).any():
             raise StatisticsError(
                 f"the second moment of {statistics.count} keys of dimension {self.dim} is numerically singular; "
                 f"stream more or more varied text (at least several times {self.dim} tokens), or choose a ridge > 0"

@@ -61,7 +61,7 @@ class KeyReader:
         return keys[layer], states[self.last], states.get(layer - 1)
 
     def _average(self, rows: Tensor) -> Tensor:
-        grouped = rows.view(self.count, self.contexts, -1)
+        grouped = rows.view(self.count, self.contexts, rows.shape[1])
         if self.contexts == 1:
             return grouped[:, 0]
         return (grouped[:, 0] + grouped[:, 1:].mean(1)) / 2

@@ -40,7 +40,7 @@ def gate(keys: Tensor, metric: Metric, noise: float = 1.0) -> Tensor:
     inner = metric_keys @ keys.T
     inner = (inner + inner.T) / 2 + noise * torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
     factor, failed = torch.linalg.cholesky_ex(inner)
-    singular = failed.item() or (noise == 0 and len(keys) and _nearly_singular(factor))
+    singular = failed.item() or (noise == 0 and _nearly_singular(factor, keys, metric_keys))
     if singular:
         raise StatisticsError(
             f"{len(keys)} keys do not determine an exact write under this metric: two of them coincide in it, or one lies in its null space; "
@@ -49,9 +49,10 @@ def gate(keys: Tensor, metric: Metric, noise: float = 1.0) -> Tensor:
     return torch.cholesky_solve(metric_keys, factor)
 
 
-def _nearly_singular(factor: Tensor) -> bool:
-    diagonal = factor.detach().diagonal()
-    return bool(diagonal.min() <= diagonal.max() * torch.finfo(factor.dtype).eps ** 0.5 * 10)
+def _nearly_singular(factor: Tensor, keys: Tensor, metric_keys: Tensor) -> bool:
+    """Whether a pivot is rounding next to ‖k‖‖Qk‖: the key repeats earlier ones, or the metric does not see it. Scale-free."""
+    own = (keys.norm(dim=1) * metric_keys.norm(dim=1)).detach()
+    return bool((factor.detach().diagonal().square() <= 100 * torch.finfo(factor.dtype).eps * own).any())
 
 
 def realization(keys: Tensor, gate: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 from docutils import nodes
-from docutils.statemachine import StringList
+from sphinx import addnodes
 from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.fileutil import copy_asset
@@ -69,8 +69,12 @@ def read_verdicts(root: Path) -> list[dict]:
     return sorted(verdicts, key=lambda verdict: pages.index(verdict["page"]))
 
 
-def badge(verdict: str, suffix: str = "") -> str:
-    return f"[{verdict}{suffix}]{{.verdict .verdict-{VERDICTS[verdict]}}}"
+def badge(verdict: str, suffix: str = "") -> nodes.inline:
+    return nodes.inline("", verdict + suffix, classes=["verdict", f"verdict-{VERDICTS[verdict]}"])
+
+
+def row(*cells: list[nodes.Node]) -> nodes.row:
+    return nodes.row("", *(nodes.entry("", nodes.paragraph("", "", *cell)) for cell in cells))
 
 
 class Verdicts(SphinxDirective):
@@ -78,33 +82,21 @@ class Verdicts(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         root = Path(self.env.srcdir)
-        self.env.note_dependency("_toc.yml")
-        for file in (root / "results" / "verdicts").glob("*.json"):
+        for file in (root / "_toc.yml", *(root / "results" / "verdicts").glob("*.json")):
             self.env.note_dependency(str(file))
         verdicts = read_verdicts(root)
         count = Counter(verdict["verdict"] for verdict in verdicts)
-        summary = nodes.container()
-        self.parse(" ".join(badge(name, f": {count[name]}") for name in VERDICTS), summary)
-        table = nodes.table(classes=["verdicts"])
+        summary = [node for name in VERDICTS for node in (badge(name, f": {count[name]}"), nodes.Text(" "))]
         group = nodes.tgroup("", *(nodes.colspec(colwidth=width) for width in (45, 35, 20)), cols=3)
-        group += nodes.thead("", self.row("Claim", "Verdict", "Page"))
-        group += nodes.tbody("", *(self.row(*self.cells(verdict)) for verdict in verdicts))
-        table += group
-        return [summary, table]
+        group += nodes.thead("", row(*([nodes.Text(name)] for name in ("Claim", "Verdict", "Page"))))
+        group += nodes.tbody("", *(self.verdict_row(verdict) for verdict in verdicts))
+        return [nodes.paragraph("", "", *summary), nodes.table("", group, classes=["verdicts"])]
 
-    def cells(self, verdict: dict) -> tuple[str, str, str]:
-        decision = f"{badge(verdict['verdict'])} {verdict['decided_by']} [{LABELS[verdict['label']]}]{{.origin}}"
-        return verdict["claim"], decision, f"{{doc}}`{verdict['title']} </notebooks/{verdict['page']}>`"
-
-    def row(self, *cells: str) -> nodes.row:
-        row = nodes.row()
-        for text in cells:
-            row += self.parse(text, nodes.entry())
-        return row
-
-    def parse(self, text: str, node: nodes.Element) -> nodes.Element:
-        self.state.nested_parse(StringList([text], source=self.env.docname), 0, node)
-        return node
+    def verdict_row(self, verdict: dict) -> nodes.row:
+        label = nodes.inline("", LABELS[verdict["label"]], classes=["label", f"label-{verdict['label']}"])
+        link = addnodes.pending_xref("", nodes.inline("", verdict["title"]), refdomain="std", reftype="doc", refexplicit=True,
+                                     refwarn=True, refdoc=self.env.docname, reftarget=f"/notebooks/{verdict['page']}")
+        return row([nodes.Text(verdict["claim"])], [badge(verdict["verdict"]), nodes.Text(f" {verdict['decided_by']} "), label], [link])
 
 
 def mathjax(app):

@@ -26,7 +26,7 @@ INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytic
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 # In the book the theme hides one of the two drawings; in a plain notebook viewer this does.
 CHOICE = (
-    "<style>.metake-figure .only-dark{display:none}html[data-theme=dark] .metake-figure .only-dark,[data-jp-theme-light=false] .metake-figure .only-dark{display:block}"
+    "<style>.metake-figure svg{max-width:100%;height:auto}.metake-figure .only-dark{display:none}html[data-theme=dark] .metake-figure .only-dark,[data-jp-theme-light=false] .metake-figure .only-dark{display:block}"
     "html[data-theme=dark] .metake-figure .only-light,[data-jp-theme-light=false] .metake-figure .only-light{display:none}</style>"
 )
 
@@ -60,8 +60,7 @@ class Figure(Shown):
         note = f'<p class="metake-note">{escape(model)} {badge(label, origin)}</p>'
         text = f"Figure {name} [{LABELS[label]}]\n{plain(summary, digits)}"
         super().__init__(f'<div class="metake-figure">{CHOICE}{inline}{note}</div>', text)
-        for key, value in {"name": name, "alt": alt, "data": data, "summary": summary, "svg": drawings}.items():
-            object.__setattr__(self, key, value)
+        self.name, self.alt, self.data, self.summary, self.svg = name, alt, data, summary, drawings
 
 
 def _render(draw: Callable[[Any], None], theme: str, size: tuple[float, float], panels: dict[str, Any], salt: str = "", **options: Any) -> bytes:
@@ -80,4 +79,4 @@ def _svg(draw: Callable[[Any], None], theme: str, size: tuple[float, float], pan
     svg = re.sub(r'\bid="', f'id="{key}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", svg)
     svg = svg.replace("*{stroke", f"#{key} *{{stroke")
-    return svg.replace("<svg ", f'<svg id="{key}" role="img" aria-label="{escape(alt)}" style="max-width:100%;height:auto" ', 1)
+    return svg.replace("<svg ", f'<svg id="{key}" role="img" aria-label="{escape(alt)}" ', 1)

@@ -23,7 +23,7 @@ NOISE = 1e-9  # digits below it are rounding errors, which differ between machin
 LINES = 40  # of a long text/plain
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shown:
     """What a cell shows."""
 
@@ -48,7 +48,7 @@ def texts(column: pd.Series, digits: int, noise: bool = False) -> list[str]:
     if pd.api.types.is_integer_dtype(column):
         return ["–" if v is pd.NA else str(v) for v in column]
     sizes = column.abs()[column.abs() >= NOISE]
-    form = f".{digits}f" if sizes.empty or (sizes.min() >= 10**-digits and sizes.max() < 1e6) else f".{digits}g"
+    form = f".{digits}f" if sizes.empty or (sizes.min() >= 10**-digits and sizes.max() < 1e6) else f"#.{digits}g"
     return [_number(float(v), form, noise) for v in column]
 
 
@@ -110,7 +110,7 @@ def table(frame: pd.DataFrame, caption: str = "", digits: int = 2, label: str | 
     return Shown(f'<table class="dataframe metake-table">{title}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>', "\n".join(filter(None, text)))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Verdict(Shown):
     """The outcome of a page's claim."""
 

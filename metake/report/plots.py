@@ -1,0 +1,245 @@
+"""The figures of the book. Each takes the records that `metake.experiments` returns, or `recorded` reads, and draws them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+
+from metake.errors import ParameterError
+from metake.report.figure import Figure
+from metake.report.shown import texts
+from metake.report.style import in_order, style
+
+SHARES = ("efficacy", "generalization", "specificity")
+
+
+def _require(records: pd.DataFrame, *columns: str) -> None:
+    if missing := [c for c in columns if c not in records]:
+        raise ParameterError(f"these records have no column {', '.join(missing)}; found {', '.join(map(str, records.columns))}")
+    if records.empty:
+        raise ParameterError("there are no records to draw")
+
+
+def _soft(alpha: float = 0.7) -> tuple[float, float, float, float]:
+    """The theme's ink, paler."""
+    return mpl.colors.to_rgba(mpl.rcParams["text.color"], alpha)
+
+
+def _log_axis(axis: Any) -> None:
+    """Whole powers of ten, written as numbers."""
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter("")
+
+
+def attenuation_curve(records: pd.DataFrame, spectra: pd.DataFrame | None = None, model: str | None = None, name: str = "attenuation") -> Figure:
+    """Share of each planned residual that is written, against its association γ, on the curve γ/(1+γ); beside it the spectrum of B.
+
+    records: method, gamma, and `measured` (else beta); rows without γ are passed over. spectra: method, index, eigenvalue.
+    """
+    share = "measured" if "measured" in records else "beta"
+    _require(records, "method", "gamma", share)
+    single = records[records.gamma > 0]
+    methods, spectrum = in_order(single.method), spectra is not None and not spectra.empty
+
+    def draw(axes: Any) -> None:
+        left = axes[0, 0]
+        low, high = single.gamma.min() / 3, single.gamma.max() * 3
+        gammas = [low * (high / low) ** (i / 200) for i in range(201)]
+        left.plot(gammas, [g / (1 + g) for g in gammas], color=_soft(0.25), linewidth=6, solid_capstyle="round", zorder=1, label="γ/(1+γ)")
+        for method in methods:
+            own, look = single[single.method == method], style(method)
+            left.scatter(own.gamma, own[share], color=look.color, marker=look.marker, s=30, alpha=0.8, linewidth=0, zorder=3, label=look.name)
+        left.set(xscale="log", xlim=(low, high), ylim=(-0.03, 1.03), xlabel="association γ", ylabel="realized share β", title="One request alone")
+        _log_axis(left.xaxis)
+        left.legend(loc="upper left", handletextpad=0.5)
+        if spectrum:
+            _draw_spectrum(axes[0, 1], spectra)
+
+    off = (single[share] - single.gamma / (1 + single.gamma)).abs().max()
+    alt = f"""Realized share β against association γ of {len(single)} requests under {" and ".join(style(m).name for m in methods)}; γ from {single.gamma.min():.2g} to
+        {single.gamma.max():.2g}. The largest distance to the curve γ over one plus γ is {"below 1e-9" if off < 1e-9 else f"{off:.2g}"}."""
+    if not spectrum:
+        return Figure(draw, records, name, alt, model, _spread(single, share), (6.2, 3.6), ncols=1)
+    alt += f" Second panel: the sorted eigenvalues of B of the whole batch, from {spectra.eigenvalue.min():.2g} to {spectra.eigenvalue.max():.2g}."
+    data = pd.concat([records.assign(kind="single"), spectra.assign(kind="eigenvalue")], ignore_index=True)
+    data.attrs = records.attrs
+    summary = pd.concat([_spread(single, share), _spread(spectra, "eigenvalue")], ignore_index=True)
+    return Figure(draw, data, name, alt, model, summary, (8.4, 3.6), ncols=2, width_ratios=(3, 2))
+
+
+def _draw_spectrum(axes: Any, spectra: pd.DataFrame) -> None:
+    for method in in_order(spectra.method):
+        own, look = spectra[spectra.method == method].sort_values("index"), style(method)
+        axes.plot(own["index"], own.eigenvalue, color=look.color, marker=look.marker, markersize=4, linestyle=look.line, linewidth=1.2, label=look.name)
+    axes.set(ylim=(-0.03, 1.03), xlabel="index, sorted", ylabel="eigenvalue of B", title="The batch together")
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True))
+
+
+def _spread(records: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """Distribution of γ and of a quantity per method, for a figure's text."""
+    rows = []
+    for method in in_order(records.method):
+        for column in (c for c in ("gamma", quantity) if c in records):
+            values = records.loc[records.method == method, column]
+            rows.append({"method": method, "quantity": column, "n": len(values), "min": values.min(), "median": values.median(), "max": values.max()})
+    return pd.DataFrame(rows)
+
+
+def dispersion(records: pd.DataFrame, model: str | None = None, name: str = "association_dispersion") -> Figure:
+    """Distribution of γ over requests, per data set and metric: density, requests, and the span from P5 to P95.
+
+    records: dataset, method, gamma; one row per request. At most 300 points per row are drawn, evenly by rank; all count.
+    """
+    _require(records, "dataset", "method", "gamma")
+    groups = [((d, m), records[(records.dataset == d) & (records.method == m)].gamma) for d in records.dataset.unique() for m in in_order(records.method)]
+    groups = [(key, gamma.sort_values()) for key, gamma in groups if len(gamma)]
+    if records.gamma.min() <= 0:
+        raise ParameterError(f"an association must be positive to be drawn on a logarithmic axis; found {records.gamma.min():g}")
+    summary = pd.DataFrame([{"dataset": d, "method": m, "n": len(g), "P5": g.quantile(0.05), "median": g.median(), "P95": g.quantile(0.95)} for (d, m), g in groups])
+    summary["P95/P5"] = summary.P95 / summary.P5
+    labels = [f"{d}\n{m}" for d, m in zip(texts(summary.dataset, 0), texts(summary.method, 0), strict=True)]
+
+    def draw(axes: Any) -> None:
+        axes.set_xscale("log")
+        for row, ((_, method), gamma) in enumerate(groups):
+            _draw_cloud(axes, row, labels, gamma, style(method).color, summary.iloc[row])
+        axes.set(xlabel="association γ of a request", ylabel="", ylim=(len(groups) - 0.3, -0.5), yticks=range(len(groups)), yticklabels=labels)
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        _log_axis(axes.xaxis)
+
+    spans = "; ".join(f"{d}, {style(m).name}: {p5:.3g} to {p95:.3g}, ratio {r:.3g}" for d, m, _, p5, _, p95, r in summary.itertuples(index=False))
+    alt = f"Distributions of the association γ on a logarithmic axis, {len(records)} requests in all. 5th to 95th percentile – {spans}."
+    return Figure(draw, records, name, alt, model, summary, (7.4, 1.0 + 0.95 * len(groups)))
+
+
+def _draw_cloud(axes: Any, row: int, labels: list[str], gamma: pd.Series, color: str, span: pd.Series) -> None:
+    base = row + 0.32  # the density stands on it, the requests lie below
+    frame = pd.DataFrame({"gamma": gamma, "row": labels[row]})
+    sns.violinplot(frame, x="gamma", y="row", order=labels, split=True, inner=None, cut=0, linewidth=0, color=color, saturation=1, alpha=0.45, density_norm="width", width=0.64, ax=axes)
+    points = gamma.iloc[:: -(-len(gamma) // 300)]
+    axes.scatter(points, [base + 0.08 + 0.17 * (i * 0.618034 % 1) for i in range(len(points))], s=8, color=color, alpha=0.6, linewidth=0)
+    axes.plot([span.P5, span.P95], [base, base], color=_soft(1), linewidth=1.6, marker="|", markersize=9, markeredgewidth=1.6)
+    axes.plot(span["median"], base, color=_soft(1), marker="o", markersize=5.5)
+    axes.annotate(f"P95/P5 = {span['P95/P5']:.3g}", (gamma.iloc[-1], base), xytext=(7, 5), textcoords="offset points", fontsize=9.5, fontweight="bold")
+
+
+def _by_seed(records: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Mean and, over two seeds or more, standard deviation per data set, method and metric."""
+    _require(records, "dataset", "method", *metrics)
+    long = records.melt(["dataset", "method"], list(metrics), "metric").dropna(subset="value")
+    found = long.groupby(["dataset", "method", "metric"], sort=False)["value"].agg(mean="mean", sd="std", runs="count").reset_index()
+    place = {m: i for i, m in enumerate(in_order(found.method))}
+    return found.sort_values("method", key=lambda c: c.map(place), kind="stable").reset_index(drop=True)
+
+
+def _wide(found: pd.DataFrame, datasets: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
+    """One row per data set and method, for a figure's text."""
+    rows = []
+    for dataset in datasets:
+        for method in in_order(found.method):
+            own = found[(found.dataset == dataset) & (found.method == method)].set_index("metric")
+            if len(own):
+                row = {"dataset": dataset, "method": method, "runs": int(own.runs.max())}
+                for metric in (m for m in metrics if m in own.index):
+                    row |= {metric: own["mean"][metric]} | ({f"{metric} sd": own.sd[metric]} if found.sd.notna().any() else {})
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def comparison_bars(records: pd.DataFrame, metrics: Sequence[str] = SHARES, model: str | None = None, name: str = "comparison") -> Figure:
+    """Metrics per method, one row of panels per data set; whiskers are ± one standard deviation over seeds.
+
+    records: dataset, method, one column per metric, in percent; one row per run, so several seeds give several rows.
+    """
+    found = _by_seed(records, metrics)
+    datasets, methods = list(records.dataset.unique()), in_order(records.method)
+    titles = texts(pd.Series(datasets, name="dataset"), 0)
+
+    def draw(axes: Any) -> None:
+        for i, dataset in enumerate(datasets):
+            for j, metric in enumerate(metrics):
+                own = found[(found.dataset == dataset) & (found.metric == metric)].set_index("method").reindex(methods)
+                _draw_bars(axes[i, j], own, full=metric not in ("fluency", "consistency"))
+                axes[i, j].set_title(metric.replace("_", " ").capitalize() + (", %" if metric != "fluency" else "") + ("" if len(datasets) > 1 else f" · {titles[i]}") if not i else "")
+            axes[i, 0].set_yticks(range(len(methods)), [style(m).name for m in methods])
+            axes[i, 0].set_ylabel(titles[i] if len(datasets) > 1 else "", fontweight="bold", labelpad=10)
+
+    best = "; ".join(f"{d}, {m}: highest {style(r.method).name} with {r.mean:.1f}" for d in datasets for m in metrics for r in _top(found, d, m))
+    alt = f"Horizontal bars of {', '.join(metrics)} in percent for {', '.join(style(m).name for m in methods)} on {' and '.join(titles)}. {best}."
+    size = (1.6 + 2.35 * len(metrics), 0.8 + len(datasets) * (0.35 + 0.32 * len(methods)))
+    return Figure(draw, records, name, alt, model, _wide(found, datasets, metrics), size, 2, nrows=len(datasets), ncols=len(metrics), sharex="col", sharey=True)
+
+
+def _top(found: pd.DataFrame, dataset: str, metric: str) -> list[Any]:
+    own = found[(found.dataset == dataset) & (found.metric == metric) & (found.method != "pre-edit")]
+    return list(own.nlargest(1, "mean").itertuples(index=False))
+
+
+def _draw_bars(axes: Any, own: pd.DataFrame, full: bool) -> None:
+    limit = 100 if full or own["mean"].isna().all() else own["mean"].max()
+    for place, (method, row) in enumerate(own.iterrows()):
+        if row["mean"] != row["mean"]:
+            axes.text(0.02 * limit, place, "–", va="center", color=_soft())
+            continue
+        spread = row.sd if row.sd == row.sd else 0.0
+        axes.barh(place, row["mean"], height=0.72, color=style(method).color, xerr=spread or None, error_kw={"ecolor": _soft(1), "elinewidth": 1.3, "capsize": 2.5})
+        text = f"{row['mean']:.1f}" + (f" ± {spread:.1f}" if row.runs > 1 else "")
+        axes.annotate(text, (row["mean"] + spread, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set(xlim=(0, limit * (1.42 if (own.runs > 1).any() else 1.2)), ylim=(len(own) - 0.45, -0.55))
+    axes.set_xticks([0, 25, 50, 75, 100] if full else axes.get_xticks()[axes.get_xticks() <= limit])
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+
+
+def tradeoff(records: pd.DataFrame, x: str = "specificity", y: str = "efficacy", model: str | None = None, name: str = "tradeoff") -> Figure:
+    """One metric against another, a point per method, a panel per data set; whiskers are ± one standard deviation over seeds."""
+    found = _by_seed(records, (x, y))
+    datasets, methods = list(records.dataset.unique()), in_order(records.method)
+
+    def draw(axes: Any) -> None:
+        for i, dataset in enumerate(datasets):
+            for method in methods:
+                own = found[(found.dataset == dataset) & (found.method == method)].set_index("metric")
+                if {x, y} <= set(own.index):
+                    look, (sx, sy) = style(method), own.sd.fillna(0)[[x, y]]
+                    axes[0, i].errorbar(own["mean"][x], own["mean"][y], sy or None, sx or None, color=look.color, marker=look.marker, markersize=9, linestyle="", elinewidth=1.4, label=look.name)
+            axes[0, i].set(xlabel=f"{x}, %", ylabel="" if i else f"{y}, %", title=texts(pd.Series([dataset], name="dataset"), 0)[0])
+            axes[0, i].margins(0.12)
+        axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
+
+    wide = _wide(found, datasets, (x, y))
+    points = "; ".join(f"{r['dataset']}, {style(r['method']).name}: {r[x]:.1f} and {r[y]:.1f}" for r in wide.to_dict("records"))
+    return Figure(draw, records, name, f"{x.capitalize()} against {y}, in percent, per method. {points}.", model, wide, (1.9 + 2.9 * len(datasets), 3.4), 2, ncols=len(datasets), sharey=True)
+
+
+def before_after(records: pd.DataFrame, method: str = "metake", model: str | None = None, name: str = "quickstart") -> Figure:
+    """Probability of answers before and after an edit: a pair of bars per probe.
+
+    records: prompt, answer, before, after; optionally probe, which groups them.
+    """
+    _require(records, "prompt", "answer", "before", "after")
+    labels = [textwrap.fill(f"{r['prompt']} … {r['answer']}", 34) for r in records.to_dict("records")]
+    labels = [f"{label}\n({probe})" for label, probe in zip(labels, records.probe, strict=True)] if "probe" in records else labels
+    color = style(method).color
+
+    def draw(axes: Any) -> None:
+        for i, (before, after) in enumerate(zip(records.before, records.after, strict=True)):
+            axes.barh(i - 0.19, before, height=0.34, color=style("pre-edit").color, label="" if i else "before the edit")
+            axes.barh(i + 0.19, after, height=0.34, color=color, label="" if i else "after")
+            for value, place in ((before, i - 0.19), (after, i + 0.19)):
+                axes.annotate(f"{value:.3f}" if value >= 0.0005 else "< 0.001", (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axes.set(xlim=(0, 1.12), xticks=(0, 0.25, 0.5, 0.75, 1), ylim=(len(records) - 0.4, -0.6), yticks=range(len(records)), yticklabels=labels, xlabel="probability of the answer")
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0, labelsize=9)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3)
+
+    pairs = "; ".join(f"{p} … {a}: {b:.3f} before, {c:.3f} after" for p, a, b, c in records[["prompt", "answer", "before", "after"]].itertuples(index=False))
+    summary = records[[c for c in ("probe", "prompt", "answer", "before", "after", "restored") if c in records]]
+    return Figure(draw, records, name, f"Probability of answers before and after an edit. {pairs}.", model, summary, (7.4, 0.9 + 0.62 * len(records)))

@@ -1,0 +1,278 @@
+"""Literal transcriptions of what the papers publish: d×d systems, one request at a time, full forwards. Slow on purpose.
+
+Columns as in the papers: keys K (d_in, n), residuals R (d_out, n), past keys Kₚ (d_in, N). Nothing here calls the part of
+the library that it checks: hooks, padding, positions, averaging and solves are written out again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.linalg import inv, solve
+from torch.nn.functional import kl_div
+from transformers.pytorch_utils import Conv1D
+
+from metake.model import LanguageModel
+from metake.requests import EditRequest
+
+CONTEXTS = ("{}", "I think that you are there. {}", "Because. {}")
+REQUESTS = (
+    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "late subject"),
+    EditRequest("{} was born in", "Beyoncé", "Berlin, Madrid", "long target"),
+    EditRequest("{} think that you are", "I", "there", "position 0"),
+    EditRequest("The Boeing flies to {}", "Rome", "Paris because the word is French", "subject last"),
+    EditRequest("The capital of {} is", "France", "a", "one token"),
+)
+
+
+def eye(d: int) -> Tensor:
+    return torch.eye(d, dtype=torch.float64)
+
+
+# Solves, (d_out, d_in), and gates, (n, d_in)
+
+def memit(K: Tensor, R: Tensor, C: Tensor, weight: float, Kp: Tensor | None = None) -> Tensor:
+    """MEMIT eq. 14; with Kₚ the sequential variant of AlphaEdit's repository."""
+    past = 0 if Kp is None else Kp @ Kp.T
+    return R @ solve(weight * C + past + K @ K.T, K).T
+
+
+def projector(C: Tensor, threshold: float) -> Tensor:
+    """AlphaEdit's code: left singular vectors of C with singular value under the threshold."""
+    U, S, _ = torch.linalg.svd(C)
+    return U[:, S < threshold] @ U[:, S < threshold].T
+
+
+def alphaedit_code(K: Tensor, R: Tensor, P: Tensor, ridge: float, Kp: Tensor) -> Tensor:
+    return solve(P @ (K @ K.T + Kp @ Kp.T) + ridge * eye(len(K)), P @ K @ R.T).T
+
+
+def alphaedit_paper(K: Tensor, R: Tensor, P: Tensor, ridge: float, Kp: Tensor) -> Tensor:
+    return R @ K.T @ P @ inv(Kp @ Kp.T @ P + K @ K.T @ P + ridge * eye(len(K)))
+
+
+def alphaedit_projected(K: Tensor, R: Tensor, P: Tensor, ridge: float, Kp: Tensor) -> Tensor:
+    K, Kp = P @ K, P @ Kp
+    return R @ K.T @ inv(Kp @ Kp.T + ridge * eye(len(K)) + K @ K.T)
+
+
+def rome(k: Tensor, r: Tensor, C: Tensor) -> Tensor:
+    """ROME: one request, (W + Δ) k = v exactly."""
+    u = inv(C) @ k
+    u = u / u.norm()
+    return torch.outer(r, u) / (u @ k)
+
+
+def emmet(K: Tensor, R: Tensor, C: Tensor, ridge: float) -> Tensor:
+    """EMMET as its optimality system: minimize tr(ΔCΔᵀ) + ‖ΔK − R‖²/ridge; ridge 0 is the equality constraint ΔK = R."""
+    d, n = K.shape
+    system = torch.cat([torch.cat([C, -K], 1), torch.cat([K.T, ridge * eye(n)], 1)])
+    return solve(system, torch.cat([torch.zeros(d, len(R), dtype=K.dtype), R.T]))[:d].T
+
+
+def gate_v1(K: Tensor, C: Tensor, ridge: float) -> Tensor:
+    """MetaKE's first version, eq. 7."""
+    return K.T @ inv(C + ridge * eye(len(K)) + K @ K.T)
+
+
+def gate_b3(K: Tensor, P: Tensor, ridge: float, Kp: Tensor) -> Tensor:
+    """MetaKE v3 eq. 8 and B.3."""
+    return K.T @ P @ inv(Kp @ Kp.T @ P + K @ K.T @ P + ridge * eye(len(K)))
+
+
+def gate_key_only(K: Tensor, ridge: float) -> Tensor:
+    """MetaKE's ablation without the structural gate."""
+    return K.T @ inv(K @ K.T + ridge * eye(len(K)))
+
+
+# Models
+
+@contextmanager
+def unchanged(lm: LanguageModel) -> Iterator[None]:
+    """Fails if a parameter, a buffer, a hook or a module's forward differs at the end, also after an error."""
+
+    def look() -> tuple[dict[str, Tensor], list]:
+        tensors = {k: t.clone() for k, t in (*lm.model.named_parameters(), *lm.model.named_buffers())}
+        marks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.__dict__.get("forward"), m.training) for m in lm.model.modules()]
+        return tensors, [*marks, *(p.grad is None and not p.requires_grad for p in lm.model.parameters())]
+
+    tensors, marks = look()
+    try:
+        yield
+    finally:
+        now, now_marks = look()
+        assert marks == now_marks
+        assert all(torch.equal(tensors[k], now[k]) for k in tensors | now)
+
+
+def weight(lm: LanguageModel, layer: int) -> torch.nn.Parameter:
+    return lm.model.get_submodule(lm.architecture.write.format(layer)).weight
+
+
+def stored(lm: LanguageModel, layer: int, matrix: Tensor) -> Tensor:
+    """A (d_out, d_in) matrix as the module keeps it."""
+    return matrix.T if isinstance(lm.model.get_submodule(lm.architecture.write.format(layer)), Conv1D) else matrix
+
+
+def padded(lm: LanguageModel, texts: Sequence[str]) -> dict[str, Tensor]:
+    batch = lm.tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="right")
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
+def lookup(lm: LanguageModel, template: str, subject: str) -> int:
+    return len(lm.tokenizer(template.split("{}")[0] + subject)["input_ids"]) - 1
+
+
+def target_ids(lm: LanguageModel, request: EditRequest) -> list[int]:
+    ids = lm.tokenizer(" " + request.target)["input_ids"]
+    return ids[1:] if ids[0] in (lm.tokenizer.bos_token_id, lm.tokenizer.unk_token_id) else ids
+
+
+def templates(request: EditRequest, contexts: Sequence[str]) -> list[str]:
+    return [c.replace("{}", request.prompt) for c in contexts]
+
+
+def rewriting(lm: LanguageModel, request: EditRequest, contexts: Sequence[str]) -> list[str]:
+    """The prompt in each context, with the target but its last token."""
+    taught = lm.tokenizer.decode(target_ids(lm, request)[:-1])
+    return [t.replace("{}", request.subject) + taught for t in templates(request, contexts)]
+
+
+def target_nll(lm: LanguageModel, log_p: Tensor, batch: dict[str, Tensor], request: EditRequest) -> Tensor:
+    """Mean over rows of the mean over target tokens; the last m tokens of each unpadded row predict them."""
+    target, rows = target_ids(lm, request), []
+    for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+        start = length - len(target)
+        assert batch["input_ids"][row, start + 1 : length].tolist() == target[:-1]
+        rows.append(-sum(log_p[row, start + j, y] for j, y in enumerate(target)) / len(target))
+    return sum(rows) / len(rows)
+
+
+def stage_one(lm: LanguageModel, request: EditRequest, contexts: Sequence[str], layer: int, rule) -> tuple[Tensor, Tensor, list[float]]:
+    """h, δ and the losses of one request: every row in full through the model, δ added by a hook at each lookup position."""
+    texts = [*rewriting(lm, request, contexts), f"{request.subject} is a"]
+    positions = [lookup(lm, t, request.subject) for t in (*templates(request, contexts), "{} is a")]
+    batch = padded(lm, texts)
+    delta = torch.zeros(lm.model.config.hidden_size, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=rule.step_size)
+    first: dict[str, Tensor] = {}
+
+    def plant(_, __, output):
+        state = output[0] if isinstance(output, tuple) else output
+        first.setdefault("h", state[0, positions[0]].detach().clone())
+        moved = state.clone()
+        for row, position in enumerate(positions):
+            moved[row, position] += delta
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    losses = []
+    handle = lm.model.get_submodule(lm.architecture.block.format(layer)).register_forward_hook(plant)
+    try:
+        for step in range(rule.steps):
+            optimizer.zero_grad()
+            log_p = torch.log_softmax(lm.model(**batch).logits, dim=-1)
+            now = log_p[-1, positions[-1]]
+            before = first.setdefault("p", now.detach().clone())
+            rows = {k: v[:-1] for k, v in batch.items()}
+            loss = target_nll(lm, log_p[:-1], rows, request) + rule.kl_weight * kl_div(before, now, log_target=True, reduction="sum")
+            loss = loss + rule.decay * delta.norm() / first["h"].norm() ** 2
+            losses.append(loss.item())
+            if loss < rule.stop_below or step == rule.steps - 1:
+                break
+            loss.backward()
+            optimizer.step()
+            limit = rule.clamp * first["h"].norm()
+            if delta.norm() > limit:
+                with torch.no_grad():
+                    delta *= limit / delta.norm()
+    finally:
+        handle.remove()
+    return first["h"], delta.detach(), losses
+
+
+@torch.no_grad()
+def at_lookup(lm: LanguageModel, template: str, subject: str, layer: int) -> tuple[Tensor, Tensor]:
+    """Input of the write module and output of the block at the subject's last token; one full prompt, one full forward."""
+    found, position = {}, lookup(lm, template, subject)
+    write, block = (lm.model.get_submodule(path.format(layer)) for path in (lm.architecture.write, lm.architecture.block))
+    handles = [
+        write.register_forward_pre_hook(lambda _, args: found.update(key=args[0][0, position].clone())),
+        block.register_forward_hook(lambda _, __, out: found.update(state=(out[0] if isinstance(out, tuple) else out)[0, position].clone())),
+    ]
+    lm.model(**padded(lm, [template.replace("{}", subject)]))
+    for handle in handles:
+        handle.remove()
+    return found["key"], found["state"]
+
+
+def keys(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int) -> Tensor:
+    """K, (d_in, n): averaged within a type of context (the plain prompt; the others), then over types."""
+    columns = []
+    for r in requests:
+        plain, *others = (at_lookup(lm, t, r.subject, layer)[0] for t in templates(r, contexts))
+        columns.append((plain + sum(others) / len(others)) / 2 if others else plain)
+    return torch.stack(columns, 1)
+
+
+def states(lm: LanguageModel, requests: Sequence[EditRequest], layer: int) -> Tensor:
+    """H, (d, n), of the plain prompts."""
+    return torch.stack([at_lookup(lm, r.prompt, r.subject, layer)[1] for r in requests], 1)
+
+
+def stage_two(
+    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layers: Sequence[int], Z: Tensor, update: Callable[[int, Tensor, Tensor], Tensor]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Δ and K per layer of the shared loop: reread everything, remaining share of the residual, d×d solve, write."""
+    kept = {layer: weight(lm, layer).detach().clone() for layer in layers}
+    deltas, all_keys = {}, {}
+    try:
+        for i, layer in enumerate(layers):
+            all_keys[layer] = keys(lm, requests, contexts, layer)
+            R = (Z - states(lm, requests, layers[-1])) / (len(layers) - i)
+            deltas[layer] = update(layer, all_keys[layer], R)
+            weight(lm, layer).data += stored(lm, layer, deltas[layer])
+    finally:
+        for layer, original in kept.items():
+            weight(lm, layer).data.copy_(original)
+    return deltas, all_keys
+
+
+def drift(lm: LanguageModel, request: EditRequest, weights: dict[str, Tensor], position: str) -> Tensor:
+    """Next-token log-probabilities of "{subject} is a", at the subject's last token or at the end."""
+    logits = functional_call(lm.model, weights, kwargs=padded(lm, [f"{request.subject} is a"])).logits[0]
+    return torch.log_softmax(logits, -1)[lookup(lm, "{} is a", request.subject) if position == "subject" else -1]
+
+
+def refinement(
+    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int, H: Tensor, initial: Tensor, M: Tensor, rule
+) -> tuple[Tensor, Tensor]:
+    """MetaKE's outer level with W_L really replaced by W_L + (V − H) M: V, (d, n), and the losses, (steps, n, 3)."""
+    name = lm.architecture.write.format(layer) + ".weight"
+    contexts = contexts if rule.prompts == "contexts" else ("{}",)
+    before = [drift(lm, r, {}, rule.locality_position).detach() for r in requests]
+    V = initial.clone().requires_grad_()
+    optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[rule.optimizer]([V], lr=rule.step_size)
+    history = []
+    for _ in range(rule.steps):
+        optimizer.zero_grad()
+        delta = (V - H) @ M
+        edited = {name: weight(lm, layer) + stored(lm, layer, delta if rule.feedback else delta.detach())}
+        losses = torch.stack([outer_loss(lm, r, contexts, edited, before[i], V[:, i], initial[:, i], rule) for i, r in enumerate(requests)])
+        history.append(losses.detach())
+        (losses * torch.tensor([rule.edit_weight, rule.locality_weight, rule.anchor_weight], dtype=losses.dtype)).sum().backward()
+        optimizer.step()
+    return V.detach(), torch.stack(history)
+
+
+def outer_loss(lm: LanguageModel, request: EditRequest, contexts: Sequence[str], edited: dict[str, Tensor], before: Tensor, v: Tensor, v_init: Tensor, rule) -> Tensor:
+    """L_edit, L_loc and L_reg of one request on the virtually edited model."""
+    batch = padded(lm, rewriting(lm, request, contexts))
+    log_p = torch.log_softmax(functional_call(lm.model, edited, kwargs=batch).logits, -1)
+    after = drift(lm, request, edited, rule.locality_position)
+    p, q = (after, before) if rule.locality_direction == "post_pre" else (before, after)
+    scale = {"sum": 1, "mean": len(v), "relative": (v_init**2).sum()}[rule.anchor_norm]
+    return torch.stack([target_nll(lm, log_p, batch, request), (p.exp() * (p - q)).sum(), ((v - v_init) ** 2).sum() / scale])
