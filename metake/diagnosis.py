@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from metake.editor import Editor, EditorState
+from metake.errors import ParameterError
 from metake.geometry import KeyStatistics
 from metake.keys import KeyReader
 from metake.model import LanguageModel
@@ -58,6 +59,8 @@ def diagnose(
     realized; epsilon: norm that may stay unrealized; both as shares of ‖h‖ if `relative`, else in the model's units.
     Raises RequestError for requests that cannot be edited, ParameterError if tau or epsilon is not positive.
     """
+    if not (tau > 0 and epsilon > 0):
+        raise ParameterError(f"tau and epsilon must be > 0; found tau={tau}, epsilon={epsilon}")
     requests = list(requests)
     check_batch(requests)
     state = statistics if isinstance(statistics, EditorState) else editor.init(lm, statistics)

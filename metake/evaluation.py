@@ -97,7 +97,10 @@ class Evaluation:
         return shares
 
     def __getitem__(self, name: str) -> float:
-        return self.metrics[name]
+        """One metric, in percent. Raises ParameterError, naming those there are, if these cases have no probe for it."""
+        if name not in (metrics := self.metrics):
+            raise ParameterError(near_misses(str(name), metrics, "metric of these cases"))
+        return metrics[name]
 
     def records(self) -> list[dict[str, Any]]:
         """One plain dictionary per case, as `metake run` writes them."""
@@ -128,18 +131,18 @@ def evaluate(
     cases = list(cases)
     if not cases:
         raise ParameterError("a metric of zero cases is undefined: give at least one case")
+    if before is not None and not _same_cases(lm, cases, before.cases):
+        raise ParameterError("`before` was evaluated on other cases than these; evaluate the same cases before and after")
     pairs = [(p.prompt, text) for c in cases for p in c.probes if p.kind in NAMES for text in (p.target, p.rival) if text is not None]
     readings = dict(zip(pairs, read(lm, pairs, tokens), strict=True))
     written = _generate(lm, cases, length, seed) if generate else [()] * len(cases)
-    scores = tuple(_case(c, readings, texts) for c, texts in zip(cases, written, strict=True))
-    if before is not None and list(map(_asked, before.cases)) != list(map(_asked, scores)):
-        raise ParameterError("`before` was evaluated on other cases than these; evaluate the same cases before and after")
-    return Evaluation(scores, before)
+    return Evaluation(tuple(_case(c, readings, texts) for c, texts in zip(cases, written, strict=True)), before)
 
 
-def _asked(case: CaseScore) -> tuple:
-    """What a case's scores tell of what it asked: id, kinds of its probes, lengths of their targets."""
-    return case.id, [(p.kind, len(p.target.greedy)) for p in case.probes]
+def _same_cases(lm: LanguageModel, cases: list[EditCase], scores: Sequence[CaseScore]) -> bool:
+    """Whether these scores can be those of these cases: ids, kinds of the probes, lengths of their targets."""
+    asked = [(c.request.id, [(p.kind, len(continuation(lm.tokenizer, p.target))) for p in c.probes if p.kind in NAMES]) for c in cases]
+    return asked == [(c.id, [(p.kind, len(p.target.greedy)) for p in c.probes]) for c in scores]
 
 
 def _case(case: EditCase, readings: dict[tuple[str, str], Reading], texts: tuple[str, ...]) -> CaseScore:

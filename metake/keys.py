@@ -29,7 +29,7 @@ class KeyReader:
         self.start = -1
 
     def _index(self, positions: Sequence[int]) -> Tensor:
-        return torch.tensor(positions, device=self.lm.device)
+        return torch.tensor(positions, dtype=torch.long, device=self.lm.device)
 
     @torch.no_grad()
     def read(self, layer: int) -> tuple[Tensor, Tensor]:

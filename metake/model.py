@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.pytorch_utils import Conv1D
@@ -69,15 +70,26 @@ class LanguageModel:
         self.model.eval().requires_grad_(False)
         self._check()
 
-    @torch.no_grad()
-    def _check(self) -> None:
-        """One two-token forward with hooks: the row must name modules of the expected shapes. Raises ArchitectureError."""
-        row, kind, width = self.architecture, self.model.config.model_type, self.width
-        for what, path in (("block", row.block), ("mlp", row.mlp), ("write", row.write), ("attention", row.attention)):
+    def _check_paths(self) -> None:
+        """The row must name modules that exist, one set a block, each where its name says. Raises ArchitectureError."""
+        row, kind = self.architecture, self.model.config.model_type
+        correct = f"correct metake.ARCHITECTURES[{kind!r}]"
+        for what, whole in (("block", ""), ("mlp", "block"), ("write", "mlp"), ("attention", "block")):
+            path = getattr(row, what)
+            if path.count("{}") != 1:
+                raise ArchitectureError(f"row {kind!r} names {what} = {path!r}, which must contain exactly one {{}} for the block's number; {correct}")
             try:
                 self.model.get_submodule(path.format(0))
             except AttributeError:
-                raise ArchitectureError(f"row {kind!r} names {what} = {path.format(0)!r}, but the model has no such module; correct metake.ARCHITECTURES[{kind!r}]") from None
+                raise ArchitectureError(f"row {kind!r} names {what} = {path.format(0)!r}, but the model has no such module; {correct}") from None
+            if whole and not f"{path}.".startswith(f"{getattr(row, whole)}."):
+                raise ArchitectureError(f"row {kind!r} names {what} = {path!r}, which is not inside its {whole} = {getattr(row, whole)!r}; {correct}")
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """One two-token forward with hooks: the row must name modules of the expected shapes. Raises ArchitectureError."""
+        self._check_paths()
+        row, kind, width = self.architecture, self.model.config.model_type, self.width
         seen: dict[str, Any] = {}
         block, write = self.block(0), self.write(0)
         handles = [block.register_forward_hook(lambda *a: seen.__setitem__("block", a[2])), write.register_forward_pre_hook(lambda _, a: seen.__setitem__("key", a[0]))]
@@ -86,12 +98,12 @@ class LanguageModel:
         finally:
             for handle in handles:
                 handle.remove()
-        key, d_in = seen["key"].shape[-1], self.shape(row.write.format(0))[1]
-        out = hidden(seen["block"])
-        if key != d_in or tuple(out.shape) != (1, 2, width):
+        key, (d_out, d_in) = seen["key"].shape[-1], self.shape(row.write.format(0))
+        out = tuple(hidden(seen["block"]).shape)
+        if (d_out, d_in) != (width, key) or out != (1, 2, width):
             raise ArchitectureError(
-                f"row {kind!r}: {row.write.format(0)!r} takes keys of width {key} but its weight has {d_in} columns, and "
-                f"{row.block.format(0)!r} returns {tuple(out.shape)} where (1, 2, {width}) was expected; correct the row"
+                f"row {kind!r}: the weight of {row.write.format(0)!r} is {(d_out, d_in)} (d_out, d_in) where {(width, key)} was expected, and "
+                f"{row.block.format(0)!r} returns {out} where (1, 2, {width}) was expected; correct the row"
             )
         self.arity = len(seen["block"]) if isinstance(seen["block"], tuple) else 1
 
@@ -159,9 +171,11 @@ class LanguageModel:
 
     def _parameter(self, module: str) -> tuple[nn.Parameter, bool]:
         """The stored parameter, and whether it is stored transposed: asked of the module, never of the shape."""
-        owner = self.model.get_submodule(module)
-        if not isinstance(owner, nn.Linear | Conv1D):
-            raise ArchitectureError(f"{module!r} is a {type(owner).__name__}; only nn.Linear and Conv1D weights can be edited (quantized weights cannot)")
+        owner = dict(self.model.named_modules()).get(module)
+        stored = getattr(getattr(owner, "weight", None), "dtype", "no weight")
+        if not isinstance(owner, nn.Linear | Conv1D) or not stored.is_floating_point:
+            found = f"a {type(owner).__name__} ({stored})" if owner is not None else "missing"
+            raise ArchitectureError(f"{module!r} of {self.name!r} is {found}; only nn.Linear and Conv1D weights can be edited (quantized weights cannot)")
         return owner.weight, isinstance(owner, Conv1D)
 
     def shape(self, module: str) -> tuple[int, int]:
@@ -176,15 +190,19 @@ class LanguageModel:
 
     def write_weight(self, module: str, weight: Tensor) -> None:
         """Store (d_out, d_in), rounded to the parameter's dtype."""
-        view = self.weight(module)
-        if view.shape != weight.shape:
-            raise ArchitectureError(f"{module!r} is {tuple(view.shape)} (d_out, d_in); found {tuple(weight.shape)}")
-        view.copy_(weight)
+        self._fitting(module, weight).copy_(weight)
 
     def add(self, module: str, update: Any) -> None:
         """W ← W + Δ, summed in float64 and rounded once to the parameter's dtype."""
         delta = update.delta.to(device=self.device, dtype=torch.float64)
-        self.write_weight(module, self.weight(module).double() + delta)
+        view = self._fitting(module, delta)
+        view.copy_(view.double() + delta)
+
+    def _fitting(self, module: str, given: Tensor) -> Tensor:
+        view = self.weight(module)
+        if view.shape != given.shape:
+            raise ArchitectureError(f"{module!r} is {tuple(view.shape)} (d_out, d_in); found {tuple(given.shape)}")
+        return view
 
     @contextlib.contextmanager
     def scratch(self, modules: Sequence[str]) -> Iterator[None]:
@@ -251,8 +269,10 @@ def load(name: str | os.PathLike, dtype: str | torch.dtype | None = None, device
     """Load a model to edit: "tiny", "smollm2-135m", a hub name, or a local folder.
 
     dtype: default float32 (float64 for `tiny`), never taken silently from a checkpoint; device: default the best at hand.
-    Raises ParameterError for an unknown name or dtype, ArchitectureError if the table has no matching row.
+    Raises ParameterError for an unknown name, dtype or device, or a model that cannot be read; ArchitectureError if the
+    table has no matching row.
     """
+    place = _usable(device) if device else default_device()
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ParameterError(near_misses(dtype, DTYPES, "dtype"))
@@ -260,8 +280,20 @@ def load(name: str | os.PathLike, dtype: str | torch.dtype | None = None, device
     with no_bars_in_pipes():
         found = assets.resolve(os.fspath(name), source)
     dtype = dtype or (torch.float64 if os.fspath(name) == "tiny" else torch.float32)
-    with no_bars_in_pipes():
-        model = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(found.path)
+    try:
+        with no_bars_in_pipes():
+            model = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(found.path)
+    except (OSError, ValueError, SafetensorError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise ParameterError(f"{os.fspath(name)!r} cannot be loaded: {said} Expected a folder with config.json, weights and tokenizer, or a model of the hub.") from error
     origin = {"origin": found.origin, "revision": found.revision, "note": found.note}
-    return LanguageModel(model.to(torch.device(device) if device else default_device()), tokenizer, os.fspath(name), origin)
+    return LanguageModel(model.to(place), tokenizer, os.fspath(name), origin)
+
+
+def _usable(name: str | torch.device) -> torch.device:
+    """A device by name. Raises ParameterError if this machine or this torch has none such."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ParameterError(f"device {str(name)!r} cannot be used here; expected one that torch has, such as 'cpu', or none for {str(default_device())!r}, the best at hand") from error

@@ -18,11 +18,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 from metake import methods
 from metake.assets import atomic_path
-from metake.editor import Editor, EditorState
+from metake.editor import Editor, EditorState, digest_of
 from metake.errors import ParameterError, ProvenanceError, RequestError, near_misses
 from metake.evaluation import Evaluation, evaluate
 from metake.facts import facts
@@ -30,9 +28,9 @@ from metake.geometry import Conditioned, KeyStatistics, condition
 from metake.model import LanguageModel, load, peak_memory, versions
 from metake.progress import progress
 from metake.requests import Cases, EditRequest, batches, counterfact, zsre
-from metake.statistics import Statistics, statistics
+from metake.statistics import statistics
 from metake.tokens import locate
-from metake.update import Edit, total
+from metake.update import Edit, load_tensors, save_tensors, total
 
 log = logging.getLogger("metake")
 
@@ -70,8 +68,8 @@ def read_cases(data: str) -> Cases:
     except RequestError as not_counterfact:
         try:
             return zsre(data)
-        except RequestError:
-            raise not_counterfact from None
+        except RequestError as not_zsre:
+            raise (not_zsre if "a ZsRE file" in str(not_counterfact) else not_counterfact) from None
 
 
 def select(lm: LanguageModel, cases: Cases, edits: int, seed: int) -> Cases:
@@ -86,18 +84,17 @@ def select(lm: LanguageModel, cases: Cases, edits: int, seed: int) -> Cases:
         request = cases[i].request
         try:
             locate(lm.tokenizer, request.prompt, request.subject)
-            reason = "second request about the same prompt and subject" if (request.prompt, request.subject) in seen else None
+            reason = "second request about the same prompt and subject" if request.text in seen else None
         except RequestError:
             reason = "subject ends inside a token"
         if reason:
             skipped[reason] = skipped.get(reason, 0) + 1
             continue
-        seen.add((request.prompt, request.subject))
+        seen.add(request.text)
         chosen.append(i)
     if len(chosen) < edits:
         raise ParameterError(f"{edits} edits were asked for, but the data has only {len(chosen)} usable cases for this model; skipped: {skipped or 'none'}")
-    picked = Cases([cases[i] for i in chosen], format=cases.format, source=cases.source, skipped=skipped)
-    return picked
+    return Cases([cases[i] for i in chosen], cases.format, cases.source, skipped, cases.skipped_ids)
 
 
 def edit_sequence(lm: LanguageModel, editor: Editor, requests: Sequence[EditRequest], given: Mapping[int, KeyStatistics], size: int) -> Iterator[tuple[Edit, EditorState]]:
@@ -116,57 +113,78 @@ def run(config: RunConfig, out: str | Path, device: str | None = None) -> Evalua
     """
     out = Path(out)
     editor = methods.method(config.method, config.model, seed=config.seed, **config.changes)
-    _claim(out, config)
+    resumes = holds(out, config)
     lm = load(config.model, config.dtype, device)
     cases = select(lm, read_cases(config.data), config.edits, config.seed)
-    given = statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens)
+    state = editor.init(lm, statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens))
+    out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     original = evaluate(lm, cases, config.generate, seed=config.seed)
+    if not resumes:  # claimed only now: a setting that cannot be carried out leaves nothing behind
+        with atomic_path(out / "config.json") as temporary:
+            temporary.write_text(json.dumps(asdict(config), indent=1, sort_keys=True) + "\n", encoding="utf-8")
     with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
-        edits = _resume(lm, editor, cases, given, config, out)
+        edits = _resume(lm, editor, cases, state, config.batch, out)
         result = evaluate(lm, cases, config.generate, original, config.seed)
     seconds = {"total": time.perf_counter() - started, **total(edits).record.seconds}
     _report(out, config, cases, original, result, edits[0], seconds, peak_memory(lm.device))
     return result
 
 
-def _claim(out: Path, config: RunConfig) -> None:
-    file, text = out / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True)
-    if file.is_file():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ProvenanceError(f"{file} is damaged ({error}); choose another folder, or remove this one") from error
-        changed = sorted(k for k in {*found, *json.loads(text)} if found.get(k) != json.loads(text).get(k))
-        if changed:
+def holds(out: Path, config: RunConfig) -> bool:
+    """Whether a folder holds the run of this configuration. Raises ParameterError if it holds anything else."""
+    if (out / "config.json").is_file():
+        found, wanted = _read_config(out), json.loads(json.dumps(asdict(config)))
+        if changed := sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k)):
             raise ParameterError(f"{out} holds a run with another {', '.join(changed)}; choose another folder, or repeat that run's settings to resume it")
-    elif out.exists() and any(out.iterdir()):
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ParameterError(f"{out} is not empty and holds no run; choose another folder")
-    else:
-        with atomic_path(file) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+    return False
 
 
-def _resume(lm: LanguageModel, editor: Editor, cases: Cases, given: Statistics, config: RunConfig, out: Path) -> list[Edit]:
+def _read_config(out: Path) -> dict[str, Any]:
+    """The settings in a run's folder. Raises ProvenanceError if the file is damaged."""
+    try:
+        found = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        RunConfig(**found)
+    except (ValueError, TypeError) as error:
+        raise ProvenanceError(f"{out / 'config.json'} is damaged, or of another version ({error}); choose another folder, or remove this one") from error
+    return found
+
+
+def _resume(lm: LanguageModel, editor: Editor, cases: Cases, state: EditorState, size: int, out: Path) -> list[Edit]:
     """Apply the batches already on disk, compute and save the rest; the model is left edited."""
-    state, edits = editor.init(lm, given), []
-    for number, batch in enumerate(progress(list(batches([c.request for c in cases], config.batch)), "batches")):
+    edits = []
+    for number, batch in enumerate(progress(list(batches([c.request for c in cases], size)), "batches")):
         folder = out / "batches" / f"{number:04d}"
         if folder.is_dir():
-            edit = Edit.load(folder)
-            if edit.record.requests != tuple(r.id for r in batch):
-                raise ProvenanceError(f"{folder} holds the edit of other requests than this run's; the data has changed: choose another folder")
-            keys = {int(k): t.to(lm.device) for k, t in load_file(folder / "keys.safetensors").items()}
-            metrics = {i: condition(state.metrics[i], keys[i]) if i in keys else state.metrics[i] for i in editor.layers}
-            state = replace(state, metrics=metrics, edits=state.edits + len(batch), contexts=edit.record.context_templates)
+            edit, state = _load_batch(folder, batch, state, lm.device)
         else:
             edit, state = editor.step(lm, batch, state)
             with atomic_path(folder) as temporary:
                 edit.save(temporary)
-                save_file({str(i): m.past[-len(batch) :].cpu().contiguous() for i, m in state.metrics.items() if isinstance(m, Conditioned)}, temporary / "keys.safetensors")
+                save_tensors({str(i): m.past[-len(batch) :] for i, m in state.metrics.items() if isinstance(m, Conditioned)}, temporary / "keys.safetensors")
         edit.apply(lm)
         edits.append(edit)
     return edits
+
+
+def _load_batch(folder: Path, batch: list[EditRequest], state: EditorState, device: Any) -> tuple[Edit, EditorState]:
+    """A batch's edit and the state after it, from disk. Raises ProvenanceError if it is damaged, or not of these requests."""
+    edit = Edit.load(folder)
+    for what, found, expected in (
+        ("requests", edit.record.requests_digest, digest_of(batch)),
+        ("key statistics", edit.record.statistics_digest, state.statistics_digest),
+    ):
+        if found != expected:
+            raise ProvenanceError(f"{folder} holds the edit of other {what} than this run's; the data, text or model has changed: choose another folder")
+    try:
+        keys = {int(k): t.to(device) for k, t in load_tensors(folder / "keys.safetensors")[0].items()}
+    except (OSError, ValueError) as error:
+        raise ProvenanceError(f"{folder} is damaged ({error}); remove it to compute it again") from error
+    metrics = {i: condition(m, keys[i]) if i in keys else m for i, m in state.metrics.items()}
+    return edit, replace(state, metrics=metrics, edits=state.edits + len(batch), contexts=edit.record.context_templates)
 
 
 def _report(out: Path, config: RunConfig, cases: Cases, before: Evaluation, after: Evaluation, first: Edit, seconds: dict, peak: int) -> None:
@@ -187,7 +205,7 @@ def open_run(folder: str | Path) -> tuple[RunConfig, list[Edit]]:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ParameterError(f"{folder} holds no run (no config.json); make one with: metake run --out {folder}")
-    config = RunConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = RunConfig(**_read_config(folder))
     edits = [Edit.load(f) for f in sorted((folder / "batches").glob("[0-9]*"))]
     if not edits:
         raise ParameterError(f"{folder} has no finished batch yet; go on with: metake run --out {folder} and the same settings")
@@ -199,8 +217,11 @@ def reevaluate(folder: str | Path, device: str | None = None) -> Evaluation:
     config, edits = open_run(folder)
     lm = load(config.model, config.dtype, device)
     cases = select(lm, read_cases(config.data), config.edits, config.seed)
-    done = sum(len(e.record.requests) for e in edits)
-    original = evaluate(lm, cases[:done], config.generate, seed=config.seed)
-    for edit in edits:
-        edit.apply(lm)
-    return evaluate(lm, cases[:done], config.generate, original, config.seed)
+    done = [id for e in edits for id in e.record.requests]
+    if done != [c.request.id for c in cases[: len(done)]]:
+        raise ProvenanceError(f"{folder} holds edits of other cases than {config.data} gives now: the data has changed")
+    original = evaluate(lm, cases[: len(done)], config.generate, seed=config.seed)
+    with lm.scratch(edits[0].modules):
+        for edit in edits:
+            edit.apply(lm)
+        return evaluate(lm, cases[: len(done)], config.generate, original, config.seed)

@@ -97,6 +97,6 @@ def feasible_interval(association: Tensor, tau: float | Tensor, epsilon: float |
     both in the residual's units. Returns (lower, upper), each (n,); γ = 0 gives lower = inf.
     """
     tau, epsilon = (torch.as_tensor(x, dtype=association.dtype, device=association.device) for x in (tau, epsilon))
-    if (tau <= 0).any() or (epsilon <= 0).any():
+    if not ((tau > 0).all() and (epsilon > 0).all()):
         raise ParameterError(f"tau and epsilon must be > 0; found tau={tau.tolist()}, epsilon={epsilon.tolist()}")
     return tau / attenuation(association), epsilon * (1 + association)

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from metake import assets
 from metake.errors import ParameterError, StatisticsError
@@ -23,6 +21,7 @@ from metake.recipes import recipe
 from metake.model import LanguageModel
 from metake.progress import progress
 from metake.tokens import buckets, encode, pad
+from metake.update import load_tensors, save_tensors
 
 log = logging.getLogger("metake")
 
@@ -44,24 +43,18 @@ class Statistics(dict[int, KeyStatistics]):
         for layer, one in self.items():
             values, vectors = one._eigh
             tensors |= {f"{layer}.moment": one.moment, f"{layer}.values": values, f"{layer}.vectors": vectors}
-        tensors = {k: t.cpu().contiguous() for k, t in tensors.items()}
         counts = {str(layer): one.count for layer, one in self.items()}
-        meta = {"digest": self.digest, "source": json.dumps(self.source), "counts": json.dumps(counts), "checksum": _checksum(tensors)}
         with assets.atomic_path(Path(path)) as temporary:
-            save_file(tensors, temporary, meta)
+            save_tensors(tensors, temporary, {"digest": self.digest, "source": json.dumps(self.source), "counts": json.dumps(counts)})
 
     @classmethod
     def load(cls, path: str | os.PathLike, digest: str | None = None, device: torch.device | str = "cpu") -> Statistics:
         """Read what `save` wrote. Raises StatisticsError if the file is damaged, or not the one `digest` names."""
         try:
-            with safe_open(path, "pt") as file:
-                meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors, meta = load_tensors(path)
             counts, source = json.loads(meta["counts"]), json.loads(meta["source"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError) as error:
             raise StatisticsError(f"{path} is damaged or holds no key statistics ({error}); remove it and compute them again") from error
-        if _checksum(tensors) != meta.get("checksum"):
-            raise StatisticsError(f"{path} is damaged: its checksum does not fit its content; remove it and compute them again")
         if digest is not None and meta["digest"] != digest:
             raise StatisticsError(f"{path} holds statistics {meta['digest'][:12]}… of another model or text ({source}); expected {digest[:12]}…")
         layers = {}
@@ -69,13 +62,6 @@ class Statistics(dict[int, KeyStatistics]):
             one = layers[int(layer)] = KeyStatistics(tensors[f"{layer}.moment"].to(device), count)
             one.__dict__["_eigh"] = (tensors[f"{layer}.values"].to(device), tensors[f"{layer}.vectors"].to(device))
         return cls(layers, meta["digest"], source)
-
-
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].numpy().tobytes())
-    return digest.hexdigest()
 
 
 def documents(text: str = "embedded") -> list[str]:
@@ -101,7 +87,7 @@ def _hub_documents(name: str, limit: int = 100_000) -> Iterable[str]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ParameterError("text from the hub needs the package 'datasets': pip install 'metake[hub]'") from None
+        raise ParameterError("text from the hub needs the package 'datasets': pip install datasets") from None
     dataset, _, config = name.partition(":")
     for i, record in enumerate(load_dataset(dataset, config or None, split="train", streaming=True)):
         if i == limit:
@@ -127,9 +113,11 @@ def statistics(
     from documents shuffled by `seed` and cut to `context` tokens. Raises StatisticsError if the text is too short to
     say anything about d_in directions. Cost: one forward pass over the text up to the last layer, and one `eigh` each.
     """
-    layers = sorted(layers if layers is not None else recipe(lm.name).layers)
-    found = documents(text)
-    digest = _digest(lm, found, layers, tokens, context, seed)
+    layers = sorted({*(layers if layers is not None else recipe(lm.name).layers)})
+    if not layers:
+        raise ParameterError("statistics of no layers were asked for; name at least one")
+    rows = _rows(lm, documents(text), tokens, context, seed)
+    digest = _digest(lm, rows, layers)
     path = assets.cache_dir() / "statistics" / f"{digest}.safetensors"
     if cache and path.exists():
         try:
@@ -137,7 +125,6 @@ def statistics(
         except StatisticsError as error:
             log.warning("%s", error)
             path.unlink()
-    rows = _rows(lm, found, tokens, context, seed)
     result = Statistics(_stream(lm, rows, layers), digest, {"text": text if text == "embedded" else Path(text).name, "tokens": sum(map(len, rows)), "model": lm.name})
     if cache:
         result.save(path)
@@ -177,13 +164,13 @@ def _stream(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int]) -
     return sums
 
 
-def _digest(lm: LanguageModel, found: list[str], layers: list[int], tokens: int | None, context: int, seed: int) -> str:
-    """SHA-256 of everything that the statistics depend on: the blocks up to the last layer, the text, the choices."""
-    digest = hashlib.sha256(json.dumps(["v1", layers, tokens, context, seed, str(lm.dtype), lm.tokenizer.get_vocab()], sort_keys=True).encode())
-    for line in found:
-        digest.update(line.encode() + b"\0")
-    parts = [lm.model.get_input_embeddings(), *lm.blocks[: layers[-1] + 1]]
-    for part in parts:
-        for tensor in part.state_dict().values():
-            digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
+def _digest(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int]) -> str:
+    """SHA-256 of everything that the statistics depend on: configuration, weights up to the last layer, tokens, layers."""
+    config = {k: v for k, v in lm.model.config.to_diff_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(["v2", layers, str(lm.dtype), config, rows], sort_keys=True, default=str).encode())
+    later = {id(t) for block in lm.blocks[layers[-1] + 1 :] for t in block.state_dict(keep_vars=True).values()}
+    for name, tensor in lm.model.base_model.state_dict(keep_vars=True).items():
+        if id(tensor) not in later:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -20,7 +20,7 @@ from metake.model import LanguageModel
 from metake.objective import Bucket
 from metake.progress import progress
 from metake.requests import EditRequest
-from metake.tokens import Padded, Row, buckets, locality_rows, rewriting_rows
+from metake.tokens import Padded, Row, buckets, locality_rows, pad, rewriting_rows
 
 log = logging.getLogger("metake")
 
@@ -114,16 +114,18 @@ def _work(lm: LanguageModel) -> torch.dtype:
 def _resumable(lm: LanguageModel, rows: list[Row], layer: int) -> _Resumable:
     bucket = Bucket.of(rows, lm.device, align=True)
     batch, start = bucket.batch, max(r.lookup for r in rows)
-    cache = DynamicCache()
-    with reading(outputs={"state": lm.block(layer)}, then=lambda t: t[:, start:]) as found:
-        with torch.no_grad():
-            lm.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, past_key_values=cache, use_cache=True)
+    right, row = pad([r.ids for r in rows], lm.device), torch.arange(len(rows), device=lm.device)[:, None]
+    column = (torch.arange(batch.ids.shape[1], device=lm.device) - batch.shift[:, None]).clamp(0, right.ids.shape[1] - 1)
+    cache = DynamicCache()  # filled from rows padded on the right, then aligned: a query that sees only padding may be NaN
+    with reading(outputs={"state": lm.block(layer)}, then=lambda t: t[row, column[:, start:]]) as found:
+        lm.model.base_model(input_ids=right.ids, attention_mask=right.mask, position_ids=right.positions, past_key_values=cache, use_cache=True)
     prefix: list[tuple[Tensor, Tensor] | None] = []
     for i, entry in enumerate(cache.layers):  # blocks up to `layer` do not run again; the first one reports the length
-        prefix.append((entry.keys[:, :, :start].clone(), entry.values[:, :, :start].clone()) if i == 0 or i > layer else None)
+        aligned = (t.transpose(1, 2)[row, column[:, :start]].transpose(1, 2) for t in (entry.keys, entry.values))
+        prefix.append(tuple(aligned) if i == 0 or i > layer else None)
     active = Padded(batch.ids[:, start:], batch.mask[:, start:], batch.positions[:, start:], batch.shift)
     bucket.batch, bucket.column = active, bucket.column - start
-    return _Resumable(bucket, batch.mask, prefix, found["state"].clone())
+    return _Resumable(bucket, batch.mask, prefix, found["state"])
 
 
 def _score(lm: LanguageModel, part: _Resumable, delta: Tensor, layer: int) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ class Padded(NamedTuple):
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Token ids as the model expects a text to begin: with its special tokens (BOS), if it has any."""
-    return tuple(tokenizer(text)["input_ids"])
+    return tuple(tokenizer(text, verbose=False)["input_ids"])  # not verbose: a text may be longer than the model's window
 
 
 def continuation(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -74,7 +74,7 @@ def locate(tokenizer: Any, template: str, subject: str) -> Located:
         raise RequestError(f"prompt {template!r} must contain exactly one '{{}}' where the subject goes")
     upto, full = encode(tokenizer, prefix + subject), encode(tokenizer, prefix + subject + suffix)
     if full[: len(upto)] != upto:
-        torn = tokenizer.decode(full[len(upto) - 1])
+        torn = tokenizer.decode(next((t for t, u in zip(full, upto, strict=False) if t != u), full[-1]))
         raise RequestError(
             f"subject {subject!r} in {template!r} ends inside the token {torn!r}, so it has no last token of its own; "
             "put a space or punctuation after '{}', or choose another subject"
@@ -141,15 +141,15 @@ def pad(rows: Sequence[Sequence[int]], device: Any, align: Sequence[int] | None 
 
 def buckets(sizes: Sequence[int | tuple[int, ...]], budget: int) -> Iterator[list[int]]:
     """Indices of rows of similar size, in groups whose padded rectangle holds at most `budget` tokens (at least one row)."""
-    width = [sum(s) if isinstance(s, tuple) else s for s in sizes]
-    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i), reverse=True)
+    parts = [s if isinstance(s, tuple) else (s,) for s in sizes]  # of a row: each is padded on its own
     group: list[int] = []
-    widest = 0
-    for i in order:
-        if group and max(widest, width[i]) * (len(group) + 1) > budget:
+    widest: tuple[int, ...] = ()
+    for i in sorted(range(len(sizes)), key=lambda i: (parts[i], i), reverse=True):
+        grown = tuple(map(max, widest or parts[i], parts[i]))
+        if group and sum(grown) * (len(group) + 1) > budget:
             yield group
-            group, widest = [], 0
+            group, grown = [], parts[i]
         group.append(i)
-        widest = max(widest, width[i])
+        widest = grown
     if group:
         yield group

@@ -7,20 +7,23 @@ A model is anything with `weight(module)`, `add(module, delta)`, `scratch(module
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from metake.errors import ParameterError, ProvenanceError
+from metake.errors import ArchitectureError, ParameterError, ProvenanceError
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class EditRecord:
     peak_memory: int = 0  # bytes
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> EditRecord:
@@ -132,7 +135,10 @@ class Edit:
     def check_base(self, model: Any) -> None:
         """Raise ProvenanceError unless every weight to be edited has the digest that the record names."""
         for module, expected in self.record.weights.items():
-            found = model.digest(module)
+            try:
+                found = model.digest(module)
+            except ArchitectureError as error:
+                raise ProvenanceError(f"the edit was made on {self.record.base.get('id', '?')!r}; apply it to that base: {error}") from error
             if found != expected:
                 raise ProvenanceError(
                     f"{module} of {model.name!r} has SHA-256 {found[:12]}…, but the edit was made on {expected[:12]}… "
@@ -150,7 +156,7 @@ class Edit:
             requests_digest="",
             layers={},
             trace={},
-            seconds={k: self.record.seconds.get(k, 0) + v for k, v in other.record.seconds.items()},
+            seconds={k: sum(e.record.seconds.get(k, 0.0) for e in (self, other)) for k in {**self.record.seconds, **other.record.seconds}},
             peak_memory=max(self.record.peak_memory, other.record.peak_memory),
         )
         return Edit(updates, record)
@@ -167,20 +173,20 @@ class Edit:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Edit:
-        """Read an edit that `save` wrote. Raises ProvenanceError if the folder is not one."""
+        """Read an edit that `save` wrote. Raises ProvenanceError if the folder is not one, or damaged."""
         folder = Path(folder)
         if not (folder / "record.json").is_file() or not (folder / "edit.safetensors").is_file():
             raise ProvenanceError(f"{folder} holds no saved edit (expected edit.safetensors and record.json)")
         parts: dict[str, dict[str, Tensor]] = {}
         try:
             record = EditRecord.from_json((folder / "record.json").read_text(encoding="utf-8"))
-            for name, tensor in load_file(folder / "edit.safetensors").items():
+            for name, tensor in load_tensors(folder / "edit.safetensors")[0].items():
                 module, part = name.rsplit(":", 1)
                 parts.setdefault(module, {})[part] = tensor
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            raise ProvenanceError(f"{folder} is damaged or no saved edit: {error}") from error
-        order = record.weights or parts
-        return cls(tuple(LayerUpdate(m, **parts[m]) for m in order), record)
+            updates = tuple(LayerUpdate(m, **parts[m]) for m in {**record.weights, **parts})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ProvenanceError(f"{folder} is damaged or no saved edit: {type(error).__name__}: {error}") from error
+        return cls(updates, record)
 
     def to_peft(self, folder: str | os.PathLike, rank: int | None = None) -> dict[str, float]:
         """Write a LoRA adapter that `PeftModel.from_pretrained(model, folder)` loads: B = left, A = right, scaling 1.
@@ -207,27 +213,57 @@ class Edit:
         }  # fmt: skip
         provenance = json.dumps({"discarded_energy": lost, "record": json.loads(self.record.to_json())}, indent=1, ensure_ascii=False)
         files = {"adapter_config.json": json.dumps(config, indent=1), "metake.json": provenance}
-        _write_folder(folder, "adapter_model.safetensors", tensors, files, marker="adapter_config.json")
+        _write_folder(folder, "adapter_model.safetensors", tensors, files, marker="metake.json")
         return lost
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, meta: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write tensors and texts to one safetensors file with a checksum of both."""
+    kept = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    save_file(kept, path, {**meta, "checksum": _checksum(kept, meta)})
+
+
+def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what `save_tensors` wrote. Raises OSError if there is no such file, ValueError if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            meta = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{Path(path).name} is truncated or not of this format: {error}") from error
+    if meta.pop("checksum", None) != _checksum(tensors, meta):
+        raise ValueError(f"the checksum of {Path(path).name} does not fit its content")
+    return tensors, meta
+
+
+def _checksum(tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(repr(sorted(meta.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _write_folder(folder: str | os.PathLike, weights: str, tensors: dict[str, Tensor], files: dict[str, str], marker: str) -> Path:
     """Write a folder under a temporary name and rename it; replaces only a folder that holds `marker`, never a stranger's."""
     folder = Path(folder)
-    if folder.exists() and not (folder / marker).is_file() and any(folder.iterdir()):
+    if folder.exists() and not (folder / marker).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise ParameterError(f"{folder} exists and is not of this kind (no {marker} in it); choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    retired = scratch.with_name(f"{scratch.name}.retired")
     try:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, scratch / weights)
+        save_tensors(tensors, scratch / weights)
         for name, text in files.items():
             (scratch / name).write_text(text, encoding="utf-8")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(retired)
         scratch.rename(folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    finally:
+        if retired.exists() and not folder.exists():
+            retired.rename(folder)
+        for left in (scratch, retired):
+            shutil.rmtree(left, ignore_errors=True)
     return folder
 
 

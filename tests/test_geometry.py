@@ -185,6 +185,20 @@ def test_singular_covariances_are_refused(missing: int):
         assert_close(dense(InverseCovariance(statistics, 1.0, 0.1)), torch.linalg.inv(statistics.covariance + 0.1 * reference.eye(20)), 1e-9)
 
 
+@pytest.mark.parametrize("rank", [1, 5, 8])
+def test_keys_of_a_subspace_make_a_singular_covariance_however_many(rank: int):
+    for seed in range(20):
+        with pytest.raises(StatisticsError, match="72 keys of dimension 9 is numerically singular"):
+            InverseCovariance(problem(rank=rank, seed=seed).flat)
+
+
+def test_directions_of_very_different_scale_are_not_singular():
+    scale = torch.logspace(-7, 7, 8, dtype=torch.float64)
+    keys = normal(100, 8)
+    expected = dense(InverseCovariance(second_moment(keys)))
+    assert_close(scale[:, None] * dense(InverseCovariance(second_moment(keys * scale))) * scale, expected)
+
+
 def test_ill_conditioned_covariances_are_not_refused():
     C = torch.diag(torch.logspace(-10, 0, 8, dtype=torch.float64))
     basis = torch.linalg.qr(normal(8, 8))[0]

@@ -1,4 +1,4 @@
-"""The pages as committed: outputs recorded, in order and clean, and no logic of their own.
+"""The pages as committed: outputs recorded, in order and clean, no logic of their own, and the verdicts that they show.
 
 nbval passes a notebook whose outputs were cleared; these tests do not.
 """
@@ -16,6 +16,7 @@ LOCAL_PATH = re.compile(r"(?:/home|/Users|/root|/tmp|/var/folders)/\w|[A-Z]:\\\\
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}
 LOGIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.AsyncFor, ast.While)
 
+VERDICTS = sorted((ROOT / "results" / "verdicts").glob("*.json"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -95,3 +96,12 @@ def test_page_holds_no_logic(path):
     assert not [type(node).__name__ for node in nodes if isinstance(node, LOGIC)], "logic belongs into the library"
     imported = [name for node in nodes for name in modules(node)]
     assert not [name for name in imported if name.split(".")[0] == "torch"], "a page does not import torch"
+
+
+@pytest.mark.parametrize("path", VERDICTS, ids=lambda path: path.stem)
+def test_verdict_is_the_one_its_page_shows(path):
+    verdict = json.loads(path.read_text("utf-8"))
+    shown = [output.get("data", {}).get("text/plain", "") for output in outputs(ROOT / "notebooks" / f"{verdict['page']}.ipynb")]
+    text = "\n".join("".join(lines) for lines in shown)
+    missing = [field for field in ("claim", "verdict", "decided_by") if verdict[field] not in text]
+    assert not missing, f"{path.name} was not written by the recorded run of its page: {missing} differ; use `make notebooks`"

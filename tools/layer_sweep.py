@@ -15,11 +15,11 @@ import metake as mk
 from metake.runs import read_cases, select
 
 
-def sweep(model: str, data: str, text: str, width: int, edits: int, stride: int, tokens: int | None, method: str, last: int | None) -> list[tuple[float, str]]:
+def sweep(model: str, data: str, text: str, width: int, edits: int, stride: int, tokens: int | None, method: str, first: int, last: int | None) -> list[tuple[float, str]]:
     lm = mk.load(model)
     cases = select(lm, read_cases(data), edits, seed=1)
     depth = min(last or lm.depth - 2, lm.depth - 2)
-    windows = [tuple(range(first, first + width)) for first in range(0, depth - width + 2, stride)]
+    windows = [tuple(range(start, start + width)) for start in range(first, depth - width + 2, stride)]
     statistics = mk.statistics(lm, text, layers=sorted({i for w in windows for i in w}), tokens=tokens)
     print("before", mk.evaluate(lm, cases))
     ranked = []
@@ -45,6 +45,7 @@ if __name__ == "__main__":
     parser.add_argument("--stride", type=int, default=2)
     parser.add_argument("--edits", type=int, default=10)
     parser.add_argument("--method", default="alphaedit")
+    parser.add_argument("--first", type=int, default=0, help="do not go below this layer")
     parser.add_argument("--last", type=int, help="do not go above this layer")
     args = parser.parse_args()
-    print("best:", sweep(args.model, args.data, args.text, args.width, args.edits, args.stride, args.text_tokens, args.method, args.last)[0][1])
+    print("best:", sweep(args.model, args.data, args.text, args.width, args.edits, args.stride, args.text_tokens, args.method, args.first, args.last)[0][1])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from metake.runs import RunConfig, run
+from metake.runs import RunConfig, holds, run
 
 PRIMARY = ("memit", "alphaedit", "metake")
 METRICS = ("efficacy", "generalization", "specificity", "specificity_pre_edit", "fluency", "consistency")
@@ -41,8 +41,9 @@ def comparison(
                 for place, method in enumerate(methods):
                     folder = Path(out or scratch) / f"{Path(source).stem}-{method}-{seed}"
                     sampled = generate and "zsre" not in Path(source).stem
-                    if not (folder / "summary.json").is_file():
-                        run(RunConfig(model, method, source, edits, batch, seed, text, text_tokens, generate=sampled), folder)
+                    config = RunConfig(model, method, source, edits, batch, seed, text, text_tokens, generate=sampled)
+                    if not (holds(folder, config) and (folder / "summary.json").is_file()):
+                        run(config, folder)
                     summaries.append({"dataset": name, "method": method, "seed": seed} | json.loads((folder / "summary.json").read_text(encoding="utf-8")))
                     for label, file in ([] if place else [("pre-edit", "before.jsonl")]) + [(method, "cases.jsonl")]:
                         rows += [{"dataset": name, "method": label, "seed": seed} | row for row in _cases(folder / file)]

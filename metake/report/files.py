@@ -88,7 +88,7 @@ def recorded(name: str) -> pd.DataFrame:
     path = _results(name)
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.jsonl"))) or "nothing"
-        raise ParameterError(f"nothing is recorded as results/{path.name}; recorded so far: {there}. Make it with: metake record --only {name} --model NAME")
+        raise ParameterError(f"nothing is recorded as results/{path.name}; recorded so far: {there}. Make it with: {_command(name)}")
     text = path.read_text(encoding="utf-8")
     try:
         header, *rows = map(json.loads, text.splitlines())
@@ -101,10 +101,15 @@ def recorded(name: str) -> pd.DataFrame:
         if any(not isinstance(row, dict) or row.keys() != rows[0].keys() for row in rows):
             raise ValueError("its records do not have the same columns")
     except ValueError as error:
-        raise ProvenanceError(f"results/{path.name} is damaged ({error}). Restore it from git, or remove it and make it again with: metake record --only {name}") from error
+        raise ProvenanceError(f"results/{path.name} is damaged ({error}). Restore it from git, or remove it and make it again with: {_command(name)}") from error
     frame = pd.DataFrame(rows)
     frame.attrs |= {"provenance": header["provenance"], "label": "recorded"}
     return frame
+
+
+def _command(name: str) -> str:
+    part, _, model = name.partition("-")
+    return f"metake record --only {part}" + f" --model {model}" * bool(model)
 
 
 def _results(name: str) -> Path:

@@ -26,12 +26,19 @@ def _require(records: pd.DataFrame, *columns: str) -> None:
 
 
 def _soft(alpha: float = 0.7) -> tuple[float, float, float, float]:
-    """The theme's ink, paler."""
+    """The ink, paler."""
     return mpl.colors.to_rgba(mpl.rcParams["text.color"], alpha)
 
 
+def _note(axes: Any, text: str, x: float, y: float) -> None:
+    """A number at the end of a bar."""
+    axes.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+
+
 def _log_axis(axis: Any) -> None:
-    """Whole powers of ten, written as numbers."""
+    """Powers of ten, and 2 and 5 between if there are few of them, written as numbers."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=9))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter("")
 
@@ -48,7 +55,7 @@ def attenuation_curve(records: pd.DataFrame, spectra: pd.DataFrame | None = None
 
     def draw(axes: Any) -> None:
         left = axes[0, 0]
-        low, high = single.gamma.min() / 3, single.gamma.max() * 3
+        low, high = min(single.gamma.min() / 3, 0.01), max(single.gamma.max() * 3, 10)
         gammas = [low * (high / low) ** (i / 200) for i in range(201)]
         left.plot(gammas, [g / (1 + g) for g in gammas], color=_soft(0.25), linewidth=6, solid_capstyle="round", zorder=1, label="γ/(1+γ)")
         for method in methods:
@@ -122,7 +129,8 @@ def dispersion(records: pd.DataFrame, model: str | None = None, name: str = "ass
 def _draw_cloud(axes: Any, row: int, labels: list[str], gamma: pd.Series, color: str, span: pd.Series) -> None:
     base = row + 0.32  # the density stands on it, the requests lie below
     frame = pd.DataFrame({"gamma": gamma, "row": labels[row]})
-    sns.violinplot(frame, x="gamma", y="row", order=labels, split=True, inner=None, cut=0, linewidth=0, color=color, saturation=1, alpha=0.45, density_norm="width", width=0.64, ax=axes)
+    half = {"split": True, "inner": None, "cut": 0, "linewidth": 0, "density_norm": "width", "width": 0.64}
+    sns.violinplot(frame, x="gamma", y="row", order=labels, color=color, saturation=1, alpha=0.45, ax=axes, **half)
     points = gamma.iloc[:: -(-len(gamma) // 300)]
     axes.scatter(points, [base + 0.08 + 0.17 * (i * 0.618034 % 1) for i in range(len(points))], s=8, color=color, alpha=0.6, linewidth=0)
     axes.plot([span.P5, span.P95], [base, base], color=_soft(1), linewidth=1.6, marker="|", markersize=9, markeredgewidth=1.6)
@@ -131,12 +139,19 @@ def _draw_cloud(axes: Any, row: int, labels: list[str], gamma: pd.Series, color:
 
 
 def _by_seed(records: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Mean and, over two seeds or more, standard deviation per data set, method and metric."""
+    """Mean and, where there are several seeds, standard deviation per data set, method and metric, in percent."""
     _require(records, "dataset", "method", *metrics)
-    long = records.melt(["dataset", "method"], list(metrics), "metric").dropna(subset="value")
-    found = long.groupby(["dataset", "method", "metric"], sort=False)["value"].agg(mean="mean", sd="std", runs="count").reset_index()
-    place = {m: i for i, m in enumerate(in_order(found.method))}
-    return found.sort_values("method", key=lambda c: c.map(place), kind="stable").reset_index(drop=True)
+    if "id" in records:
+        _require(records, "seed")
+        records = (100 * records.groupby(["dataset", "method", "seed"], sort=False)[list(metrics)].mean()).reset_index()
+    rows = []
+    for (dataset, method), group in records.groupby(["dataset", "method"], sort=False):
+        for metric in metrics:
+            values = group[metric].dropna()
+            if len(values):
+                sd = group[f"{metric}_sd"].iloc[0] if f"{metric}_sd" in group else values.std(ddof=0) if len(values) > 1 else float("nan")
+                rows.append({"dataset": dataset, "method": method, "metric": metric, "mean": values.mean(), "sd": sd})
+    return pd.DataFrame(rows)
 
 
 def _wide(found: pd.DataFrame, datasets: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
@@ -146,7 +161,7 @@ def _wide(found: pd.DataFrame, datasets: Sequence[str], metrics: Sequence[str]) 
         for method in in_order(found.method):
             own = found[(found.dataset == dataset) & (found.method == method)].set_index("metric")
             if len(own):
-                row = {"dataset": dataset, "method": method, "runs": int(own.runs.max())}
+                row = {"dataset": dataset, "method": method}
                 for metric in (m for m in metrics if m in own.index):
                     row |= {metric: own["mean"][metric]} | ({f"{metric} sd": own.sd[metric]} if found.sd.notna().any() else {})
                 rows.append(row)
@@ -156,7 +171,8 @@ def _wide(found: pd.DataFrame, datasets: Sequence[str], metrics: Sequence[str]) 
 def comparison_bars(records: pd.DataFrame, metrics: Sequence[str] = SHARES, model: str | None = None, name: str = "comparison") -> Figure:
     """Metrics per method, one row of panels per data set; whiskers are ± one standard deviation over seeds.
 
-    records: dataset, method, one column per metric, in percent; one row per run, so several seeds give several rows.
+    records: dataset, method, and a column per metric, in one of three forms: a row per case, with id and seed, in shares;
+    a row per run, in percent; a row per method, in percent, with the deviations as <metric>_sd.
     """
     found = _by_seed(records, metrics)
     datasets, methods = list(records.dataset.unique()), in_order(records.method)
@@ -166,13 +182,13 @@ def comparison_bars(records: pd.DataFrame, metrics: Sequence[str] = SHARES, mode
         for i, dataset in enumerate(datasets):
             for j, metric in enumerate(metrics):
                 own = found[(found.dataset == dataset) & (found.metric == metric)].set_index("method").reindex(methods)
-                _draw_bars(axes[i, j], own, full=metric not in ("fluency", "consistency"))
-                axes[i, j].set_title(metric.replace("_", " ").capitalize() + (", %" if metric != "fluency" else "") + ("" if len(datasets) > 1 else f" · {titles[i]}") if not i else "")
+                _draw_bars(axes[i, j], own, found[found.metric == metric])
+                axes[i, j].set_title("" if i else metric.replace("_", " ").capitalize() + ", %" * (metric != "fluency"))
             axes[i, 0].set_yticks(range(len(methods)), [style(m).name for m in methods])
-            axes[i, 0].set_ylabel(titles[i] if len(datasets) > 1 else "", fontweight="bold", labelpad=10)
+            axes[i, 0].set_ylabel(titles[i], fontweight="bold", labelpad=10)
 
     best = "; ".join(f"{d}, {m}: highest {style(r.method).name} with {r.mean:.1f}" for d in datasets for m in metrics for r in _top(found, d, m))
-    alt = f"Horizontal bars of {', '.join(metrics)} in percent for {', '.join(style(m).name for m in methods)} on {' and '.join(titles)}. {best}."
+    alt = f"Horizontal bars of {', '.join(metrics)} for {', '.join(style(m).name for m in methods)} on {' and '.join(titles)}. {best}."
     size = (1.6 + 2.35 * len(metrics), 0.8 + len(datasets) * (0.35 + 0.32 * len(methods)))
     return Figure(draw, records, name, alt, model, _wide(found, datasets, metrics), size, 2, nrows=len(datasets), ncols=len(metrics), sharex="col", sharey=True)
 
@@ -182,24 +198,30 @@ def _top(found: pd.DataFrame, dataset: str, metric: str) -> list[Any]:
     return list(own.nlargest(1, "mean").itertuples(index=False))
 
 
-def _draw_bars(axes: Any, own: pd.DataFrame, full: bool) -> None:
-    limit = 100 if full or own["mean"].isna().all() else own["mean"].max()
+def _draw_bars(axes: Any, own: pd.DataFrame, column: pd.DataFrame) -> None:
+    """One panel; `column` has the metric on all data sets, which share an axis."""
+    unbounded = column.metric.isin(["fluency", "consistency"]).any()
+    limit = column["mean"].max() if unbounded else 100
     for place, (method, row) in enumerate(own.iterrows()):
         if row["mean"] != row["mean"]:
-            axes.text(0.02 * limit, place, "–", va="center", color=_soft())
+            _note(axes, "–", 0, place)
             continue
         spread = row.sd if row.sd == row.sd else 0.0
-        axes.barh(place, row["mean"], height=0.72, color=style(method).color, xerr=spread or None, error_kw={"ecolor": _soft(1), "elinewidth": 1.3, "capsize": 2.5})
-        text = f"{row['mean']:.1f}" + (f" ± {spread:.1f}" if row.runs > 1 else "")
-        axes.annotate(text, (row["mean"] + spread, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set(xlim=(0, limit * (1.42 if (own.runs > 1).any() else 1.2)), ylim=(len(own) - 0.45, -0.55))
-    axes.set_xticks([0, 25, 50, 75, 100] if full else axes.get_xticks()[axes.get_xticks() <= limit])
+        whisker = {"ecolor": _soft(1), "elinewidth": 1.3, "capsize": 2.5}
+        axes.barh(place, row["mean"], height=0.72, color=style(method).color, xerr=spread or None, error_kw=whisker)
+        text = f"{row['mean']:.1f}" + (f" ± {spread:.1f}" if row.sd == row.sd else "")
+        _note(axes, text, row["mean"] + spread, place)
+    axes.set(xlim=(0, limit * (1.42 if column.sd.notna().any() else 1.2)), ylim=(len(own) - 0.45, -0.55))
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(3) if unbounded else mpl.ticker.FixedLocator([0, 25, 50, 75, 100]))
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
 
 
 def tradeoff(records: pd.DataFrame, x: str = "specificity", y: str = "efficacy", model: str | None = None, name: str = "tradeoff") -> Figure:
-    """One metric against another, a point per method, a panel per data set; whiskers are ± one standard deviation over seeds."""
+    """One metric against another, a point per method, a panel per data set; whiskers are ± one standard deviation over seeds.
+
+    records: as for `comparison_bars`.
+    """
     found = _by_seed(records, (x, y))
     datasets, methods = list(records.dataset.unique()), in_order(records.method)
 
@@ -209,14 +231,16 @@ def tradeoff(records: pd.DataFrame, x: str = "specificity", y: str = "efficacy",
                 own = found[(found.dataset == dataset) & (found.method == method)].set_index("metric")
                 if {x, y} <= set(own.index):
                     look, (sx, sy) = style(method), own.sd.fillna(0)[[x, y]]
-                    axes[0, i].errorbar(own["mean"][x], own["mean"][y], sy or None, sx or None, color=look.color, marker=look.marker, markersize=9, linestyle="", elinewidth=1.4, label=look.name)
+                    marks = {"color": look.color, "marker": look.marker, "markersize": 9, "linestyle": "", "elinewidth": 1.4, "label": look.name}
+                    axes[0, i].errorbar(own["mean"][x], own["mean"][y], sy or None, sx or None, **marks)
             axes[0, i].set(xlabel=f"{x}, %", ylabel="" if i else f"{y}, %", title=texts(pd.Series([dataset], name="dataset"), 0)[0])
             axes[0, i].margins(0.12)
         axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
 
     wide = _wide(found, datasets, (x, y))
     points = "; ".join(f"{r['dataset']}, {style(r['method']).name}: {r[x]:.1f} and {r[y]:.1f}" for r in wide.to_dict("records"))
-    return Figure(draw, records, name, f"{x.capitalize()} against {y}, in percent, per method. {points}.", model, wide, (1.9 + 2.9 * len(datasets), 3.4), 2, ncols=len(datasets), sharey=True)
+    alt = f"{x.capitalize()} against {y}, in percent, per method. {points}."
+    return Figure(draw, records, name, alt, model, wide, (1.9 + 2.9 * len(datasets), 3.4), 2, ncols=len(datasets), sharey=True)
 
 
 def before_after(records: pd.DataFrame, method: str = "metake", model: str | None = None, name: str = "quickstart") -> Figure:
@@ -234,12 +258,13 @@ def before_after(records: pd.DataFrame, method: str = "metake", model: str | Non
             axes.barh(i - 0.19, before, height=0.34, color=style("pre-edit").color, label="" if i else "before the edit")
             axes.barh(i + 0.19, after, height=0.34, color=color, label="" if i else "after")
             for value, place in ((before, i - 0.19), (after, i + 0.19)):
-                axes.annotate(f"{value:.3f}" if value >= 0.0005 else "< 0.001", (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
-        axes.set(xlim=(0, 1.12), xticks=(0, 0.25, 0.5, 0.75, 1), ylim=(len(records) - 0.4, -0.6), yticks=range(len(records)), yticklabels=labels, xlabel="probability of the answer")
+                _note(axes, f"{value:.3f}" if value >= 0.0005 else "< 0.001", value, place)
+        axes.set(xlim=(0, 1.12), xticks=(0, 0.25, 0.5, 0.75, 1), xlabel="probability of the answer")
+        axes.set(ylim=(len(records) - 0.4, -0.6), yticks=range(len(records)), yticklabels=labels)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0, labelsize=9)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3)
 
     pairs = "; ".join(f"{p} … {a}: {b:.3f} before, {c:.3f} after" for p, a, b, c in records[["prompt", "answer", "before", "after"]].itertuples(index=False))
-    summary = records[[c for c in ("probe", "prompt", "answer", "before", "after", "restored") if c in records]]
+    summary = records[[c for c in ("probe", "prompt", "answer", "before", "after", "restored") if c in records]].round(3)
     return Figure(draw, records, name, f"Probability of answers before and after an edit. {pairs}.", model, summary, (7.4, 0.9 + 0.62 * len(records)))

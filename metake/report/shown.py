@@ -38,7 +38,7 @@ class Shown:
 
 
 def texts(column: pd.Series, digits: int, noise: bool = False) -> list[str]:
-    """One column as text: `digits` decimals, or that many significant digits if it spans magnitudes. noise: show it."""
+    """One column as text: `digits` decimals, or significant digits if they would hide some of it. noise: show it."""
     column = column.infer_objects()
     if pd.api.types.is_bool_dtype(column):
         return ["yes" if v else "no" for v in column]
@@ -48,7 +48,7 @@ def texts(column: pd.Series, digits: int, noise: bool = False) -> list[str]:
     if pd.api.types.is_integer_dtype(column):
         return ["–" if v is pd.NA else str(v) for v in column]
     sizes = column.abs()[column.abs() >= NOISE]
-    form = f".{digits}f" if sizes.empty or (sizes.min() >= 10**-digits and sizes.max() < 1e6) else f"#.{digits}g"
+    form = f".{digits}f" if sizes.empty or (sizes.min() >= 10**-digits and sizes.max() < 1e6) else f"#.{max(digits, 3)}g"
     return [_number(float(v), form, noise) for v in column]
 
 
@@ -86,15 +86,20 @@ def badge(label: str, provenance: Mapping[str, Any] | None = None) -> str:
     return f'<span class="label label-{label}">{LABELS[label]}</span>{source}'
 
 
-def table(frame: pd.DataFrame, caption: str = "", digits: int = 2, label: str | None = None) -> Shown:
+def table(frame: pd.DataFrame, caption: str = "", digits: int = 2, label: str | None = None, source: pd.DataFrame | None = None) -> Shown:
     """A frame as an accessible table: caption, scopes, no empty header cell, aligned numbers.
 
-    A column `label` (recomputed, recorded, reported) becomes badges. Without one the caption carries the frame's label, or
-    the given one; "" for none. A named index becomes columns. digits: decimals.
+    A column `label` (recomputed, recorded, reported) becomes badges; if all are equal, one in the caption. Without it the
+    caption carries the label of `source`, the records that the frame was computed from (default: the frame itself), or the
+    given one; "" for none.
+    A named index becomes columns. digits: decimals.
     """
+    origin = (frame if source is None else source).attrs
+    if label is None and "label" in frame and frame["label"].nunique() == 1:
+        label, frame = frame["label"].iloc[0], frame.drop(columns="label")
     if label is None:
-        label = "" if "label" in frame else frame.attrs.get("label", "recomputed")
-    mark = badge(label, frame.attrs.get("provenance")) if label else ""
+        label = "" if "label" in frame else origin.get("label", "recomputed")
+    mark = badge(label, origin.get("provenance")) if label else ""
     frame = frame if frame.index.names == [None] else frame.reset_index()
     frame = frame.set_axis([" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in frame.columns], axis=1)
     kinds = ["num" if is_numeric(frame[c]) else "text" for c in frame]
@@ -147,7 +152,8 @@ def provenance(source: pd.DataFrame | Mapping[str, Any]) -> Shown:
             raise ProvenanceError("these records carry no provenance; expected it in .attrs['provenance'], as recorded(...) sets it")
         source = source.attrs["provenance"]
     given = portable(source)
-    stable = [f"{k.replace('_', ' ')} {str(given[k])[: 12 if k.endswith('digest') else None]}" for k in STABLE if given.get(k) not in (None, "")]
+    short = {k: str(v).removeprefix("sha256:")[:12] if k.endswith("digest") else _flat(v) for k, v in given.items() if v not in (None, "")}
+    stable = [f"{k.replace('_', ' ')} {short[k]}" for k in STABLE if k in short]
     items = "".join(f"<dt>{escape(str(k).replace('_', ' '))}</dt><dd>{escape(_flat(v))}</dd>" for k, v in given.items() if v not in (None, ""))
     text = f"Provenance: {', '.join(stable)}"
     return Shown(f'<details class="metake-provenance"><summary>{escape(text)}</summary><dl>{items}</dl></details>', text)

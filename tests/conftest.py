@@ -1,0 +1,44 @@
+"""What tests compute is cached for the session only; what real models and tokenizers need stays in the ordinary cache."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from models import CONFIGS, random_model
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(request, monkeypatch, session_cache):
+    if not request.node.get_closest_marker("real_model"):
+        monkeypatch.setenv("METAKE_CACHE", str(session_cache))
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch) -> Path:
+    """A cache folder of this test alone."""
+    monkeypatch.setenv("METAKE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(params=CONFIGS)
+def lm(request):
+    """A fresh random model of every architecture row, float64."""
+    return random_model(request.param)
+
+
+def fingerprint(model: torch.nn.Module) -> dict[str, str]:
+    """SHA-256 of every tensor of a model, NaN and signed zeros included."""
+    return {n: hashlib.sha256(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest() for n, t in model.state_dict().items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones included."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

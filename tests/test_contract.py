@@ -1,0 +1,308 @@
+"""What every method promises on every architecture: a new entry of METHODS or ARCHITECTURES is tested by being there."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import warnings
+from dataclasses import fields, replace
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import contents, fingerprint
+from models import CONFIGS, random_model
+
+import metake.editor
+from metake import (
+    METHODS, ArchitectureError, Edit, EditRequest, KeyStatistics, NumericalError, ParameterError, ProvenanceError, RequestError, Statistics, StatisticsError, TargetRule,
+    statistics,
+)  # fmt: skip
+from metake.editor import describe, digest_of
+from metake.generation import context_templates
+from metake.geometry import condition, null_space
+from metake.keys import KeyReader
+from metake.methods import method
+from metake.model import LanguageModel, versions
+from metake.tokens import encode, pad
+from metake.update import EditRecord, total
+
+LAYERS, SEED = (1, 2), 7
+REQUESTS = [EditRequest("The capital of {} is", "France", "Rome", "a"), EditRequest("{} was born in", "Danielle Darrieux", "Berlin now", "b"), EditRequest("I fly the {}", "Boeing 747", "English", "c")]
+LATER = [EditRequest("The mother tongue of {} is", "Beyoncé", "French", "d"), EditRequest("The capital of {} is", "Madrid", "Houston", "e")]
+every = pytest.mark.parametrize("kind", CONFIGS)
+some = pytest.mark.parametrize("kind", ["gpt2", "llama"])
+pytestmark = pytest.mark.parametrize("name", METHODS)
+
+
+def editor(name: str, **changes):
+    made = method(name, "tiny", **{"layers": LAYERS, "target": TargetRule(steps=3), "seed": SEED, **changes})
+    return replace(made, refine=replace(made.refine, steps=4)) if made.refine else made
+
+
+@cache
+def known(kind: str, dtype: torch.dtype = torch.float64) -> Statistics:
+    return statistics(random_model(kind, dtype), layers=LAYERS, tokens=1200, cache=False)
+
+
+class Made(NamedTuple):
+    lm: LanguageModel
+    edit: Edit
+    before: dict[str, str]
+    after: dict[str, str]
+
+
+@cache
+def made(name: str, kind: str, dtype: torch.dtype = torch.float64) -> Made:
+    """An edit of a fresh model, with the model's fingerprints before and after it was computed."""
+    lm, brief = random_model(kind, dtype), {} if dtype == torch.float64 else {"contexts": ("{}",)}
+    before = fingerprint(lm.model)
+    edit = editor(name, **brief).edit(lm, REQUESTS, known(kind, dtype))
+    return Made(lm, edit, before, fingerprint(lm.model))
+
+
+def logits(model, lm: LanguageModel) -> torch.Tensor:
+    return torch.stack([model(torch.tensor([encode(lm.tokenizer, r.text)])).logits[0, -1] for r in REQUESTS])
+
+
+@every
+def test_the_model_is_bit_identical_after_an_edit_was_computed(name, kind):
+    m = made(name, kind)
+    assert m.after == m.before
+    assert not any(x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in m.lm.model.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in m.lm.model.parameters())
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_applied_changes_the_declared_weights_and_restores_them_exactly(name, kind, dtype):
+    lm, edit, before, _ = made(name, kind, dtype)
+    assert edit.modules == tuple(lm.write_path(i) for i in LAYERS) == tuple(edit.record.weights)
+    kept = {m: lm.weight(m).clone() for m in edit.modules}
+    plain = logits(lm.model, lm)
+    with edit.applied(lm) as same:
+        assert same is lm
+        changed = {n for n, h in fingerprint(lm.model).items() if h != before[n]}
+        assert changed == {f"{m}.weight" for m in edit.modules}
+        for update in edit.updates:
+            assert torch.equal(lm.weight(update.module), (kept[update.module].double() + update.delta).to(dtype))
+        assert not torch.equal(logits(lm.model, lm), plain)
+    assert fingerprint(lm.model) == before
+    with pytest.raises(ZeroDivisionError), edit.applied(lm):
+        1 / 0  # noqa: B018
+    assert fingerprint(lm.model) == before
+
+
+@every
+def test_an_edit_is_thin_finite_and_in_double_precision(name, kind):
+    lm, edit, *_ = made(name, kind)
+    for update in edit.updates:
+        d_out, d_in = lm.shape(update.module)
+        assert update.left.shape == (d_out, len(REQUESTS)) and update.right.shape == (len(REQUESTS), d_in) and update.dense is None
+        assert update.left.dtype == update.right.dtype == torch.float64
+        assert 0 < torch.linalg.matrix_rank(update.delta) <= update.rank <= len(REQUESTS)
+        assert torch.isfinite(update.delta).all()
+
+
+@some
+def test_an_edit_depends_on_its_seed_only(name, kind):
+    torch.manual_seed(123)
+    lm = random_model(kind)
+    torch.manual_seed(321)
+    again = editor(name).edit(lm, REQUESTS, known(kind))
+    for a, b in zip(again.updates, made(name, kind).edit.updates, strict=True):
+        assert torch.equal(a.left, b.left) and torch.equal(a.right, b.right)
+    measured = {"seconds": {}, "peak_memory": 0}
+    assert replace(again.record, **measured) == replace(made(name, kind).edit.record, **measured)
+
+
+@some
+def test_another_seed_gives_other_contexts(name, kind):
+    lm, edit, *_ = made(name, kind)
+    other = editor(name, seed=SEED + 1).edit(lm, REQUESTS, known(kind))
+    assert other.record.context_templates != edit.record.context_templates
+    assert not torch.equal(other.updates[0].right, edit.updates[0].right)
+
+
+@every
+def test_the_record_says_everything(name, kind):
+    lm, edit, *_ = made(name, kind)
+    record, given = edit.record, editor(name)
+    for f in fields(EditRecord):
+        assert getattr(record, f.name), f"{f.name} is empty"
+    assert record.recipe == json.loads(json.dumps(describe(given))) and record.recipe["layers"] == [1, 2] and record.recipe["target"]["steps"] == 3
+    assert record.recipe["metric"]["part"] in ("inverse_covariance", "null_space") and (record.recipe["refine"] is None) == (given.refine is None)
+    assert record.base == {"id": f"random-{kind}", "dtype": "float64", "device": "cpu", "conv1d": kind == "gpt2"}
+    digests = {m: hashlib.sha256((w.T if kind == "gpt2" else w).numpy().tobytes()).hexdigest() for m in edit.modules for w in [lm.model.get_submodule(m).weight.detach()]}
+    assert record.weights == digests
+    assert (record.requests, record.requests_digest) == (("a", "b", "c"), digest_of(REQUESTS))
+    assert record.statistics_digest == known(kind).digest and record.seed == SEED and record.versions == versions()
+    assert record.context_templates == context_templates(lm, seed=SEED) and record.context_templates[0] == "{}" and len(record.context_templates) == 6
+    stages = {"targets", "keys", "solve", "write"} | ({"refinement"} if given.refine else set())
+    assert record.seconds.keys() == stages and all(s >= 0 for s in record.seconds.values()) and record.peak_memory > 2**20
+    assert record.trace.keys() == {"a", "b", "c"}
+    for trace in record.trace.values():
+        assert len(trace["loss"]) == len(trace["nll"]) == len(trace["kl"]) == 3 and all(map(math.isfinite, trace["loss"]))
+        assert len(trace.get("refine", ())) == (given.refine.steps if given.refine else 0)
+    keys, _ = KeyReader(lm, REQUESTS, record.context_templates, LAYERS[-1]).read(LAYERS[0])
+    first, noted = edit.updates[0], record.layers["1"]
+    spectrum = torch.linalg.eigvals(first.right @ keys.T).real
+    expected = {
+        "planned": first.left.norm(), "realized": (first.left @ first.right @ keys.T).norm(), "relative_update": first.delta.norm() / lm.weight(first.module).norm(),
+        "spectrum_min": spectrum.min(), "spectrum_max": spectrum.max(),
+    }  # fmt: skip
+    assert noted == pytest.approx({k: v.item() for k, v in expected.items()}) and record.layers.keys() == {"1", "2"}
+    assert all(0 <= n["spectrum_min"] <= n["spectrum_max"] < 1 for n in record.layers.values())
+
+
+@every
+def test_saved_and_loaded_it_is_equal(name, kind, tmp_path):
+    edit = made(name, kind).edit
+    again = Edit.load(edit.save(tmp_path / "e"))
+    assert again.record == edit.record and again.modules == edit.modules
+    for a, b in zip(again.updates, edit.updates, strict=True):
+        assert torch.equal(a.left, b.left) and torch.equal(a.right, b.right) and a.dense is b.dense is None
+
+
+@every
+def test_as_a_lora_adapter_it_gives_the_logits_of_the_edited_model(name, kind, tmp_path):
+    from peft import PeftModel
+
+    lm, edit, *_ = made(name, kind)
+    assert edit.to_peft(tmp_path / "lora") == dict.fromkeys(edit.modules, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # peft warns of missing or unexpected keys, and of a wrong fan_in_fan_out
+        adapted = PeftModel.from_pretrained(copy.deepcopy(lm.model), tmp_path / "lora")
+    before, lora = logits(lm.model, lm), logits(adapted, lm)
+    with edit.applied(lm):
+        merged = logits(lm.model, lm)
+    assert (merged - before).abs().max() > 1e-4
+    torch.testing.assert_close(lora, merged, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(logits(adapted.merge_and_unload(), lm), merged, rtol=1e-10, atol=1e-10)
+    assert json.loads((tmp_path / "lora" / "metake.json").read_text())["record"] == json.loads(edit.record.to_json())
+
+
+@some
+def test_another_base_is_refused(name, kind):
+    edit, other = made(name, kind).edit, random_model(kind, seed=1)
+    before = fingerprint(other.model)
+    for act in (edit.apply, lambda lm: edit.applied(lm).__enter__()):
+        with pytest.raises(ProvenanceError, match=rf"{edit.modules[0]} of 'random-{kind}' has SHA-256 .* but the edit was made on {edit.record.weights[edit.modules[0]][:12]}"):
+            act(other)
+    assert fingerprint(other.model) == before
+    edit.apply(other, check=False)
+    with pytest.raises(ProvenanceError):
+        again = random_model(kind)
+        edit.apply(again)
+        edit.apply(again)  # the base of the second application is the edited model
+
+
+@some
+def test_zero_requests_change_nothing(name, kind):
+    lm, _, before, _ = made(name, kind)
+    state = editor(name).init(lm, known(kind))
+    edit, after = editor(name).step(lm, [], state)
+    assert edit.modules == tuple(lm.write_path(i) for i in LAYERS)
+    assert all(u.rank == 0 and not u.delta.any() and u.delta.shape == lm.shape(u.module) for u in edit.updates)
+    assert after == state and edit.record.requests == () and edit.record.weights
+    with edit.applied(lm):
+        assert fingerprint(lm.model) == before
+    with pytest.raises(ParameterError, match="zero requests"):
+        edit.to_peft("nowhere")
+
+
+@some
+def test_a_second_batch_remembers_the_first_if_the_method_does(name, kind):
+    lm, given, first = random_model(kind), editor(name), {}
+    start = given.init(lm, known(kind))
+    untouched = copy.deepcopy(start)
+    one, state = given.step(lm, REQUESTS, start)
+    reader = KeyReader(lm, REQUESTS, start.contexts, LAYERS[-1])
+    with lm.scratch(one.modules):
+        for update, layer in zip(one.updates, LAYERS, strict=True):
+            first[layer] = reader.read(layer)[0]
+            lm.add(update.module, update)
+    probe = torch.randn(4, lm.shape(one.modules[0])[1], dtype=torch.float64)
+    for layer in LAYERS:
+        expected = condition(start.metrics[layer], first[layer]) if given.remember else start.metrics[layer]
+        torch.testing.assert_close(state.metrics[layer].apply(probe), expected.apply(probe))
+        assert torch.equal(start.metrics[layer].apply(probe), untouched.metrics[layer].apply(probe)), "a state is a value"
+    assert (state.edits, state.contexts, start.edits) == (3, start.contexts, 0)
+
+    one.apply(lm)
+    two, _ = given.step(lm, LATER, state)
+    forgetful, _ = given.step(lm, LATER, replace(state, metrics=start.metrics))
+    leak, loud = ((e.updates[0].delta @ first[LAYERS[0]].T).norm() for e in (two, forgetful))
+    assert (leak < loud * (1 - 1e-4)) if given.remember else leak == loud, "what was written is disturbed less"
+    two.apply(lm)
+    fresh = random_model(kind)
+    both = total([one, two])
+    assert both.record.requests == ("a", "b", "c", "d", "e") and both.record.weights == one.record.weights and both.modules == one.modules
+    both.apply(fresh)
+    for module in both.modules:
+        torch.testing.assert_close(fresh.weight(module), lm.weight(module), rtol=1e-12, atol=1e-12)
+
+
+# What bad input gets
+
+torn = EditRequest("{}fore is a word", "There", "Rome", "torn")
+twin, rival = replace(REQUESTS[0], id="twin"), replace(REQUESTS[0], target="Berlin", id="rival")
+
+
+def poisoned(lm):
+    lm.model.state_dict()[f"{lm.architecture.block.format(3)}.mlp." + ("c_proj.weight" if lm.name == "random-gpt2" else "gate_proj.weight")][1, 2] = float("nan")
+
+
+BAD = {
+    "subject inside a token": (RequestError, "ends inside the token", {"requests": [*REQUESTS, torn]}),
+    "twice": (RequestError, "'twin' is a duplicate of request 'a'", {"requests": [*REQUESTS, twin]}),
+    "contradiction": (RequestError, "'rival' contradicts request 'a'", {"requests": [*REQUESTS, rival]}),
+    "no statistics of a layer": (StatisticsError, "no key statistics of layer 3; found \\[1, 2\\]", {"layers": (1, 3)}),
+    "other model's statistics": (StatisticsError, "dimension 20, the keys of 'random-.*' have .*another model", {"statistics": {i: KeyStatistics(torch.eye(20).double(), 99) for i in LAYERS}}),
+    "layer out of range": (ParameterError, "layer 9 does not exist", {"layers": (9,), "statistics": {9: KeyStatistics(torch.eye(20).double(), 99)}}),
+    "loss not finite": (NumericalError, "not finite at step 0", {"model": poisoned}),
+    "a failing solve": (ZeroDivisionError, "second layer", {"solve": ZeroDivisionError}),
+    "an interruption": (KeyboardInterrupt, "second layer", {"solve": KeyboardInterrupt}),
+    "quantized weights": (ArchitectureError, "quantized", {"model": lambda lm: setattr(lm.write(2), "weight", torch.nn.Parameter(lm.write(2).weight.to(torch.int8), requires_grad=False))}),
+}
+
+
+@some
+@pytest.mark.parametrize("what", BAD)
+def test_after_an_error_the_model_is_bit_identical_and_nothing_is_on_disk(name, kind, what, tmp_path, empty_cache, monkeypatch):
+    error, said, changes = BAD[what]
+    monkeypatch.chdir(tmp_path)
+    given, lm = editor(name, layers=changes.get("layers", LAYERS), contexts=("{}", "So. {}")), random_model(kind)
+    changes.get("model", lambda _: None)(lm)
+    before, calls, solve = fingerprint(lm.model), [], metake.editor.solve
+
+    def failing(*args):
+        calls.append(fingerprint(lm.model) != before)
+        if len(calls) == 2:
+            raise changes["solve"]("in the second layer")
+        return solve(*args)
+
+    if "solve" in changes:
+        monkeypatch.setattr(metake.editor, "solve", failing)
+    with pytest.raises(error, match=said):
+        given.edit(lm, changes.get("requests", REQUESTS), changes.get("statistics", known(kind)))
+    assert fingerprint(lm.model) == before
+    assert calls == ([False, True] if "solve" in changes else []), "the first layer had been written"
+    assert not contents(tmp_path) and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in lm.model.modules())
+
+
+def test_statistics_that_leave_no_room_are_refused_never_run(name):
+    lm, metric = random_model("llama"), editor(name).metric
+    full, few = KeyStatistics(torch.eye(48).double() * 100, 100), KeyStatistics(torch.diag(torch.arange(48).double()), 48)
+    if isinstance(metric, null_space):
+        bad, said = full, "null space is empty: none of 48 eigenvalues .* lies under threshold=0.02"
+    else:
+        bad, said = few, "second moment of 48 keys of dimension 48 is numerically singular"
+    if getattr(metric, "ridge", 0.0) and bad is few:  # λC + ρI is regular whatever C is
+        assert editor(name).edit(lm, REQUESTS, dict.fromkeys(LAYERS, bad)).updates[0].delta.any()
+        return
+    with pytest.raises(StatisticsError, match=said):
+        editor(name).edit(lm, REQUESTS, dict.fromkeys(LAYERS, bad))

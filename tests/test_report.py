@@ -1,0 +1,312 @@
+"""What the pages show: equal on every run, readable as text, accessible as markup, and safe against overwriting."""
+
+import json
+import re
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+
+from metake import report
+from metake.errors import ParameterError, ProvenanceError
+from metake.report.files import portable, write
+
+SUFFIXES = {"light.svg", "dark.svg", "png", "csv"}
+FACTS = {"model": "smollm2-135m", "model_digest": "sha256:" + "ab" * 32, "dataset": "facts", "seed": 0, "n": 2, "date": "2026-11-21",
+         "commit": "0123456789abcdef", "device": "cpu", "versions": {"torch": "2.13.0"}, "seconds": 3.14}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """An empty project with a notebook folder, in which the test runs."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "_config.yml").touch()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.delenv("METAKE_FIGURES", raising=False)
+    monkeypatch.delenv("METAKE_VERDICTS", raising=False)
+    return tmp_path
+
+
+def gammas(count=30):
+    values = np.geomspace(0.01, 20, count)
+    return pd.concat([pd.DataFrame({"method": m, "gamma": s * values, "measured": s * values / (1 + s * values)}) for m, s in (("alphaedit", 1), ("memit", 0.1))], ignore_index=True)
+
+
+def spectra():
+    return pd.DataFrame({"method": "memit", "index": [1, 2, 3], "eigenvalue": [0.9, 0.5, 0.125]})
+
+
+def requests():
+    return pd.concat([gammas(40).assign(dataset="counterfact"), gammas(700).assign(dataset="zsre")], ignore_index=True)
+
+
+def cases(seeds=(0, 1)):
+    rows = [{"dataset": d, "method": m, "seed": s, "id": i, "efficacy": e, "generalization": 0.5, "specificity": (i + s) % 2}
+            for d in ("CounterFact", "ZsRE") for m, e in (("metake", 0.875), ("pre-edit", 0.25)) for s in seeds for i in range(4)]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def probes():
+    rows = [("edited prompt", "The capital of France is", "Rome", 0.0004, 0.96, 0.0004), ("another subject", "The capital of Italy is", "Rome", 0.998, 0.997, 0.998)]
+    return pd.DataFrame(rows, columns=["probe", "prompt", "answer", "before", "after", "restored"])
+
+
+FIGURES = {
+    "attenuation": lambda **k: report.attenuation_curve(gammas(), spectra(), **k),
+    "association_dispersion": lambda **k: report.dispersion(requests(), **k),
+    "comparison": lambda **k: report.comparison_bars(cases(), **k),
+    "tradeoff": lambda **k: report.tradeoff(cases(), **k),
+    "quickstart": lambda **k: report.before_after(probes(), **k),
+}
+every_figure = pytest.mark.parametrize("name", FIGURES)
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def face(shown, kind):
+    return shown._repr_mimebundle_()[kind]
+
+
+@every_figure
+def test_same_records_give_the_same_bytes(name, project):
+    first, before = FIGURES[name](), files(project / "figures")
+    with mpl.rc_context({"font.size": 20, "axes.facecolor": "pink"}):  # a user's settings do not matter
+        second = FIGURES[name]()
+    assert files(project / "figures") == before
+    assert first._repr_mimebundle_() == second._repr_mimebundle_()
+    assert set(before) == {f"{name}.{suffix}" for suffix in SUFFIXES}, "and no temporary file is left"
+
+
+@every_figure
+def test_light_and_dark_differ_and_name_nothing_twice(name, project):
+    figure = FIGURES[name]()
+    light, dark = figure.svg["light"], figure.svg["dark"]
+    assert "#1f2328" in light and "#e6edf3" in dark and "#1f2328" not in dark and "#000000" not in light + dark
+    html = face(figure, "text/html")
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'(?:url\(#|href="#)([^")]+)', html)) <= set(ids)
+    assert html.count('role="img"') == html.count("<svg ") == 2 and 'class="only-light"' in html and 'class="only-dark"' in html
+    assert html.count(f'aria-label="{figure.alt}"') == 2 and len(figure.alt) > 40
+    assert "<style type=\"text/css\">*{" not in html, "a figure's style would apply to the whole page"
+    assert not re.search(rf"{re.escape(str(project))}|20\d\d-\d\d|[Mm]atplotlib v", html + str(figure)), "a path, a date or a version"
+
+
+@pytest.mark.parametrize(("model", "suffix"), [("tiny", ""), ("smollm2-135m", "-smollm2-135m"), ("openai-community/gpt2-xl", "-openai-community-gpt2-xl"), ("/home/me/models/mine", "-mine"), ("../mine", "-mine")])
+def test_models_do_not_overwrite_each_other(model, suffix, project):
+    figure = report.before_after(probes(), model=model)
+    assert set(files(project / "figures")) == {f"quickstart{suffix}.{end}" for end in SUFFIXES}
+    assert "/home" not in face(figure, "text/html")
+
+
+def test_a_recorded_figure_has_a_name_of_its_own_and_says_so(project):
+    report.write_recorded("quickstart-smollm2-135m", probes(), FACTS)
+    figure = report.before_after(report.recorded("quickstart-smollm2-135m"), model="tiny")
+    assert figure.name == "quickstart-recorded-smollm2-135m"
+    assert "recorded</span> (smollm2-135m, facts, 2026-11-21, 0123456789, cpu)" in figure.html and "[recorded]" in figure.text
+
+
+def test_the_text_of_a_figure_holds_its_numbers():
+    quickstart, attenuation = FIGURES["quickstart"](), FIGURES["attenuation"]()
+    assert "0.960" in str(quickstart) and "0.000" in str(quickstart)
+    assert re.search(r"CounterFact +MetaKE +87.50 +0.00 +50.00", str(FIGURES["comparison"]()))
+    many = requests()
+    dispersion = str(report.dispersion(many))
+    gamma = many[(many.dataset == "zsre") & (many.method == "alphaedit")].gamma
+    assert f"{gamma.quantile(0.95) / gamma.quantile(0.05):.3f}"[:5] in dispersion and len(dispersion.splitlines()) == 6
+    assert "0.125" in str(attenuation) and "below 1e-9" in attenuation.alt
+    assert len(str(report.Figure(lambda axes: None, many, "many", "Many records.")).splitlines()) < 40
+    long = str(report.Figure(lambda axes: None, gammas(), "long", "Long.", summary=gammas()))
+    assert len(long.splitlines()) <= 43 and "20 more rows" in long
+
+
+def test_the_csv_holds_every_record(project):
+    report.dispersion(requests())
+    pd.testing.assert_frame_equal(pd.read_csv(project / "figures" / "association_dispersion.csv"), requests(), rtol=1e-9)
+
+
+def test_bars_agree_however_the_records_come():
+    by_run = 100 * cases().groupby(["dataset", "method", "seed"])[["efficacy", "generalization", "specificity"]].mean()
+    grouped = by_run.groupby(["dataset", "method"])
+    by_method = pd.concat([grouped.mean(), grouped.std(ddof=0).add_suffix("_sd")], axis=1).reset_index()
+    texts = {str(report.comparison_bars(records)) for records in (cases(), by_run.reset_index(), by_method)}
+    assert len(texts) == 1
+    assert " sd" not in str(report.comparison_bars(cases(seeds=[0])))
+
+
+def test_records_that_cannot_be_drawn_are_refused():
+    with pytest.raises(ParameterError, match="no column after; found probe"):
+        report.before_after(probes().drop(columns="after"))
+    with pytest.raises(ParameterError, match="no records"):
+        report.dispersion(requests()[:0])
+    with pytest.raises(ParameterError, match="must be positive"):
+        report.dispersion(requests().assign(gamma=0.0))
+    with pytest.raises(ParameterError, match="cannot name a file"):
+        report.before_after(probes(), name="../quickstart")
+
+
+def test_figures_go_where_the_project_says(project, monkeypatch):
+    assert report.figures_dir() == project / "figures" and report.project_root() == project
+    monkeypatch.setenv("METAKE_FIGURES", "runs/figures")
+    assert report.figures_dir() == project / "runs" / "figures"
+    monkeypatch.setenv("METAKE_FIGURES", str(project / "elsewhere"))
+    report.before_after(probes())
+    assert len(files(project / "elsewhere")) == 4
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write(path, "old")
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write(path, "new")
+    assert path.read_text() == "old" and not list(tmp_path.glob(".*"))
+
+
+def luminance(color):
+    return float(np.array([0.2126, 0.7152, 0.0722]) @ [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in mpl.colors.to_rgb(color)])
+
+
+def test_methods_look_different_and_stay_readable():
+    looks = report.METHOD_STYLE.values()
+    for part in ("color", "marker", "name"):
+        assert len({getattr(s, part) for s in looks}) == len(looks)
+    for style in [*looks, report.style("something new")]:
+        assert 1.05 / (luminance(style.color) + 0.05) > 3 and (luminance(style.color) + 0.05) / (luminance("#121212") + 0.05) > 3
+    assert report.style("something new") == report.style("something new") and report.style("something new").name == "something new"
+
+
+def frame():
+    return pd.DataFrame({"method": ["metake", "<b>"], "efficacy_sd": [97.125, 3e-16], "n": [1, None], "ok": [True, False], "label": ["recomputed", "reported"]})
+
+
+def test_tables_are_accessible():
+    html = face(report.table(frame(), "Methods & more"), "text/html")
+    assert html.startswith('<table class="dataframe metake-table"><caption>Methods &amp; more </caption>')
+    assert html.count('scope="col"') == 5 and html.count('scope="row"') == 2 and not re.search(r"<th[^>]*></th>", html)
+    assert ">MetaKE<" in html and ">&lt;b&gt;<" in html and ">efficacy sd<" in html
+    assert '<span class="label label-recomputed">recomputed here</span>' in html and "label-reported" in html
+    assert '<td class="num">97.12</td>' in html and '<td class="num">3e-16</td>' in html
+
+
+def test_the_text_of_a_table_is_aligned_and_rounded():
+    expected = ["Methods", "method  efficacy sd     n  ok   label", "MetaKE        97.12  1.00  yes  recomputed here", "<b>          <1e-09     –  no   reported in the paper"]
+    assert face(report.table(frame(), "Methods"), "text/plain").splitlines() == expected
+
+
+def test_tables_say_where_their_numbers_come_from():
+    numbers = pd.DataFrame({"a": [0.5, 0.0005]})
+    assert str(report.table(numbers, "A")).splitlines() == ["A [recomputed here]", "       a", "   0.500", "0.000500"]
+    recorded = numbers.copy()
+    recorded.attrs |= {"label": "recorded", "provenance": FACTS}
+    for shown in (report.table(recorded, "A"), report.table(numbers, "A", source=recorded)):
+        assert "[recorded]" in shown.text and "(smollm2-135m, facts, 2026-11-21, 0123456789, cpu)" in shown.html
+    assert "[reported in the paper]" in str(report.table(report.paper("table2"))) and "label" not in report.table(numbers, label="").html
+    with pytest.raises(ParameterError, match="unknown label 'recompute'"):
+        report.table(numbers, label="recompute")
+
+
+def test_grouped_and_pivoted_frames_become_flat_tables():
+    wide = cases().pivot_table(index="method", columns="dataset", values=["efficacy"])
+    html = report.table(wide).html
+    assert ">method<" in html and ">efficacy CounterFact<" in html and "></th>" not in html
+
+
+@pytest.mark.parametrize(("holds", "word"), [(True, "holds"), (np.False_, "does not hold"), (None, "inconclusive")])
+def test_a_verdict_is_shown_and_kept(holds, word, project):
+    shown = report.verdict("page", "A page", "β < 1", holds, "largest β 0.97")
+    assert shown.verdict == word and shown.text == f"Verdict: {word} – β < 1\nDecided by: largest β 0.97 [recomputed here]"
+    assert f">{word}</span>" in shown.html and "β &lt; 1" in shown.html and "admonition" in shown.html
+    kept = files(project / "results" / "verdicts")
+    assert list(kept) == ["page.json"]
+    assert json.loads(kept["page.json"]) == {"page": "page", "title": "A page", "claim": "β < 1", "verdict": word, "decided_by": "largest β 0.97", "label": "recomputed"}
+
+
+def test_another_model_does_not_speak_for_the_page(project, monkeypatch):
+    report.verdict("page", "A page", "claim", True, "1")
+    before = files(project / "results" / "verdicts")
+    assert report.verdict("page", "A page", "claim", False, "2", model="smollm2-135m").verdict == "does not hold"
+    assert files(project / "results" / "verdicts") == before
+    monkeypatch.setenv("METAKE_VERDICTS", "build/verdicts")
+    report.verdict("page", "A page", "claim", False, "2", model="smollm2-135m")
+    assert files(project / "results" / "verdicts") == before and list(files(project / "build" / "verdicts")) == ["page-smollm2-135m.json"]
+
+
+def test_outside_a_project_no_verdict_is_kept(project):
+    (project / "_config.yml").unlink()
+    report.verdict("page", "A page", "claim", True, "1")
+    assert not list(project.rglob("*.json"))
+
+
+@pytest.mark.parametrize("holds", ["holds", float("nan"), 2])
+def test_a_verdict_is_not_typed(holds):
+    with pytest.raises(ParameterError, match="True, False or None"):
+        report.verdict("page", "A page", "claim", holds, "1")
+
+
+def test_provenance_prints_what_is_stable_and_shows_everything():
+    shown = report.provenance(FACTS | {"file": "/home/me/data/zsre.json"})
+    assert shown.text == "Provenance: model smollm2-135m, model digest abababababab, dataset facts, seed 0, n 2"
+    assert all(text in shown.html for text in ("2026-11-21", "0123456789abcdef", "torch 2.13.0", "3.14", "<dd>zsre.json</dd>", "<summary>")) and "/home" not in shown.html
+    with pytest.raises(ProvenanceError, match="carry no provenance"):
+        report.provenance(probes())
+
+
+def test_recorded_gives_back_what_was_written(project):
+    records = probes().assign(fluency=[1 / 3, np.nan], count=[np.int64(2), 3])
+    path = report.write_recorded("quickstart-smollm2-135m", records, FACTS | {"data": "/home/me/zsre.json"})
+    assert path == project / "results" / "quickstart-smollm2-135m.jsonl" and "/home" not in path.read_text()
+    assert json.loads(path.read_text().splitlines()[0]) == {"provenance": FACTS | {"data": "zsre.json"}, "records": 2}
+    found = report.recorded("quickstart-smollm2-135m")
+    assert found.attrs["label"] == "recorded" and report.provenance(found).text.startswith("Provenance: model smollm2-135m")
+    pd.testing.assert_frame_equal(found, records, check_exact=True)
+    with pytest.raises(ParameterError, match="JSON lines"):
+        report.write_recorded("quickstart-smollm2-135m", records.assign(after=np.inf), FACTS)
+    pd.testing.assert_frame_equal(report.recorded("quickstart-smollm2-135m"), records, check_exact=True)
+
+
+def test_a_missing_recording_names_the_command(project):
+    report.write_recorded("other", probes(), FACTS)
+    with pytest.raises(ParameterError, match="recorded so far: other. Make it with: metake record --only comparison --model smollm2-135m$"):
+        report.recorded("comparison-smollm2-135m")
+    with pytest.raises(ParameterError, match="cannot name a file"):
+        report.recorded("../other")
+
+
+@pytest.mark.parametrize(("damage", "reason"), [
+    (lambda t: t[:-9], "damaged"),
+    (lambda t: t[:-1], "last line is not finished"),
+    (lambda t: t[: t.rindex("\n", 0, -1) + 1], "2 records were written, 1 are there"),
+    (lambda t: t.split("\n", 1)[1], "no provenance"),
+    (lambda t: t.replace('"answer"', '"reply"', 1), "same columns"),
+    (lambda t: "", "damaged"),
+])  # fmt: skip
+def test_a_damaged_recording_is_refused(damage, reason):
+    path = report.write_recorded("quickstart", probes(), FACTS)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ProvenanceError, match=reason):
+        report.recorded("quickstart")
+
+
+def test_portable_leaves_no_path():
+    assert portable({"a": ["/root/x/model", "C:\\Users\\me\\f.json", "~/m", "openai-community/gpt2-xl", 3]}) == {"a": ["model", "f.json", "m", "openai-community/gpt2-xl", 3]}
+
+
+def test_the_papers_numbers():
+    seconds = report.paper("table5").set_index(["method", "dataset", "model"]).seconds
+    gigabytes = report.paper("table6").set_index(["method", "dataset", "model"]).gigabytes
+    for numbers, name in ((seconds, "run time"), (gigabytes, "peak memory")):  # the prose and the tables agree
+        ratios = numbers["metake"] / numbers["alphaedit"]
+        low, high = report.paper("overhead").set_index("quantity").loc[name, ["low", "high"]]
+        assert (round(ratios.min(), 2), round(ratios.max(), 2)) == (low, high)
+    sensitivity = report.paper("table3")
+    default = sensitivity[(sensitivity.model == "LLaMA3") & sensitivity.setting.str.contains("default")]
+    ablation = report.paper("table2")
+    assert (default[["efficacy", "generalization", "specificity"]].to_numpy() == ablation.iloc[0, 1:4].to_numpy(float)).all() and len(default) == 2
+    for name in ("figure1", "table1", "table2", "table3", "table4", "table5", "table6", "overhead", "protocol", "case_study"):
+        table = report.paper(name)
+        assert (table.label == "reported").all() and table["where"].str.contains("§|Appendix").all()
+    with pytest.raises(ParameterError, match="Did you mean 'table3'"):
+        report.paper("tabel3")
