@@ -68,7 +68,7 @@ class KeyStatistics:
         worst = values[0].item()
         if worst < -1e-8 * max(values[-1].item(), 1e-300):
             raise StatisticsError(f"second moment is not positive semi-definite (smallest eigenvalue {worst:.2e}); recompute the statistics")
-        return values.clamp_min(0), vectors
+        return values.clamp_min(0), vectors.contiguous()  # as it is read from a cache: the last digit depends on the layout
 
     @property
     def spectrum(self) -> Tensor:

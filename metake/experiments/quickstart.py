@@ -43,7 +43,7 @@ def quickstart(
     target: str = "Rome",
     truth: str = "Paris",
     paraphrase: str = "{} has its seat of government in the city of",
-    others: tuple[tuple[str, str], ...] = (("Spain", "Madrid"), ("Italy", "Rome")),
+    others: tuple[tuple[str, str], ...] = (("Germany", "Berlin"), ("Italy", "Rome")),
     text: str = "embedded",
     seed: int = 0,
 ) -> pd.DataFrame:

@@ -43,8 +43,9 @@ def record(
     parts: dict[str, Callable[[], pd.DataFrame]] = {
         "quickstart": lambda: quickstart(**common),
         "dispersion": lambda: association_dispersion(**common, requests=_least(data), data=data, text_tokens=tokens),
+        # without fluency and consistency: sampling costs several times the edits on a CPU
         "comparison": lambda: comparison(
-            **common, data=data, edits=edits, batch=batch, seeds=seeds, text_tokens=tokens, generate=True, out=report.project_root() / "runs" / f"record-{Path(model).name}"
+            **common, data=data, edits=edits, batch=batch, seeds=seeds, text_tokens=tokens, out=report.project_root() / "runs" / f"record-{Path(model).name}"
         ),
     }
     for name in only or ():
@@ -53,10 +54,11 @@ def record(
     for name, make in parts.items():
         target = f"{name}-{Path(model).name}"
         if name in only if only else not (report.project_root() / "results" / f"{target}.jsonl").is_file():
-            start = time.perf_counter()
+            start, origin = time.perf_counter(), _provenance(model, data, text, tokens)
             frame = make()
-            facts = _provenance(model, data, text, tokens) | {"minutes": round((time.perf_counter() - start) / 60, 1)} | frame.attrs.get("summary", {})
-            yield f"wrote {report.write_recorded(target, frame, facts)}"
+            origin["minutes"] = round((time.perf_counter() - start) / 60, 1)
+            report.write_recorded(target, frame, origin)
+            yield f"wrote results/{target}.jsonl"
         else:
             yield f"kept results/{target}.jsonl"
 
