@@ -140,7 +140,7 @@ def _rows(lm: LanguageModel, found: list[str], tokens: int | None, context: int,
     for i in order:
         if left <= 0:
             break
-        row = encode(lm.tokenizer, found[i], limit)
+        row = encode(lm.tokenizer, found[i])[:limit]
         row = row[: int(min(left, len(row)))]
         if row:
             rows.append(row)
