@@ -41,7 +41,7 @@ class LayerUpdate:
     @property
     def delta(self) -> Tensor:
         """Δ, (d_out, d_in)."""
-        thin = self.left @ self.right
+        thin = self.left.contiguous() @ self.right.contiguous()  # the last digit depends on the layout, and must not on saving
         return thin if self.dense is None else thin + self.dense
 
     @property
@@ -228,7 +228,7 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     try:
         with safe_open(path, "pt") as file:
             meta = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict); aligned memory: same last digits
     except SafetensorError as error:
         raise ValueError(f"{Path(path).name} is truncated or not of this format: {error}") from error
     if meta.pop("checksum", None) != _checksum(tensors, meta):

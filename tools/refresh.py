@@ -6,7 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"MPLBACKEND": "agg", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+os.environ |= {"MPLBACKEND": "agg", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
+               "METAKE_FIGURES": "figures", "METAKE_VERDICTS": "results/verdicts"}
 
 import nbformat  # noqa: E402  (the environment first: kernels inherit it)
 from nbclient import NotebookClient  # noqa: E402

@@ -20,14 +20,18 @@ DEFAULT = "tiny"
 
 
 def project_root() -> Path:
-    """The nearest folder at or above the working directory that has a _config.yml; the working directory if none has."""
+    """The nearest folder at or above the working directory that has a _config.yml, else the checkout that this package
+    runs from, else the working directory."""
     here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p / "_config.yml").is_file()), here)
+    return next((p for p in (here, *here.parents, Path(__file__).parents[2]) if (p / "_config.yml").is_file()), here)
 
 
 def figures_dir() -> Path:
-    """Where figures go: METAKE_FIGURES, else figures/; relative to the project's root, not to the notebook."""
-    return project_root() / (os.environ.get("METAKE_FIGURES") or "figures")
+    """Where figures go: METAKE_FIGURES, else _build/figures; relative to the project's root, not to the notebook.
+
+    The committed figures/ change only through `make notebooks`, which names it: a run by hand leaves them alone.
+    """
+    return project_root() / (os.environ.get("METAKE_FIGURES") or "_build/figures")
 
 
 def artifact_name(name: str, model: str = DEFAULT) -> str:

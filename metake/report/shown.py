@@ -125,8 +125,8 @@ class Verdict(Shown):
 def verdict(page: str, title: str, claim: str, holds: bool | None, decided_by: str, label: str = "recomputed", model: str = DEFAULT) -> Verdict:
     """The page's claim, whether it holds (None: inconclusive), and the number that decided it.
 
-    Kept for the book as <page>.json: in the folder METAKE_VERDICTS if it is set, else in the project's results/verdicts,
-    and there for the default model only, so that a run of another model does not speak for the page.
+    Kept as <page>.json in the folder METAKE_VERDICTS, else in _build/verdicts: only `make notebooks`, which names the
+    committed folder, speaks for the page. Other models than the default one go into the file's name.
     """
     found = [word for key, word in VERDICTS.items() if (holds is None) == (key is None) and (key is None or holds == key)]
     if len(found) != 1:
@@ -135,9 +135,8 @@ def verdict(page: str, title: str, claim: str, holds: bool | None, decided_by: s
         raise ParameterError(f"a verdict is recomputed or recorded; found {label!r}")
     (word, tone), name, root = found[0], artifact_name(page, model), project_root()
     content = {"page": page, "title": title, "claim": claim, "verdict": word, "decided_by": decided_by, "label": label}
-    folder = os.environ.get("METAKE_VERDICTS") or ("results/verdicts" if model == DEFAULT and (root / "_config.yml").is_file() else None)
-    if folder:
-        write(root / folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    folder = os.environ.get("METAKE_VERDICTS") or "_build/verdicts"
+    write(root / folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     html = (
         f'<div class="admonition metake-verdict metake-verdict-{tone}"><p class="admonition-title">Verdict: <span class="verdict verdict-{tone}">{word}</span></p>'
         f"<p>{escape(claim)}</p><p>Decided by: {escape(decided_by)} {badge(label)}</p></div>"
