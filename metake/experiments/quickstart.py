@@ -45,6 +45,7 @@ def quickstart(
     paraphrase: str = "{} has its seat of government in the city of",
     others: tuple[tuple[str, str], ...] = (("Germany", "Berlin"), ("Italy", "Rome")),
     text: str = "embedded",
+    text_tokens: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Edit one fact and read probabilities before, during and after.
@@ -54,7 +55,7 @@ def quickstart(
     """
     lm = load(model)
     editor = methods.method(method, model, seed=seed)
-    found = statistics(lm, text, layers=editor.layers)
+    found = statistics(lm, text, layers=editor.layers, tokens=text_tokens)
     request = EditRequest(prompt, subject, target, "quickstart")
     asked = [("edited prompt", prompt.format(subject), target), ("edited prompt", prompt.format(subject), truth)]
     asked += [("paraphrase", paraphrase.format(subject), target), ("paraphrase", paraphrase.format(subject), truth)]

@@ -39,13 +39,13 @@ def record(
     counterfact, zsre: files of records (default: the embedded facts); text, tokens: of the key statistics.
     """
     data = {"CounterFact": counterfact or "facts", "ZsRE": zsre or "facts-zsre"}
-    common: dict[str, Any] = {"model": model, "text": text}
+    common: dict[str, Any] = {"model": model, "text": text, "text_tokens": tokens}
     parts: dict[str, Callable[[], pd.DataFrame]] = {
         "quickstart": lambda: quickstart(**common),
-        "dispersion": lambda: association_dispersion(**common, requests=_least(data), data=data, text_tokens=tokens),
+        "dispersion": lambda: association_dispersion(**common, requests=_least(data), data=data),
         # without fluency and consistency: sampling costs several times the edits on a CPU
         "comparison": lambda: comparison(
-            **common, data=data, edits=edits, batch=batch, seeds=seeds, text_tokens=tokens, out=report.project_root() / "runs" / f"record-{Path(model).name}"
+            **common, data=data, edits=edits, batch=batch, seeds=seeds, out=report.project_root() / "runs" / f"record-{Path(model).name}"
         ),
     }
     for name in only or ():
