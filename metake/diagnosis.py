@@ -34,11 +34,11 @@ class Diagnosis(list[RequestDiagnosis]):
     """One row per request; prints as a table."""
 
     def __str__(self) -> str:
-        width = max((len(d.id) for d in self), default=2)
-        lines = [f"{'id':<{width}}  {'γ':>9}  {'β':>6}  {'B_ii':>6}  {'‖h‖':>8}  {'feasible ‖r‖':>19}"]
+        width = max([2, *(len(d.id) for d in self)])
+        lines = [f"{'id':<{width}}  {'γ':>9}  {'β':>6}  {'B_ii':>6}  {'‖h‖':>8}  {'feasible ‖r‖':>23}"]
         for d in self:
-            interval = f"{d.lower:8.2f} … {d.upper:8.2f}" if d.feasible else f"none ({d.lower:.2f} > {d.upper:.2f})"
-            lines.append(f"{d.id:<{width}}  {d.association:9.3g}  {d.attenuation:6.3f}  {d.in_batch:6.3f}  {d.anchor:8.2f}  {interval:>19}")
+            interval = f"{d.lower:.2f} … {d.upper:.2f}" if d.feasible else f"none ({d.lower:.2f} > {d.upper:.2f})"
+            lines.append(f"{d.id:<{width}}  {d.association:9.3g}  {d.attenuation:6.3f}  {d.in_batch:6.3f}  {d.anchor:8.2f}  {interval:>23}")
         return "\n".join(lines)
 
 

@@ -34,7 +34,7 @@ EDITORS = {
     "metake": replace(ALPHAEDIT, refine=LOOK_AHEAD),
     "metake, key-only gate": replace(ALPHAEDIT, refine=replace(LOOK_AHEAD, gate="key_only")),
     "metake v1": replace(MEMIT, metric=inverse_covariance(0.05, 0.01), refine=LOOK_AHEAD),
-    "one layer, exact": replace(MEMIT, layers=(1,), noise=0.0),
+    "one layer, exact": replace(MEMIT, layers=(1,), noise=0.0, refine=LOOK_AHEAD),
     "whole residual": replace(MEMIT, allocation=lambda index, count: 1.0),
 }
 

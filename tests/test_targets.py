@@ -149,6 +149,24 @@ def test_rows_that_begin_with_padding_stay_finite(dtype: torch.dtype, implementa
     assert [t["loss"][0] for t in found.trace] == pytest.approx([t["loss"][0] for t in expected.trace], rel=tolerance)
 
 
+def test_only_what_a_plan_can_still_change_is_computed():
+    """No block up to the plant after the first forward, no position before the subject's end, no finished request."""
+    lm = small("qwen2")
+    rule, seen = staggered(lm), {0: [], LAYER: [], LAYER + 1: []}
+    handles = [
+        lm.model.get_submodule(lm.architecture.mlp.format(layer)).register_forward_hook(lambda _, args, __, shapes=shapes: shapes.append(args[0].shape[:2]))
+        for layer, shapes in seen.items()
+    ]
+    found = optimize_targets(lm, REQUESTS, CONTEXTS, LAYER, rule)
+    for handle in handles:
+        handle.remove()
+    (whole,), (once,), (full, *later) = seen.values()
+    assert whole == once == full and whole[0] == len(REQUESTS) * (len(CONTEXTS) + 1)
+    still = [sum(n > step for n in steps(found)) for step in range(max(steps(found)))]
+    assert [rows for rows, _ in later] == [n * (len(CONTEXTS) + 1) for n in still]
+    assert len(set(still)) >= 3 and max(columns for _, columns in later) < whole[1]
+
+
 def test_zero_requests():
     lm = small("gpt2")
     found = optimize_targets(lm, [], CONTEXTS, LAYER, RULE)

@@ -79,8 +79,9 @@ def test_updates_add_as_matrices(dense):
 def test_a_sum_of_edits_does_what_they_do_in_order():
     lm = random_model("gpt2")
     one, two = of(lm, 2, 3, layers=(1, 2)), of(lm, 1, 4, layers=(2, 3))
-    with lm.scratch([lm.write_path(3)]):
-        lm.weight(lm.write_path(3)).add_(1)
+    with lm.scratch(two.modules):
+        for module in two.modules:
+            lm.weight(module).add_(1)
         two = replace(two, record=replace(of(lm, 1, 4, layers=(2, 3)).record, requests=("f",), seconds={"targets": 1.0}, peak_memory=9))
     both = total([one, two])
     assert both.modules == tuple(lm.write_path(i) for i in (1, 2, 3))

@@ -63,7 +63,7 @@ def summarize(records: pd.DataFrame) -> pd.DataFrame:
     by_seed = 100 * records.groupby(["dataset", "method", "seed"], sort=False)[metrics].mean()
     grouped = by_seed.groupby(["dataset", "method"], sort=False)
     mean, deviation = grouped.mean(), grouped.std(ddof=0)
-    return (mean.join(deviation, rsuffix="_sd") if records.seed.nunique() > 1 else mean).reset_index()
+    return (mean.join(deviation.add_suffix("_sd")) if records.seed.nunique() > 1 else mean).reset_index()
 
 
 def paired_differences(records: pd.DataFrame, one: str = "metake", other: str = "alphaedit", draws: int = 4000, seed: int = 0) -> pd.DataFrame:

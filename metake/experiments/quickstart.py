@@ -42,7 +42,7 @@ def quickstart(
     subject: str = "France",
     target: str = "Rome",
     truth: str = "Paris",
-    paraphrase: str = "{} has its seat of government in the city of",
+    paraphrase: str = "Anyone who looks for the capital city of {} should travel to",
     others: tuple[tuple[str, str], ...] = (("Germany", "Berlin"), ("Italy", "Rome")),
     text: str = "embedded",
     text_tokens: int | None = None,
