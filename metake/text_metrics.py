@@ -7,9 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from statistics import fmean
-
-from nltk.tokenize import NLTKWordTokenizer
-from sklearn.feature_extraction.text import TfidfVectorizer
+from typing import Any
 
 from metake.facts import prose, reference_texts
 
@@ -20,7 +18,7 @@ def ngram_entropy(text: str) -> float:
     H_n = −Σ f_n log₂ f_n over the empirical frequencies         (ROME's fluency: weights ⅔ and 4/3, then their mean;
     papers print the sum without the half.) Words by NLTK's Treebank rules, the whole text taken as one sentence.
     """
-    words = NLTKWordTokenizer().tokenize(text)
+    words = _words().tokenize(text)
     return _entropy(words, 2) / 3 + 2 * _entropy(words, 3) / 3
 
 
@@ -44,6 +42,15 @@ def consistency(texts: Sequence[str], references: Sequence[str]) -> float | None
 
 
 @cache
-def _vectorizer() -> TfidfVectorizer:
+def _words() -> Any:
+    from nltk.tokenize import NLTKWordTokenizer  # nltk takes as long to import as all the rest: only where it is needed
+
+    return NLTKWordTokenizer()
+
+
+@cache
+def _vectorizer() -> Any:
     """scikit-learn's defaults (as the family's), with document frequencies of the embedded reference texts and prose."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     return TfidfVectorizer().fit([*reference_texts().values(), *prose()])
