@@ -68,8 +68,11 @@ class Refinement:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ParameterError(near_misses(str(getattr(self, name)), known, name))
-        if self.steps < 0 or self.step_size <= 0 or self.tokens < 1:
-            raise ParameterError(f"steps must be ≥ 0, step_size > 0 and tokens ≥ 1; found {self.steps}, {self.step_size}, {self.tokens}")
+        if self.steps < 0 or not 0 < self.step_size < float("inf") or self.tokens < 1:
+            raise ParameterError(f"steps must be ≥ 0, step_size > 0 and finite, tokens ≥ 1; found {self.steps}, {self.step_size}, {self.tokens}")
+        for name in ("edit_weight", "locality_weight", "anchor_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ParameterError(f"{name} must be ≥ 0 and finite; found {getattr(self, name)}")
 
 
 class _LookAhead(NamedTuple):

@@ -75,13 +75,16 @@ def resumed(blocks: Sequence[nn.Module], last: int, state: Tensor, arity: int) -
         return forward
 
     replaced = list(blocks[: last + 1])
+    own = [block.__dict__.get("forward") for block in replaced]  # somebody's hook may already stand there
     try:
         for i, block in enumerate(replaced):
             block.forward = passing(state if i == last else None)
         yield
     finally:
-        for block in replaced:
+        for block, forward in zip(replaced, own, strict=True):
             block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ class Editor:
             width = lm.shape(lm.write_path(layer))[1]
             if statistics[layer].dim != width:
                 raise StatisticsError(f"statistics of layer {layer} have dimension {statistics[layer].dim}, the keys of {lm.name!r} have {width}: they are of another model")
-            metrics[layer] = self.metric(statistics[layer])
+            metrics[layer] = self.metric(statistics[layer].to(lm.device))
         contexts = self.contexts or context_templates(lm, seed=self.seed)
         return EditorState(metrics, contexts, getattr(statistics, "digest", ""))
 

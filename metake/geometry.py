@@ -55,6 +55,15 @@ class KeyStatistics:
         self.count += keys.shape[0]
         self.__dict__.pop("_eigh", None)
 
+    def to(self, device: torch.device | str) -> KeyStatistics:
+        """These statistics on a device; themselves if they are there."""
+        if self.moment.device == torch.device(device):
+            return self
+        moved = KeyStatistics(self.moment.to(device), self.count)
+        if "_eigh" in self.__dict__:
+            moved.__dict__["_eigh"] = tuple(t.to(device) for t in self._eigh)
+        return moved
+
     @property
     def covariance(self) -> Tensor:
         """C, (d_in, d_in) float64."""
@@ -136,13 +145,16 @@ class NullSpace:
             )
         vectors = statistics._eigh[1]
         self._thin_is_null = self.rank <= self.dim - self.rank
-        self._thin = vectors[:, : self.rank] if self._thin_is_null else vectors[:, self.rank :]
+        self._thin = (vectors[:, : self.rank] if self._thin_is_null else vectors[:, self.rank :]).clone()
 
     def project(self, rows: Tensor) -> Tensor:
         """Rows times P, (n, d_in)."""
         thin = self._thin.to(rows.dtype)
-        part = (rows @ thin) @ thin.T
-        return part if self._thin_is_null else rows - part
+        if self._thin_is_null:
+            return (rows @ thin) @ thin.T
+        for _ in range(2):  # twice: a key outside the null space leaves rounding of its own size after one subtraction
+            rows = rows - (rows @ thin) @ thin.T
+        return rows
 
     def apply(self, rows: Tensor) -> Tensor:
         return self.project(rows) / self.ridge
@@ -154,6 +166,10 @@ class Isotropic:
 
     dim: int
     ridge: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.ridge > 0:
+            raise ParameterError(f"ridge must be > 0; found {self.ridge}")
 
     def apply(self, rows: Tensor) -> Tensor:
         return rows / self.ridge

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -21,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from metake import assets
 from metake.capture import gathered, hidden, reading, resumed
-from metake.errors import ArchitectureError, ParameterError, near_misses
+from metake.errors import ArchitectureError, ParameterError, RequestError, near_misses
 from metake.progress import no_bars_in_pipes
 from metake.tokens import Padded
 
@@ -72,18 +73,16 @@ class LanguageModel:
 
     def _check_paths(self) -> None:
         """The row must name modules that exist, one set a block, each where its name says. Raises ArchitectureError."""
-        row, kind = self.architecture, self.model.config.model_type
-        correct = f"correct metake.ARCHITECTURES[{kind!r}]"
-        for what, whole in (("block", ""), ("mlp", "block"), ("write", "mlp"), ("attention", "block")):
-            path = getattr(row, what)
-            if path.count("{}") != 1:
-                raise ArchitectureError(f"row {kind!r} names {what} = {path!r}, which must contain exactly one {{}} for the block's number; {correct}")
-            try:
-                self.model.get_submodule(path.format(0))
-            except AttributeError:
-                raise ArchitectureError(f"row {kind!r} names {what} = {path.format(0)!r}, but the model has no such module; {correct}") from None
-            if whole and not f"{path}.".startswith(f"{getattr(row, whole)}."):
-                raise ArchitectureError(f"row {kind!r} names {what} = {path!r}, which is not inside its {whole} = {getattr(row, whole)!r}; {correct}")
+        row, kind, modules = self.architecture, self.model.config.model_type, dict(self.model.named_modules())
+        for what, inside in (("block", None), ("mlp", "block"), ("write", "mlp"), ("attention", "block")):
+            path, whole = getattr(row, what), inside and getattr(row, inside)
+            flaws = {
+                "which must contain exactly one {} for the block's number": path.count("{}") != 1,
+                "but the model has no such module": path.replace("{}", "0") not in modules,
+                f"which is not inside its {inside} = {whole!r}": whole and not f"{path}.".startswith(f"{whole}."),
+            }
+            if flaw := next((said for said, found in flaws.items() if found), ""):
+                raise ArchitectureError(f"row {kind!r} names {what} = {path!r}, {flaw}; correct metake.ARCHITECTURES[{kind!r}]")
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -144,7 +143,13 @@ class LanguageModel:
     # -- running ----------------------------------------------------------------------------------------------------
 
     def run(self, batch: Padded, past: DynamicCache | None = None, use_cache: bool = False) -> Any:
-        """The model's own forward on padded rows; with `past`, `batch.ids` and `.positions` are the new columns only."""
+        """The model's own forward on padded rows; with `past`, `batch.ids` and `.positions` are the new columns only.
+
+        Raises RequestError for a row that is longer than the model's window.
+        """
+        room = getattr(self.model.config, "max_position_embeddings", None)
+        if room is not None and batch.mask.shape[1] > room:
+            raise RequestError(f"a row of {batch.mask.shape[1]} tokens does not fit {self.name!r}, which has room for {room}; shorten the prompt")
         return self.model(
             input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, past_key_values=past, use_cache=use_cache or past is not None
         )
@@ -232,8 +237,8 @@ class LanguageModel:
 
     def base(self) -> dict[str, Any]:
         """What an edit's record says of the model that it was made on."""
-        kind = isinstance(self.write(0), Conv1D)
-        return {"id": self.name, **self.origin, "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "conv1d": kind}
+        stored = {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), "conv1d": isinstance(self.write(0), Conv1D)}
+        return {"id": self.name, **self.origin, **stored}
 
 
 def default_device() -> torch.device:
@@ -255,8 +260,6 @@ def peak_memory(device: torch.device) -> int:
 
 def versions() -> dict[str, str]:
     """Versions that decide a number's last digits."""
-    import transformers
-
     from metake import __version__
 
     return {"metake": __version__, "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
@@ -277,16 +280,14 @@ def load(name: str | os.PathLike, dtype: str | torch.dtype | None = None, device
         if dtype not in DTYPES:
             raise ParameterError(near_misses(dtype, DTYPES, "dtype"))
         dtype = DTYPES[dtype]
+    dtype = dtype or (torch.float64 if os.fspath(name) == "tiny" else torch.float32)
     with no_bars_in_pipes():
         found = assets.resolve(os.fspath(name), source)
-    dtype = dtype or (torch.float64 if os.fspath(name) == "tiny" else torch.float32)
-    try:
-        with no_bars_in_pipes():
-            model = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(found.path)
-    except (OSError, ValueError, SafetensorError) as error:
-        said = str(error).strip().partition("\n")[0]
-        raise ParameterError(f"{os.fspath(name)!r} cannot be loaded: {said} Expected a folder with config.json, weights and tokenizer, or a model of the hub.") from error
+        try:
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype), AutoTokenizer.from_pretrained(found.path)
+        except (OSError, ValueError, SafetensorError) as error:
+            said = str(error).strip().partition("\n")[0]
+            raise ParameterError(f"{os.fspath(name)!r} cannot be loaded: {said} Expected a folder with config.json, weights and tokenizer, or a model of the hub.") from error
     origin = {"origin": found.origin, "revision": found.revision, "note": found.note}
     return LanguageModel(model.to(place), tokenizer, os.fspath(name), origin)
 

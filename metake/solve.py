@@ -36,6 +36,7 @@ def gate(keys: Tensor, metric: Metric, noise: float = 1.0) -> Tensor:
     """
     if noise < 0:
         raise ParameterError(f"noise must be ≥ 0; found {noise}")
+    given, keys = keys.dtype, keys.to(torch.promote_types(keys.dtype, torch.float32))  # half precision has no Cholesky
     metric_keys = metric.apply(keys)
     inner = metric_keys @ keys.T
     inner = (inner + inner.T) / 2 + noise * torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
@@ -46,7 +47,7 @@ def gate(keys: Tensor, metric: Metric, noise: float = 1.0) -> Tensor:
             f"{len(keys)} keys do not determine an exact write under this metric: two of them coincide in it, or one lies in its null space; "
             "use noise > 0, or drop the repeated requests"
         )
-    return torch.cholesky_solve(metric_keys, factor)
+    return torch.cholesky_solve(metric_keys, factor).to(given)
 
 
 def _nearly_singular(factor: Tensor, keys: Tensor, metric_keys: Tensor) -> bool:

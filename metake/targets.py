@@ -94,6 +94,8 @@ def optimize_targets(lm: LanguageModel, requests: Sequence[EditRequest], context
         empty = torch.zeros(0, lm.width, dtype=torch.float64, device=lm.device)
         return Targets(layer, empty, empty)
     rows = rewriting_rows(lm.tokenizer, requests, contexts) + locality_rows(lm.tokenizer, requests)
+    if layer >= lm.depth - 1 and any(r.labels and r.read[0] > r.lookup for r in rows):
+        raise ParameterError(f"layer {layer} is the last block of {lm.name!r}: what is planted at the subject cannot reach the end of the prompt; choose a lower layer")
     sizes = [(len(r.ids) - r.lookup, r.lookup) for r in rows]
     parts, anchor = [], torch.zeros(count, lm.width, dtype=lm.dtype, device=lm.device)
     for group in buckets(sizes, rule.tokens):
@@ -131,7 +133,7 @@ def _resumable(lm: LanguageModel, rows: list[Row], layer: int) -> _Resumable:
 def _score(lm: LanguageModel, part: _Resumable, delta: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """Per-request losses of one bucket with δ planted at its rows' lookup positions, (requests,) each."""
     planted = part.state.clone()
-    planted[:, 0] = planted[:, 0] + delta[part.bucket.owner].to(planted.dtype)
+    planted[:, 0] = (planted[:, 0].to(delta.dtype) + delta[part.bucket.owner]).to(planted.dtype)
     batch = part.bucket.batch._replace(mask=part.full_mask)
     with lm.resumed(layer, planted):
         logits = lm.logits(batch, part.bucket.row, part.bucket.column, past=_cache(part.prefix))

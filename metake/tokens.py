@@ -139,17 +139,24 @@ def pad(rows: Sequence[Sequence[int]], device: Any, align: Sequence[int] | None 
     return Padded(ids.to(device), mask.to(device), positions.to(device), offset.to(device))
 
 
-def buckets(sizes: Sequence[int | tuple[int, ...]], budget: int) -> Iterator[list[int]]:
-    """Indices of rows of similar size, in groups whose padded rectangle holds at most `budget` tokens (at least one row)."""
-    parts = [s if isinstance(s, tuple) else (s,) for s in sizes]  # of a row: each is padded on its own
+def buckets(sizes: Sequence[int | tuple[int, ...]], budget: int, waste: float = 0.1) -> Iterator[list[int]]:
+    """Indices of rows of similar size, in groups whose padded rectangle holds at most `budget` tokens (at least one row).
+
+    A size may have several parts, each padded on its own: the first is what every step computes, and at most the share
+    `waste` of it may be padding.
+    """
+    parts = [s if isinstance(s, tuple) else (s,) for s in sizes]
     group: list[int] = []
     widest: tuple[int, ...] = ()
+    used = 0  # tokens of the group that every step computes, without padding
     for i in sorted(range(len(sizes)), key=lambda i: (parts[i], i), reverse=True):
         grown = tuple(map(max, widest or parts[i], parts[i]))
-        if group and sum(grown) * (len(group) + 1) > budget:
+        rows = len(group) + 1
+        if group and (sum(grown) * rows > budget or used + parts[i][0] < (1 - waste) * grown[0] * rows):
             yield group
-            group, grown = [], parts[i]
+            group, grown, used = [], parts[i], 0
         group.append(i)
         widest = grown
+        used += parts[i][0]
     if group:
         yield group

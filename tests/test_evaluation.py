@@ -367,6 +367,8 @@ def test_generation_depends_on_the_seed_and_on_nothing_else():
     assert texts(cases) == all_of_them
     assert texts(cases[2:3]) == all_of_them[2:3] and texts(cases[::-1]) == all_of_them[::-1]
     assert texts(cases, seed=1) != all_of_them
+    twice = counterfact_cases([COUNTERFACT[0] | {"generation_prompts": ["France was"] * 2}])
+    assert len(set(texts(twice)[0])) == 2, "the same prompt again is a new draw"
     prompts = [p.prompt for c in cases for p in c.probes if p.kind == "generation"]
     assert sample(lm, prompts, 24, rows=1) == sample(lm, prompts, 24, rows=64)
 
@@ -383,11 +385,11 @@ def test_generation_without_prompts_is_refused():
 
 @torch.no_grad()
 def test_recall_is_what_greedy_decoding_gives():
-    """On the embedded model, which knows the facts; with half of the truths swapped, which it then denies."""
+    """On the embedded model, which knows the facts; with a wrong second word after half of the truths."""
     lm, cases = mk.load("tiny"), mk.facts(limit=8)
     for i, case in enumerate(cases):
         if i % 2:
-            cases[i] = EditCase(case.request, tuple(replace(p, rival="Boeing" if p.kind == "efficacy" else p.rival) for p in case.probes))
+            cases[i] = EditCase(case.request, tuple(replace(p, rival=f"{p.rival} Boeing" if p.kind == "efficacy" else p.rival) for p in case.probes))
 
     def greedy(probe):
         text, length = probe.prompt, len(f"{probe.prompt} {probe.rival}")

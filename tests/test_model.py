@@ -167,8 +167,8 @@ def test_unknown_model_type_names_it_and_the_way_out():
 
 
 @pytest.mark.parametrize(("part", "path", "said"), [
-    ("mlp", "transformer.h.{}.ffn", "'gpt2' names mlp = 'transformer.h.0.ffn', but the model has no such module"),
-    ("write", "transformer.h.{}.mlp.down_proj", "'gpt2' names write = 'transformer.h.0.mlp.down_proj', but the model has no such module"),
+    ("mlp", "transformer.h.{}.ffn", "'gpt2' names mlp = 'transformer.h.{}.ffn', but the model has no such module"),
+    ("write", "transformer.h.{}.mlp.down_proj", "'gpt2' names write = 'transformer.h.{}.mlp.down_proj', but the model has no such module"),
     ("block", "transformer.h.{}.mlp", "attention = 'transformer.h.{}.attn', which is not inside its block = 'transformer.h.{}.mlp'"),
     ("block", "transformer.h.{}.mlp.c_fc", "mlp = 'transformer.h.{}.mlp', which is not inside its block = 'transformer.h.{}.mlp.c_fc'"),
     ("block", "transformer.h.0", "block = 'transformer.h.0', which must contain exactly one {}"),
