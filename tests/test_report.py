@@ -72,10 +72,10 @@ def face(shown, kind):
 
 @every_figure
 def test_same_records_give_the_same_bytes(name, project):
-    first, before = FIGURES[name](), files(project / "figures")
+    first, before = FIGURES[name](), files(project / "_build" / "figures")
     with mpl.rc_context({"font.size": 20, "axes.facecolor": "pink"}):  # a user's settings do not matter
         second = FIGURES[name]()
-    assert files(project / "figures") == before
+    assert files(project / "_build" / "figures") == before
     assert first._repr_mimebundle_() == second._repr_mimebundle_()
     assert set(before) == {f"{name}.{suffix}" for suffix in SUFFIXES}, "and no temporary file is left"
 
@@ -97,7 +97,7 @@ def test_light_and_dark_differ_and_name_nothing_twice(name, project):
 @pytest.mark.parametrize(("model", "suffix"), [("tiny", ""), ("smollm2-135m", "-smollm2-135m"), ("openai-community/gpt2-xl", "-openai-community-gpt2-xl"), ("/home/me/models/mine", "-mine"), ("../mine", "-mine")])
 def test_models_do_not_overwrite_each_other(model, suffix, project):
     figure = report.before_after(probes(), model=model)
-    assert set(files(project / "figures")) == {f"quickstart{suffix}.{end}" for end in SUFFIXES}
+    assert set(files(project / "_build" / "figures")) == {f"quickstart{suffix}.{end}" for end in SUFFIXES}
     assert "/home" not in face(figure, "text/html")
 
 
@@ -124,7 +124,7 @@ def test_the_text_of_a_figure_holds_its_numbers():
 
 def test_the_csv_holds_every_record(project):
     report.dispersion(requests())
-    pd.testing.assert_frame_equal(pd.read_csv(project / "figures" / "association_dispersion.csv"), requests(), rtol=1e-9)
+    pd.testing.assert_frame_equal(pd.read_csv(project / "_build" / "figures" / "association_dispersion.csv"), requests(), rtol=1e-9)
 
 
 def test_bars_agree_however_the_records_come():
@@ -148,7 +148,7 @@ def test_records_that_cannot_be_drawn_are_refused():
 
 
 def test_figures_go_where_the_project_says(project, monkeypatch):
-    assert report.figures_dir() == project / "figures" and report.project_root() == project
+    assert report.figures_dir() == project / "_build" / "figures" and report.project_root() == project
     monkeypatch.setenv("METAKE_FIGURES", "runs/figures")
     assert report.figures_dir() == project / "runs" / "figures"
     monkeypatch.setenv("METAKE_FIGURES", str(project / "elsewhere"))
@@ -219,25 +219,25 @@ def test_a_verdict_is_shown_and_kept(holds, word, project):
     shown = report.verdict("page", "A page", "β < 1", holds, "largest β 0.97")
     assert shown.verdict == word and shown.text == f"Verdict: {word} – β < 1\nDecided by: largest β 0.97 [recomputed here]"
     assert f">{word}</span>" in shown.html and "β &lt; 1" in shown.html and "admonition" in shown.html
-    kept = files(project / "results" / "verdicts")
+    kept = files(project / "_build" / "verdicts")
     assert list(kept) == ["page.json"]
     assert json.loads(kept["page.json"]) == {"page": "page", "title": "A page", "claim": "β < 1", "verdict": word, "decided_by": "largest β 0.97", "label": "recomputed"}
 
 
 def test_another_model_does_not_speak_for_the_page(project, monkeypatch):
     report.verdict("page", "A page", "claim", True, "1")
-    before = files(project / "results" / "verdicts")
+    before = files(project / "_build" / "verdicts")["page.json"]
     assert report.verdict("page", "A page", "claim", False, "2", model="smollm2-135m").verdict == "does not hold"
-    assert files(project / "results" / "verdicts") == before
+    assert files(project / "_build" / "verdicts")["page.json"] == before
     monkeypatch.setenv("METAKE_VERDICTS", "build/verdicts")
     report.verdict("page", "A page", "claim", False, "2", model="smollm2-135m")
-    assert files(project / "results" / "verdicts") == before and list(files(project / "build" / "verdicts")) == ["page-smollm2-135m.json"]
+    assert list(files(project / "build" / "verdicts")) == ["page-smollm2-135m.json"]
 
 
-def test_outside_a_project_no_verdict_is_kept(project):
+def test_outside_a_project_a_verdict_stays_in_the_working_folder(project):
     (project / "_config.yml").unlink()
     report.verdict("page", "A page", "claim", True, "1")
-    assert not list(project.rglob("*.json"))
+    assert [path.relative_to(project).as_posix() for path in project.rglob("*.json")] == ["notebooks/_build/verdicts/page.json"]
 
 
 @pytest.mark.parametrize("holds", ["holds", float("nan"), 2])

@@ -20,10 +20,9 @@ DEFAULT = "tiny"
 
 
 def project_root() -> Path:
-    """The nearest folder at or above the working directory that has a _config.yml, else the checkout that this package
-    runs from, else the working directory."""
+    """The nearest folder at or above the working directory that has a _config.yml; the working directory if none has."""
     here = Path.cwd()
-    return next((p for p in (here, *here.parents, Path(__file__).parents[2]) if (p / "_config.yml").is_file()), here)
+    return next((p for p in (here, *here.parents) if (p / "_config.yml").is_file()), here)
 
 
 def figures_dir() -> Path:
@@ -117,7 +116,10 @@ def _command(name: str) -> str:
 
 
 def _results(name: str) -> Path:
-    return project_root() / "results" / f"{artifact_name(name)}.jsonl"
+    """In the project at hand, or, for a page run from elsewhere, in the checkout that this package runs from."""
+    root, checkout = project_root(), Path(__file__).parents[2]
+    root = root if (root / "_config.yml").is_file() or not (checkout / "_config.yml").is_file() else checkout
+    return root / "results" / f"{artifact_name(name)}.jsonl"
 
 
 def paper(name: str) -> pd.DataFrame:
