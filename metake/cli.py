@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import logging
 import math
 import os
 import re
@@ -153,9 +154,8 @@ def _method(name: str) -> str:
 def _model_options(parser: argparse.ArgumentParser, positional: bool = False, method: bool = True) -> None:
     names = "tiny, smollm2-135m, a hub name, or a local folder"
     if positional:
-        parser.add_argument("model", help=names)
-    else:
-        parser.add_argument("--model", default="tiny", help=f"{names}; default: %(default)s")
+        parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="the same as --model")
+    parser.add_argument("--model", default="tiny", help=f"{names}; default: %(default)s")
     if method:
         parser.add_argument("--method", type=_method, default="metake", help="see: metake methods; default: %(default)s")
         parser.add_argument("--seed", type=_SEED, default=0, help="of the context templates and of what is drawn from the data; default: %(default)s")
@@ -257,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 on success, 2 on a user's mistake, 130 if interrupted."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt to reach the hub
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # γ and β on a terminal that lacks them

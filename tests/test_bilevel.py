@@ -213,5 +213,5 @@ def test_an_unknown_choice_is_answered_with_a_near_match(name: str, near: str, m
 
 @pytest.mark.parametrize("change", [{"steps": -1}, {"step_size": 0}, {"tokens": 0}], ids=str)
 def test_numbers_out_of_range_are_refused(change: dict):
-    with pytest.raises(ParameterError, match="steps must be ≥ 0, step_size > 0 and tokens ≥ 1"):
+    with pytest.raises(ParameterError, match="steps must be ≥ 0, step_size > 0 and finite, tokens ≥ 1"):
         Refinement(**change)

@@ -79,6 +79,7 @@ def test_edit_shows_saves_and_exports(metake):
 
 
 def test_settings_of_an_edit_are_heeded(metake):
+    assert metake("edit", "--model", "nowhere", *FRANCE)[2] == metake("edit", "nowhere", *FRANCE)[2] != ""
     for number, words in enumerate(((), ("--seed", "7"), ("--dtype", "float32"), ("--method", "alphaedit"))):
         assert metake("edit", "tiny", *FRANCE, *QUICK, *words, "--out", str(number))[0] == 0
     records = [Edit.load(str(number)).record for number in range(4)]

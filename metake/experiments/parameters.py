@@ -11,8 +11,8 @@ from metake.errors import ParameterError, near_misses
 _KERNEL = {"In", "Out", "exit", "quit", "open", "get_ipython"}
 
 
-def accept(namespace: Mapping[str, Any], **expected: type | tuple[type, float, float] | Sequence[str]) -> None:
-    """Check a page's parameters, right after the cell that sets them: `accept(globals(), model=str, requests=(int, 2, 800))`.
+def accept(namespace: Mapping[str, Any], **expected: type | tuple[type, float, float] | Sequence[str]) -> dict[str, Any]:
+    """Check a page's parameters, right after the cell that sets them, and return them: `accept(globals(), model=str, requests=(int, 2, 800))`.
 
     expected: name → a type, (type, least, most), or the allowed words. Raises ParameterError, with near matches for a
     name that is no parameter of the page, and with the accepted range for a value outside it.
@@ -25,6 +25,7 @@ def accept(namespace: Mapping[str, Any], **expected: type | tuple[type, float, f
         if name not in given:
             raise ParameterError(f"parameter {name!r} is not set")
         _check(name, given[name], rule)
+    return given
 
 
 def _check(name: str, value: Any, rule: type | tuple[type, float, float] | Sequence[str]) -> None:
