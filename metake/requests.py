@@ -23,7 +23,7 @@ class EditRequest:
 
     prompt:  text with one "{}" where the subject stands: "The mother tongue of {} is"
     subject: "Danielle Darrieux"
-    target:  the continuation to be written, "English"; surrounding space is dropped
+    target:  the continuation to be written, "English"; surrounding space is dropped, as it is from the subject
     id:      how records and messages name the request
     Raises   RequestError if the prompt has no "{}" or several, or a field is blank or no string.
     """
@@ -39,7 +39,8 @@ class EditRequest:
         if flaw:
             raise RequestError(f"{flaw}; found {self!r}; expected one {{}} in the prompt, and a subject and a target "
                                'that are not blank: write it as "The capital of {} is", "France", "Rome".')
-        object.__setattr__(self, "target", self.target.strip())
+        for name in ("subject", "target"):  # a blank at the subject's end would be looked up in its place
+            object.__setattr__(self, name, getattr(self, name).strip())
 
     @property
     def text(self) -> str:
@@ -145,9 +146,13 @@ def zsre_cases(records: Iterable[dict], limit: int | None = None, offset: int = 
 
 
 def check_batch(requests: Iterable[EditRequest]) -> None:
-    """Raises RequestError naming both ids if two requests of one batch share prompt and subject."""
+    """Raises RequestError naming both if two requests of one batch share prompt and subject, or an id."""
     seen: dict[str, EditRequest] = {}
+    ids: dict[str, EditRequest] = {}
     for request in requests:
+        if (other := ids.setdefault(request.id, request)) is not request and other.text != request.text:
+            raise RequestError(f"{request.text!r} and {other.text!r} both have the id {request.id!r}; expected an id of its own "
+                               "for each: records are kept by it.")
         if other := seen.get(request.text):
             what = "is a duplicate of" if other.target == request.target else "contradicts"
             raise RequestError(f"request {request.id!r} {what} request {other.id!r}: {request.text!r} → "

@@ -279,3 +279,13 @@ def test_batches_are_consecutive_and_complete():
     for size in (0, -1, 2.0, True):
         with pytest.raises(ParameterError, match="size"):
             batches([1], size)
+
+
+def test_space_around_the_subject_is_dropped():
+    assert EditRequest("The capital of {} is", " France ", "Rome", "a").text == "The capital of France is"
+
+
+def test_two_requests_with_one_id_are_refused():
+    requests = [EditRequest("{} is in", "Rome", "Spain", "a"), EditRequest("{} was in", "Paris", "Spain", "a")]
+    with pytest.raises(RequestError, match="'Paris was in' and 'Rome is in' both have the id 'a'"):
+        check_batch(requests)
