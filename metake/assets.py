@@ -10,11 +10,9 @@ import json
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
-import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -29,6 +27,7 @@ import transformers
 from huggingface_hub.utils import WeakFileLock
 
 from metake.errors import MetakeError, ParameterError, ProvenanceError, near_misses
+from metake.storage import atomic_path, remove
 
 log = logging.getLogger("metake")
 ORIGINS = MappingProxyType({"auto": ("hub", "wheel"), "hub": ("hub",), "wheel": ("wheel",)})
@@ -71,28 +70,6 @@ def sha256_file(path: Path | str) -> str:
     """Hexadecimal SHA-256 of a file's contents."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary sibling to write to, as a file or as a folder, that takes the name `path` on success only.
-
-    On any failure, KeyboardInterrupt included, it is removed and what was at `path` before stays. Its name is hidden.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
-    retired = partial.with_suffix(".retired")
-    try:
-        yield partial
-        if partial.is_dir() and path.is_dir():      # a folder cannot be renamed over one that has contents
-            os.replace(path, retired)
-        os.replace(partial, path)
-    finally:
-        if retired.exists() and not path.exists():
-            os.replace(retired, path)
-        _remove(partial)
-        _remove(retired)
 
 
 def resolve(name: str | Path, source: str = "auto") -> Source:
@@ -193,7 +170,7 @@ def _from_hub(name: str, remote: Remote) -> Source:
         with atomic_path(cache_dir() / f"{name}-hub-{info.sha[:12]}") as partial:
             huggingface_hub.snapshot_download(remote.repo, revision=info.sha, local_dir=partial,
                                               allow_patterns=[file.rfilename for file in wanted])
-            _remove(partial / ".cache")
+            remove(partial / ".cache")
             for file in wanted:
                 _check(partial / file.rfilename, file.size, file.lfs and file.lfs.sha256)
             _seal(partial, "hub", info.sha, f"weights as published, {remote.note}")
@@ -225,7 +202,7 @@ def _cached(name: str, source: str, thorough: bool = False) -> Source | None:
                 _check(folder / file, expected["size"], expected["sha256"] if thorough else None)
             return Source(folder, record["origin"], record["revision"], record["note"])
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as damage:
-            _remove(folder)
+            remove(folder)
             if thorough:
                 raise ProvenanceError(f"{folder.name} in the cache is damaged. {damage}") from damage
             log.warning("%s in the cache is damaged. %s", folder.name, damage)
@@ -244,7 +221,3 @@ def _check(path: Path, size: int, sha256: str | None) -> None:
 def _rewrite(file: Path, **changes) -> None:
     content = json.loads(file.read_text(encoding="utf-8")) | changes
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

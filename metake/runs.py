@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from metake import methods
-from metake.assets import atomic_path
 from metake.editor import Editor, EditorState, digest_of
 from metake.errors import ParameterError, ProvenanceError, RequestError, near_misses
 from metake.evaluation import Evaluation, evaluate
@@ -29,8 +28,9 @@ from metake.model import LanguageModel, load, peak_memory, versions
 from metake.progress import progress
 from metake.requests import Cases, EditRequest, batches, counterfact, zsre
 from metake.statistics import statistics
+from metake.storage import atomic_path, load_tensors, save_tensors, write_file
 from metake.tokens import locate
-from metake.update import Edit, load_tensors, save_tensors, total
+from metake.update import Edit, total
 
 log = logging.getLogger("metake")
 
@@ -121,8 +121,7 @@ def run(config: RunConfig, out: str | Path, device: str | None = None) -> Evalua
     started = time.perf_counter()
     original = evaluate(lm, cases, config.generate, seed=config.seed)
     if not resumes:  # claimed only now: a setting that cannot be carried out leaves nothing behind
-        with atomic_path(out / "config.json") as temporary:
-            temporary.write_text(json.dumps(asdict(config), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_file(out / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True) + "\n")
     with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
         edits = _resume(lm, editor, cases, state, config.batch, out)
         result = evaluate(lm, cases, config.generate, original, config.seed)
@@ -189,15 +188,13 @@ def _load_batch(folder: Path, batch: list[EditRequest], state: EditorState, devi
 
 def _report(out: Path, config: RunConfig, cases: Cases, before: Evaluation, after: Evaluation, first: Edit, seconds: dict, peak: int) -> None:
     for name, evaluation in (("before.jsonl", before), ("cases.jsonl", after)):
-        with atomic_path(out / name) as temporary:
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.records()), encoding="utf-8")
+        write_file(out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.records()))
     summary = {
         "before": before.metrics, "after": after.metrics, "cases": len(cases), "skipped": cases.skipped, "seconds": seconds, "peak_memory_bytes": peak,
         "data": {"source": Path(cases.source).name, "digest": cases.digest}, "statistics_digest": first.record.statistics_digest,
         "base": first.record.base, "recipe": first.record.recipe, "context_templates": first.record.context_templates, "versions": versions(), "config": asdict(config),
     }  # fmt: skip
-    with atomic_path(out / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 
 def open_run(folder: str | Path) -> tuple[RunConfig, list[Edit]]:

@@ -17,11 +17,11 @@ from metake import assets
 from metake.errors import ParameterError, StatisticsError
 from metake.facts import prose, reference_texts, rendered_sentences
 from metake.geometry import KeyStatistics
-from metake.recipes import recipe
 from metake.model import LanguageModel
 from metake.progress import progress
+from metake.recipes import recipe
+from metake.storage import atomic_path, load_tensors, save_tensors
 from metake.tokens import buckets, encode, pad
-from metake.update import load_tensors, save_tensors
 
 log = logging.getLogger("metake")
 
@@ -44,7 +44,7 @@ class Statistics(dict[int, KeyStatistics]):
             values, vectors = one._eigh
             tensors |= {f"{layer}.moment": one.moment, f"{layer}.values": values, f"{layer}.vectors": vectors}
         counts = {str(layer): one.count for layer, one in self.items()}
-        with assets.atomic_path(Path(path)) as temporary:
+        with atomic_path(Path(path)) as temporary:
             save_tensors(tensors, temporary, {"digest": self.digest, "source": json.dumps(self.source), "counts": json.dumps(counts)})
 
     @classmethod

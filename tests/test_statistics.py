@@ -155,7 +155,7 @@ def test_no_flipped_byte_goes_unnoticed(tmp_path):
 
 def test_other_files_are_no_statistics(tmp_path):
     (tmp_path / "text").write_text("no statistics")
-    metake.update.save_tensors({"a": torch.ones(1)}, tmp_path / "tensors")
+    metake.storage.save_tensors({"a": torch.ones(1)}, tmp_path / "tensors")
     for name in ("missing", "text", "tensors", "."):
         with pytest.raises(StatisticsError, match="holds no key statistics"):
             Statistics.load(tmp_path / name)
@@ -170,12 +170,12 @@ def test_an_interrupted_save_leaves_nothing_and_keeps_what_was(text, empty_cache
         raise error
 
     with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(metake.update, "save_file", half)
+        patch.setattr(metake.storage, "save_file", half)
         statistics(lm, text, [1])
     assert not contents(empty_cache)
     first = statistics(lm, text, [1])
     before = contents(empty_cache)
-    monkeypatch.setattr(metake.update, "save_file", half)
+    monkeypatch.setattr(metake.storage, "save_file", half)
     with pytest.raises(error):
         first.save(next((empty_cache / "statistics").iterdir()))
     assert contents(empty_cache) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -148,8 +149,8 @@ DAMAGE = {
     "record of another version": (lambda f: rewrite(f, lambda r: r | {"news": 1}), "unknown fields \\['news'\\].*another version"),
     "record of no kind": (lambda f: rewrite(f, lambda r: [r]), "damaged"),
     "weights without factors": (lambda f: rewrite(f, lambda r: r | {"weights": {"m": "a", "other": "b"}}), "damaged.*'other'"),
-    "half of the factors": (lambda f: metake.update.save_tensors({"m:left": normal(3, 1)}, f / "edit.safetensors"), "damaged.*right"),
-    "strange factors": (lambda f: metake.update.save_tensors({"m": normal(3, 1)}, f / "edit.safetensors"), "damaged"),
+    "half of the factors": (lambda f: metake.storage.save_tensors({"m:left": normal(3, 1)}, f / "edit.safetensors"), "damaged.*right"),
+    "strange factors": (lambda f: metake.storage.save_tensors({"m": normal(3, 1)}, f / "edit.safetensors"), "damaged"),
 }  # fmt: skip
 
 
@@ -173,13 +174,15 @@ def half(_, path, __=None):
     raise KeyboardInterrupt
 
 
-def moved_then(to: Path, real=Path.rename):
-    """A rename that is interrupted when the new folder would take its name; taking it back works."""
-    def rename(self, target):
-        if target == to and "retired" not in self.name:
+def moved_then(to):
+    """A move that is interrupted when the finished folder is about to take its name."""
+    real = os.replace
+
+    def replace(source, target):
+        if target == to and Path(source).suffix == ".partial":
             raise KeyboardInterrupt
-        return real(self, target)
-    return rename
+        return real(source, target)
+    return replace
 
 
 @pytest.mark.parametrize("act", ["save", "to_peft"])
@@ -191,11 +194,11 @@ def test_an_interrupted_save_leaves_nothing_half_written_and_keeps_what_was(tmp_
     def interrupted():
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             if when == "factors":
-                patch.setattr(metake.update, "save_file", half)
+                patch.setattr(metake.storage, "save_file", half)
             elif when == "record":
                 patch.setattr(Path, "write_text", lambda self, *_, **__: half(_, self))
             else:
-                patch.setattr(Path, "rename", moved_then(tmp_path / "e"))
+                patch.setattr(metake.storage.os, "replace", moved_then(tmp_path / "e"))
             write(1)
 
     interrupted()

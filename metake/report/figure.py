@@ -12,8 +12,9 @@ import matplotlib.figure
 import matplotlib.style
 import pandas as pd
 
-from metake.report.files import DEFAULT, artifact_name, figures_dir, portable, write
+from metake.report.files import DEFAULT, artifact_name, figures_dir, portable
 from metake.report.shown import LABELS, Shown, badge, plain
+from metake.storage import write_file
 
 INK = {"light": "#1f2328", "dark": "#e6edf3"}  # all that differs between the themes: a method's color is readable in both
 RC = {
@@ -55,9 +56,9 @@ class Figure(Shown):
         svg, png = _render(draw, size, panels, name)
         drawings = {theme: _themed(svg, theme, f"{name}-{theme}".replace(".", "_"), alt) for theme in INK}
         for theme, drawing in drawings.items():
-            write(figures_dir() / f"{name}.{theme}.svg", drawing)
-        write(figures_dir() / f"{name}.png", png)
-        write(figures_dir() / f"{name}.csv", data.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+            write_file(figures_dir() / f"{name}.{theme}.svg", drawing)
+        write_file(figures_dir() / f"{name}.png", png)
+        write_file(figures_dir() / f"{name}.csv", data.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
         if summary is None:
             summary = data if len(data) <= 38 else data.describe().drop("std").reset_index(names="of all records")
         inline = "".join(f'<div class="only-{theme}">{svg[svg.index("<svg") :]}</div>' for theme, svg in drawings.items())

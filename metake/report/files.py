@@ -6,7 +6,6 @@ import json
 import os
 import re
 import tomllib
-import uuid
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from metake.errors import ParameterError, ProvenanceError, near_misses
+from metake.storage import write_file
 
 DEFAULT = "tiny"
 
@@ -59,17 +59,6 @@ def portable(value: Any) -> Any:
     return path.name if path.is_absolute() or path.parts[:1] in (("~",), ("..",)) else value
 
 
-def write(path: Path, content: bytes | str) -> None:
-    """Write all or nothing: to a hidden sibling, which then takes the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_recorded(name: str, records: pd.DataFrame | Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> Path:
     """Write results/<name>.jsonl: the provenance and the number of records, then one tidy record per line."""
     path = _results(name)
@@ -79,7 +68,7 @@ def write_recorded(name: str, records: pd.DataFrame | Sequence[Mapping[str, Any]
         text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
     except (TypeError, ValueError) as error:
         raise ParameterError(f"the records of {name!r} cannot be written as JSON lines ({error}); expected text, numbers, true or false, finite or missing") from error
-    write(path, text)
+    write_file(path, text)
     return path
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 
 from metake.errors import ParameterError, ProvenanceError, near_misses
-from metake.report.files import DEFAULT, artifact_name, portable, project_root, write
+from metake.report.files import DEFAULT, artifact_name, portable, project_root
 from metake.report.style import style
+from metake.storage import write_file
 
 LABELS = {"recomputed": "recomputed here", "recorded": "recorded", "reported": "reported in the paper"}
 VERDICTS = {True: ("holds", "yes"), False: ("does not hold", "no"), None: ("inconclusive", "open")}
@@ -136,7 +137,7 @@ def verdict(page: str, title: str, claim: str, holds: bool | None, decided_by: s
     (word, tone), name, root = found[0], artifact_name(page, model), project_root()
     content = {"page": page, "title": title, "claim": claim, "verdict": word, "decided_by": decided_by, "label": label}
     folder = os.environ.get("METAKE_VERDICTS") or "_build/verdicts"
-    write(root / folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_file(root / folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     html = (
         f'<div class="admonition metake-verdict metake-verdict-{tone}"><p class="admonition-title">Verdict: <span class="verdict verdict-{tone}">{word}</span></p>'
         f"<p>{escape(claim)}</p><p>Decided by: {escape(decided_by)} {badge(label)}</p></div>"
