@@ -25,8 +25,11 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.utils import WeakFileLock
+from tokenizers import Tokenizer
+from transformers.utils import cached_file
 
 from metake.errors import MetakeError, ParameterError, ProvenanceError, near_misses
+from metake.progress import no_bars_in_pipes
 from metake.storage import atomic_path, remove
 
 log = logging.getLogger("metake")
@@ -100,7 +103,7 @@ def fetch(name: str, source: str = "auto") -> Source:
     if found := _cached(name, source):
         return found
     cache_dir().mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(cache_dir() / f".{name}.lock"):       # a second process waits, then finds it cached
+    with WeakFileLock(cache_dir() / f".{name}.lock"), no_bars_in_pipes():       # a second process waits, then finds it cached
         if found := _cached(name, source):
             return found
         failures = ""
@@ -123,6 +126,19 @@ def verify(name: str, source: str = "auto") -> Source:
     if found := _cached(name, source, thorough=True):
         return found
     raise MetakeError(f"{name} is not in {cache_dir()}: nothing to verify. Call fetch({name!r}) first.")
+
+
+def read_tokenizer(path: Path | str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name, splitting text as its tokenizer.json says.
+
+    transformers 5 rebuilds some classes from vocabulary and merges alone: a GPT2Tokenizer then loses what its model was
+    trained with beyond GPT-2's own split, such as SmolLM2's single digits, and a blank before a digit gets another token.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if file and tokenizer.is_fast and (published := Tokenizer.from_file(file).pre_tokenizer) is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = published
+    return tokenizer
 
 
 @contextmanager
@@ -182,9 +198,6 @@ def _from_hub(name: str, remote: Remote) -> Source:
 
 
 def _seal(partial: Path, origin: str, revision: str, note: str) -> None:
-    # transformers 5 builds a GPT2Tokenizer from vocabulary and merges alone and so loses SmolLM2's split into single
-    # digits (blanks before a digit get other tokens): name the class that takes tokenizer.json as it is
-    _rewrite(partial / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     files = {f.name: {"size": f.stat().st_size, "sha256": sha256_file(f)} for f in sorted(partial.iterdir())}
     record = json.dumps({"origin": origin, "revision": revision, "note": note, "files": files}, indent=2)
     (partial / "source.json").write_text(record + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from metake import assets
@@ -284,7 +284,7 @@ def load(name: str | os.PathLike, dtype: str | torch.dtype | None = None, device
     with no_bars_in_pipes():
         found = assets.resolve(os.fspath(name), source)
         try:
-            model, tokenizer = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype), AutoTokenizer.from_pretrained(found.path)
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype), assets.read_tokenizer(found.path)
         except (OSError, ValueError, SafetensorError) as error:
             said = str(error).strip().partition("\n")[0]
             raise ParameterError(f"{os.fspath(name)!r} cannot be loaded: {said} Expected a folder with config.json, weights and tokenizer, or a model of the hub.") from error

