@@ -21,10 +21,11 @@ from torch import Tensor
 from metake.errors import NumericalError, ParameterError, near_misses
 from metake.model import LanguageModel
 from metake.objective import Bucket
+from metake.prefixes import Prefixed, Split
 from metake.progress import progress
 from metake.requests import EditRequest
 from metake.targets import Targets
-from metake.tokens import Row, buckets, locality_rows, rewriting_rows
+from metake.tokens import Row, buckets, locality_rows, rewriting_rows, shared_beginnings
 
 CHOICES = {
     "optimizer": {"adam": torch.optim.Adam, "sgd": torch.optim.SGD},
@@ -79,8 +80,9 @@ class _LookAhead(NamedTuple):
     """One bucket with what the look-ahead needs: the block's outputs and the gate's response at every position."""
 
     bucket: Bucket
-    state: Tensor  # (rows, positions, d)        H
-    response: Tensor  # (rows, positions, n)     M u_j
+    run: Prefixed
+    state: Split  # (rows, positions, d)        H
+    response: Split  # (rows, positions, n)     M u_j
 
 
 def refine(
@@ -93,11 +95,11 @@ def refine(
     targets: Stage I's, planted at layer L; gate: (n, d_in) frozen M of layer L on the live model.
     Returns Targets with the same anchor and the refined plan; `trace` gains the outer losses under "refine".
     Raises NumericalError if a loss is not finite. The model is not changed.
-    Cost: `steps` forward-backward passes over the blocks above L at all positions.
+    Cost: `steps` forward-backward passes over the blocks above L at all positions, the shared contexts counted once.
     """
     if not len(requests) or not rule.steps:
         return targets
-    parts = [_look_ahead(lm, rows, targets, gate, rule) for rows in _groups(lm, requests, contexts, rule)]
+    parts = [_look_ahead(lm, *group, targets, gate, rule) for group in _groups(lm, requests, contexts, rule)]
     work = torch.promote_types(lm.dtype, torch.float32)
     anchor, initial = targets.anchor.to(work), targets.value.to(work)
     value = initial.clone().requires_grad_()
@@ -105,7 +107,7 @@ def refine(
     history = []
     for step in progress(range(rule.steps), "refine"):
         optimizer.zero_grad()
-        history.append(_outer_losses(lm, parts, value, anchor, initial, targets.layer, rule))
+        history.append(_outer_losses(parts, value, anchor, initial, targets.layer, rule))
         if not torch.isfinite(history[-1]).all():
             bad = (~torch.isfinite(history[-1]).all(1)).nonzero()[:, 0].tolist()
             raise NumericalError(f"the refinement loss of request(s) {bad} is not finite at step {step}; try a smaller step_size")
@@ -116,36 +118,39 @@ def refine(
     return replace(targets, planned=targets.planned + (value.detach() - initial).double(), trace=trace)
 
 
-def _groups(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], rule: Refinement) -> list[list[Row]]:
+def _groups(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], rule: Refinement) -> list[tuple[list[Row], list[int]]]:
+    """Micro-batches: rows, and how much of each one's beginning is shared."""
     rows = rewriting_rows(lm.tokenizer, requests, contexts if rule.prompts == "contexts" else contexts[:1])
     rows += locality_rows(lm.tokenizer, requests, rule.locality_position)
-    return [[rows[i] for i in group] for group in buckets([len(r.ids) for r in rows], rule.tokens)]
+    cuts = shared_beginnings([r.ids for r in rows], [r.lookup for r in rows])
+    groups = buckets([len(r.ids) - cut for r, cut in zip(rows, cuts, strict=True)], rule.tokens)
+    return [([rows[i] for i in group], [cuts[i] for i in group]) for group in groups]
 
 
 @torch.no_grad()
-def _look_ahead(lm: LanguageModel, rows: list[Row], targets: Targets, gate: Tensor, rule: Refinement) -> _LookAhead:
-    bucket = Bucket.of(rows, lm.device, align=False)
-    keys, states = lm.read(bucket.batch, [targets.layer], [targets.layer])
-    part = _LookAhead(bucket, states[targets.layer], keys[targets.layer] @ gate.T.to(lm.dtype))
+def _look_ahead(lm: LanguageModel, rows: list[Row], cuts: list[int], targets: Targets, gate: Tensor, rule: Refinement) -> _LookAhead:
+    bucket, run = Bucket.of(rows, cuts, lm.device), Prefixed(lm, [r.ids for r in rows], cuts)
+    keys, states = run.read([targets.layer], [targets.layer])
+    response = (u if u is None else u @ gate.T.to(lm.dtype) for u in keys[targets.layer])
+    part = _LookAhead(bucket, run, states[targets.layer], Split(*response))
     if (bucket.label < 0).any():  # p₀: the live model before this batch
-        _losses(lm, part, torch.zeros_like(targets.planned), targets.layer, rule)
+        _losses(part, torch.zeros_like(targets.planned), targets.layer, rule)
     return part
 
 
-def _losses(lm: LanguageModel, part: _LookAhead, residuals: Tensor, layer: int, rule: Refinement) -> tuple[Tensor, Tensor]:
+def _losses(part: _LookAhead, residuals: Tensor, layer: int, rule: Refinement) -> tuple[Tensor, Tensor]:
     """L_edit and L_loc of one bucket on the virtually edited model, (n,) each. residuals: R as rows, (n, d)."""
-    moved = part.state + part.response @ residuals.to(part.state.dtype)
-    with lm.resumed(layer, moved):
-        logits = lm.logits(part.bucket.batch, part.bucket.row, part.bucket.column)
+    moved = (h if h is None else h + a @ residuals.to(h.dtype) for h, a in zip(part.state, part.response, strict=True))
+    logits = part.run.logits(layer, Split(*moved), part.bucket.row, part.bucket.column)
     return part.bucket.losses(logits, len(residuals), rule.locality_direction)
 
 
-def _outer_losses(lm: LanguageModel, parts: list[_LookAhead], value: Tensor, anchor: Tensor, initial: Tensor, layer: int, rule: Refinement) -> Tensor:
+def _outer_losses(parts: list[_LookAhead], value: Tensor, anchor: Tensor, initial: Tensor, layer: int, rule: Refinement) -> Tensor:
     """Per-request outer losses, (n, 3): edit, locality, anchor; their weighted sum is differentiated into `value`."""
     total = torch.zeros(len(value), 3, dtype=value.dtype, device=value.device)
     for part in parts:  # every bucket sees all virtual edits, so gradients add up over buckets before the step
         residuals = value - anchor
-        nll, drift = _losses(lm, part, residuals if rule.feedback else residuals.detach(), layer, rule)
+        nll, drift = _losses(part, residuals if rule.feedback else residuals.detach(), layer, rule)
         total[:, 0] += nll.detach()
         total[:, 1] += drift.detach()
         if rule.feedback:

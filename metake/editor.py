@@ -19,7 +19,8 @@ from metake.errors import ParameterError, StatisticsError
 from metake.generation import context_templates
 from metake.geometry import Isotropic, KeyStatistics, Metric, MetricRule, condition
 from metake.keys import KeyReader
-from metake.model import LanguageModel, peak_memory, versions
+from metake.machine import peak_memory, versions
+from metake.model import LanguageModel
 from metake.requests import EditRequest, check_batch
 from metake.solve import Solution, gate, solve
 from metake.targets import TargetRule, Targets, optimize_targets

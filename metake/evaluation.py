@@ -189,10 +189,15 @@ def read(lm: LanguageModel, pairs: Sequence[tuple[str, str]], tokens: int = 8192
     return result
 
 
-def _generate(lm: LanguageModel, cases: list[EditCase], length: int, seed: int) -> list[tuple[str, ...]]:
-    asked = [(i, j, p.prompt) for i, c in enumerate(cases) for j, p in enumerate(p for p in c.probes if p.kind == "generation")]
-    if not asked:
+def require_prompts(cases: Sequence[EditCase]) -> None:
+    """Raise ParameterError if none of the cases has a prompt to generate from."""
+    if not any(p.kind == "generation" for c in cases for p in c.probes):
         raise ParameterError("generation was asked for, but these cases have no generation prompts (ZsRE has none)")
+
+
+def _generate(lm: LanguageModel, cases: list[EditCase], length: int, seed: int) -> list[tuple[str, ...]]:
+    require_prompts(cases)
+    asked = [(i, j, p.prompt) for i, c in enumerate(cases) for j, p in enumerate(p for p in c.probes if p.kind == "generation")]
     streams = [f"{cases[i].request.id}/{j}" for i, j, _ in asked]
     texts = sample(lm, [p for *_, p in asked], length, seed=seed, streams=streams)
     return [tuple(t for (i, *_), t in zip(asked, texts, strict=True) if i == case) for case in range(len(cases))]

@@ -1,6 +1,6 @@
 """A language model as the editors see it: the model, its tokenizer, and one row of the architecture table.
 
-This is the only module that knows where weights live, how they are stored, and what a default device is.
+This is the only module that knows where weights live and how they are stored.
 """
 
 from __future__ import annotations
@@ -8,13 +8,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -23,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from metake import assets
 from metake.capture import gathered, hidden, reading, resumed
 from metake.errors import ArchitectureError, ParameterError, RequestError, near_misses
+from metake.machine import default_device, usable
 from metake.progress import no_bars_in_pipes
 from metake.tokens import Padded
 
@@ -159,16 +158,18 @@ class LanguageModel:
         with gathered(self.model.get_output_embeddings(), rows, columns):
             return self.run(batch, past).logits
 
-    def read(self, batch: Padded, keys: Sequence[int] = (), states: Sequence[int] = (), then: Any = lambda t: t) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def read(
+        self, batch: Padded, keys: Sequence[int] = (), states: Sequence[int] = (), then: Any = lambda t: t, past: DynamicCache | None = None
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Keys (inputs of `write`) and block outputs of the given layers; blocks after the last of them are not run."""
         last = max((*keys, *states))
         inputs = {("key", i): self.write(i) for i in keys}
         outputs = {("state", i): self.block(i) for i in states}
         with reading(inputs, outputs, then, stop_after=self.block(last) if last in states else self.write(last)) as found:
-            self.run(batch)
+            self.run(batch, past)
         return {i: found["key", i] for i in keys}, {i: found["state", i] for i in states}
 
-    def resumed(self, last: int, state: Tensor) -> contextlib.AbstractContextManager[None]:
+    def resumed(self, last: int, state: Tensor | None) -> contextlib.AbstractContextManager[None]:
         """Start forwards after block `last`, which returns `state`; see `capture.resumed`."""
         return resumed(self.blocks, last, state, self.arity)
 
@@ -241,30 +242,6 @@ class LanguageModel:
         return {"id": self.name, **self.origin, **stored}
 
 
-def default_device() -> torch.device:
-    """The best device at hand: one CUDA GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Highest memory in use so far, bytes: of the accelerator's allocator, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # no such call outside POSIX
-        return 0
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def versions() -> dict[str, str]:
-    """Versions that decide a number's last digits."""
-    from metake import __version__
-
-    return {"metake": __version__, "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-
-
 DTYPES: Mapping[str, torch.dtype] = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -275,7 +252,7 @@ def load(name: str | os.PathLike, dtype: str | torch.dtype | None = None, device
     Raises ParameterError for an unknown name, dtype or device, or a model that cannot be read; ArchitectureError if the
     table has no matching row.
     """
-    place = _usable(device) if device else default_device()
+    place = usable(device) if device else default_device()
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ParameterError(near_misses(dtype, DTYPES, "dtype"))
@@ -290,11 +267,3 @@ def load(name: str | os.PathLike, dtype: str | torch.dtype | None = None, device
             raise ParameterError(f"{os.fspath(name)!r} cannot be loaded: {said} Expected a folder with config.json, weights and tokenizer, or a model of the hub.") from error
     origin = {"origin": found.origin, "revision": found.revision, "note": found.note}
     return LanguageModel(model.to(place), tokenizer, os.fspath(name), origin)
-
-
-def _usable(name: str | torch.device) -> torch.device:
-    """A device by name. Raises ParameterError if this machine or this torch has none such."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ParameterError(f"device {str(name)!r} cannot be used here; expected one that torch has, such as 'cpu', or none for {str(default_device())!r}, the best at hand") from error

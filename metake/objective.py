@@ -11,18 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metake.tokens import Padded, Row, pad
+from metake.tokens import Row
 
 
 @dataclass
 class Bucket:
-    """Rows run together: their rectangle and, flat over all scored positions, where logits are read and what for.
+    """What is scored of rows that run together: flat over all scored positions, where logits are read and what for.
 
     request, weight, label: (reads,); label is −1 where the whole distribution is compared. row, column: (reads,).
     owner: (rows,), each row's request.
     """
 
-    batch: Padded
     owner: Tensor
     row: Tensor
     column: Tensor
@@ -32,18 +31,16 @@ class Bucket:
     initial: Tensor | None = None  # log-probabilities before the edit at the locality reads, (locality reads, vocabulary)
 
     @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device, align: bool) -> Bucket:
-        """Pad rows on the right, or so that their lookup positions share a column (`align`)."""
-        batch = pad([r.ids for r in rows], device, [r.lookup for r in rows] if align else None)
-        shift = batch.shift.tolist()
+    def of(cls, rows: Sequence[Row], first: Sequence[int], device: torch.device) -> Bucket:
+        """Columns count from each row's position `first`: what stands before it is not run together with the rest."""
         reads = [
-            (i, position + shift[i], row.request, label, row.weight)
+            (i, position - first[i], row.request, label, row.weight)
             for i, row in enumerate(rows)
             for position, label in zip(row.read, row.labels or (-1,) * len(row.read), strict=True)
         ]
         row, column, request, label, weight = zip(*reads, strict=True)
         whole = (torch.tensor(x, device=device) for x in (row, column, request, label))
-        return cls(batch, torch.tensor([r.request for r in rows], device=device), *whole, torch.tensor(weight, device=device, dtype=torch.float64))
+        return cls(torch.tensor([r.request for r in rows], device=device), *whole, torch.tensor(weight, device=device, dtype=torch.float64))
 
     def keep(self, rows: Tensor) -> Bucket:
         """The bucket of some of its rows, (kept,) indices in ascending order: finished requests are dropped this way."""
@@ -51,9 +48,8 @@ class Bucket:
         place[rows] = torch.arange(len(rows), device=rows.device)
         stays = place[self.row] >= 0
         initial = self.initial[stays[self.label < 0]] if self.initial is not None else None
-        batch = Padded(*(t[rows] for t in self.batch))
         reads = (t[stays] for t in (self.column, self.request, self.label, self.weight))
-        return Bucket(batch, self.owner[rows], place[self.row[stays]], *reads, initial)
+        return Bucket(self.owner[rows], place[self.row[stays]], *reads, initial)
 
     def losses(self, logits: Tensor, requests: int, direction: str = "post_pre") -> tuple[Tensor, Tensor]:
         """Per-request target loss and drift from this bucket's logits, each (requests,) in float64 or the logits' dtype.

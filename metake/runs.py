@@ -21,10 +21,11 @@ from typing import Any
 from metake import methods
 from metake.editor import Editor, EditorState, digest_of
 from metake.errors import ParameterError, ProvenanceError, RequestError, near_misses
-from metake.evaluation import Evaluation, evaluate
+from metake.evaluation import Evaluation, evaluate, require_prompts
 from metake.facts import facts
 from metake.geometry import Conditioned, KeyStatistics, condition
-from metake.model import LanguageModel, load, peak_memory, versions
+from metake.machine import peak_memory, versions
+from metake.model import LanguageModel, load
 from metake.progress import progress
 from metake.requests import Cases, EditRequest, batches, counterfact, zsre
 from metake.statistics import statistics
@@ -106,8 +107,10 @@ def edit_sequence(lm: LanguageModel, editor: Editor, requests: Sequence[EditRequ
         yield edit, state
 
 
-def run(config: RunConfig, out: str | Path, device: str | None = None) -> Evaluation:
+def run(config: RunConfig, out: str | Path, device: str | None = None, before: Evaluation | None = None) -> Evaluation:
     """Carry out a run in folder `out`, going on where an earlier call with the same configuration stopped.
+
+    before: the unedited model on these cases, if an earlier run of the same model and data has evaluated it.
 
     Returns the evaluation of all edited cases after the last batch. Raises ParameterError if `out` holds anything else.
     """
@@ -116,10 +119,12 @@ def run(config: RunConfig, out: str | Path, device: str | None = None) -> Evalua
     resumes = holds(out, config)
     lm = load(config.model, config.dtype, device)
     cases = select(lm, read_cases(config.data), config.edits, config.seed)
+    if config.generate:
+        require_prompts(cases)
     state = editor.init(lm, statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens))
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    original = evaluate(lm, cases, config.generate, seed=config.seed)
+    original = before or evaluate(lm, cases, config.generate, seed=config.seed)
     if not resumes:  # claimed only now: a setting that cannot be carried out leaves nothing behind
         write_file(out / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True) + "\n")
     with lm.scratch([lm.write_path(layer) for layer in editor.layers]):

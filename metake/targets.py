@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from metake.capture import reading
 from metake.errors import NumericalError, ParameterError
 from metake.model import LanguageModel
 from metake.objective import Bucket
+from metake.prefixes import Cached, Prefixed, as_cache, columns_before, rearranged
 from metake.progress import progress
 from metake.requests import EditRequest
-from metake.tokens import Padded, Row, buckets, locality_rows, pad, rewriting_rows
+from metake.tokens import Padded, Row, buckets, continued, locality_rows, rewriting_rows, shared_beginnings
 
 log = logging.getLogger("metake")
 
@@ -69,13 +69,13 @@ class _Resumable:
     """A bucket with everything that does not depend on δ: prefix keys and values, and the state where δ enters."""
 
     bucket: Bucket  # columns counted from the lookup position
-    full_mask: Tensor
-    prefix: list[tuple[Tensor, Tensor] | None]
+    batch: Padded  # the active positions, after those of the prefix
+    prefix: Cached
     state: Tensor  # (rows, active, d)
 
     def keep(self, rows: Tensor) -> _Resumable:
-        prefix = [None if kv is None else (kv[0][rows], kv[1][rows]) for kv in self.prefix]
-        return _Resumable(self.bucket.keep(rows), self.full_mask[rows], prefix, self.state[rows])
+        prefix = [kv and (kv[0][rows], kv[1][rows]) for kv in self.prefix]
+        return _Resumable(self.bucket.keep(rows), Padded(*(t[rows] for t in self.batch)), prefix, self.state[rows])
 
 
 def optimize_targets(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int, rule: TargetRule = TargetRule()) -> Targets:
@@ -96,10 +96,11 @@ def optimize_targets(lm: LanguageModel, requests: Sequence[EditRequest], context
     rows = rewriting_rows(lm.tokenizer, requests, contexts) + locality_rows(lm.tokenizer, requests)
     if layer >= lm.depth - 1 and any(r.labels and r.read[0] > r.lookup for r in rows):
         raise ParameterError(f"layer {layer} is the last block of {lm.name!r}: what is planted at the subject cannot reach the end of the prompt; choose a lower layer")
+    cuts = shared_beginnings([r.ids for r in rows], [r.lookup for r in rows])
     sizes = [(len(r.ids) - r.lookup, r.lookup) for r in rows]
     parts, anchor = [], torch.zeros(count, lm.width, dtype=lm.dtype, device=lm.device)
     for group in buckets(sizes, rule.tokens):
-        part = _resumable(lm, [rows[i] for i in group], layer)
+        part = _resumable(lm, [rows[i] for i in group], [cuts[i] for i in group], layer)
         parts.append(part)
         plain = [(k, i // len(contexts)) for k, i in enumerate(group) if i < count * len(contexts) and i % len(contexts) == 0]
         for k, request in plain:
@@ -113,37 +114,24 @@ def _work(lm: LanguageModel) -> torch.dtype:
 
 
 @torch.no_grad()
-def _resumable(lm: LanguageModel, rows: list[Row], layer: int) -> _Resumable:
-    bucket = Bucket.of(rows, lm.device, align=True)
-    batch, start = bucket.batch, max(r.lookup for r in rows)
-    right, row = pad([r.ids for r in rows], lm.device), torch.arange(len(rows), device=lm.device)[:, None]
-    column = (torch.arange(batch.ids.shape[1], device=lm.device) - batch.shift[:, None]).clamp(0, right.ids.shape[1] - 1)
-    cache = DynamicCache()  # filled from rows padded on the right, then aligned: a query that sees only padding may be NaN
-    with reading(outputs={"state": lm.block(layer)}, then=lambda t: t[row, column[:, start:]]) as found:
-        lm.model.base_model(input_ids=right.ids, attention_mask=right.mask, position_ids=right.positions, past_key_values=cache, use_cache=True)
-    prefix: list[tuple[Tensor, Tensor] | None] = []
-    for i, entry in enumerate(cache.layers):  # blocks up to `layer` do not run again; the first one reports the length
-        aligned = (t.transpose(1, 2)[row, column[:, :start]].transpose(1, 2) for t in (entry.keys, entry.values))
-        prefix.append(tuple(aligned) if i == 0 or i > layer else None)
-    active = Padded(batch.ids[:, start:], batch.mask[:, start:], batch.positions[:, start:], batch.shift)
-    bucket.batch, bucket.column = active, bucket.column - start
-    return _Resumable(bucket, batch.mask, prefix, found["state"])
+def _resumable(lm: LanguageModel, rows: list[Row], cuts: list[int], layer: int) -> _Resumable:
+    lookup, at = [r.lookup for r in rows], torch.arange(len(rows), device=lm.device)[:, None]
+    run, before = Prefixed(lm, [r.ids for r in rows], cuts), torch.tensor(lookup, device=lm.device)
+    batch = continued([r.ids[r.lookup :] for r in rows], lookup, lm.device)
+    active = ((before - run.cut)[:, None] + torch.arange(batch.ids.shape[1], device=lm.device)).clamp_max(run.tail.ids.shape[1] - 1)
+    cache = run.begin((), [lm.depth - 1])[0] or DynamicCache()
+    _, states = lm.read(run.tail, states=[layer, lm.depth - 1], then=lambda t: t[at, active], past=cache)
+    columns = columns_before(before, max(lookup)) + (run.width - run.cut)[:, None]  # a row's tokens end its beginning's columns
+    return _Resumable(Bucket.of(rows, lookup, lm.device), batch, rearranged(cache, at, columns, layer), states[layer])
 
 
 def _score(lm: LanguageModel, part: _Resumable, delta: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """Per-request losses of one bucket with δ planted at its rows' lookup positions, (requests,) each."""
     planted = part.state.clone()
     planted[:, 0] = (planted[:, 0].to(delta.dtype) + delta[part.bucket.owner]).to(planted.dtype)
-    batch = part.bucket.batch._replace(mask=part.full_mask)
     with lm.resumed(layer, planted):
-        logits = lm.logits(batch, part.bucket.row, part.bucket.column, past=_cache(part.prefix))
+        logits = lm.logits(part.batch, part.bucket.row, part.bucket.column, past=as_cache(part.prefix, part.batch))
     return part.bucket.losses(logits, len(delta))
-
-
-def _cache(prefix: list[tuple[Tensor, Tensor] | None]) -> DynamicCache | None:
-    if not prefix[0][0].shape[2]:
-        return None
-    return DynamicCache([kv or (None, None) for kv in prefix])
 
 
 def _descend(lm: LanguageModel, parts: list[_Resumable], anchor: Tensor, layer: int, rule: TargetRule) -> tuple[Tensor, tuple[dict, ...]]:

@@ -34,12 +34,11 @@ class Row(NamedTuple):
 
 
 class Padded(NamedTuple):
-    """Rows in one rectangle: `ids`, `mask`, `positions` (rows, width); `shift`, (rows,), is each row's left padding."""
+    """Rows in one rectangle, (rows, width) each; the mask also covers columns that a cache holds before them."""
 
     ids: Tensor
     mask: Tensor
     positions: Tensor
-    shift: Tensor
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -122,21 +121,46 @@ def locality_rows(tokenizer: Any, requests: Sequence[EditRequest], position: str
     return rows
 
 
-def pad(rows: Sequence[Sequence[int]], device: Any, align: Sequence[int] | None = None) -> Padded:
-    """Rows in one rectangle; `align` shifts each row to the right so that these positions share one column.
+def pad(rows: Sequence[Sequence[int]], device: Any) -> Padded:
+    """Rows in one rectangle, padded on the right; padding is masked, positions count on."""
+    width = max(map(len, rows))
+    ids = torch.tensor([(*row, *[0] * (width - len(row))) for row in rows], dtype=torch.long, device=device)
+    columns = torch.arange(width, device=device)
+    mask = (columns < torch.tensor(list(map(len, rows)), device=device)[:, None]).long()
+    return Padded(ids, mask, columns.expand(len(rows), -1))
 
-    Padding is masked; position ids count a row's own tokens. Without `align` rows are padded on the right only.
+
+def continued(rows: Sequence[Sequence[int]], past: Sequence[int], device: Any) -> Padded:
+    """Rows that continue sequences of these lengths, whose columns stand before theirs and end with them.
+
+    The mask covers both; ids and positions are the rows' own, padded on the right.
     """
-    shift = [max(align) - a for a in align] if align is not None else [0] * len(rows)
-    width = max(s + len(r) for s, r in zip(shift, rows, strict=True))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, (start, row) in enumerate(zip(shift, rows, strict=True)):
-        ids[i, start : start + len(row)] = torch.tensor(row)
-        mask[i, start : start + len(row)] = 1
-    offset = torch.tensor(shift)
-    positions = (torch.arange(width)[None] - offset[:, None]).clamp_min(0)
-    return Padded(ids.to(device), mask.to(device), positions.to(device), offset.to(device))
+    own, lengths, width = pad(rows, device), torch.tensor(past, device=device), max(past)
+    before = (torch.arange(width, device=device) >= (width - lengths)[:, None]).long()
+    return own._replace(mask=torch.cat([before, own.mask], 1), positions=own.positions + lengths[:, None])
+
+
+def shared_beginnings(rows: Sequence[Sequence[int]], limits: Sequence[int], least: int = 4) -> list[int]:
+    """Per row, how many first tokens it has in common with others: a multiple use, so that they are worth running once.
+
+    limits: at most so many of a row may be cut off; least: a shorter beginning saves less than it costs. Rows in
+    alphabetical order are taken together as long as neighbors agree in `least` tokens or more.
+    """
+    parts = [tuple(row[:limit]) for row, limit in zip(rows, limits, strict=True)]
+    order = sorted(range(len(rows)), key=parts.__getitem__)
+    common = [0, *(_agreement(parts[i], parts[j]) for i, j in zip(order, order[1:], strict=False)), 0][: len(order) + 1]
+    cuts, start = [0] * len(rows), 0
+    for end in range(1, len(order) + 1):
+        if common[end] < least:
+            inside = common[start + 1 : end]
+            for i in order[start:end] if inside else ():
+                cuts[i] = min(inside)
+            start = end
+    return cuts
+
+
+def _agreement(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def buckets(sizes: Sequence[int | tuple[int, ...]], budget: int, waste: float = 0.1) -> Iterator[list[int]]:

@@ -141,14 +141,14 @@ class Edit:
                 )
 
     def __add__(self, other: Edit) -> Edit:
-        """One edit that does what `self` then `other` do; the record keeps the first base and all requests."""
+        """One edit that does what `self` then `other` do; the record keeps the first base and all requests, their digests joined by +."""
         mine, theirs = ({u.module: u for u in e.updates} for e in (self, other))
         updates = tuple(mine[m] + theirs[m] if m in mine and m in theirs else mine.get(m) or theirs[m] for m in {**mine, **theirs})
         record = replace(
             self.record,
             weights={**other.record.weights, **self.record.weights},
             requests=(*self.record.requests, *other.record.requests),
-            requests_digest="",
+            requests_digest="+".join(d for e in (self, other) if (d := e.record.requests_digest)),
             layers={},
             trace={},
             seconds={k: sum(e.record.seconds.get(k, 0.0) for e in (self, other)) for k in {**self.record.seconds, **other.record.seconds}},

@@ -26,7 +26,8 @@ from metake.generation import context_templates
 from metake.geometry import condition, null_space
 from metake.keys import KeyReader
 from metake.methods import method
-from metake.model import LanguageModel, versions
+from metake.machine import versions
+from metake.model import LanguageModel
 from metake.tokens import encode, pad
 from metake.update import EditRecord, total
 

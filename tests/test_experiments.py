@@ -160,7 +160,7 @@ def test_summary_is_the_mean_over_cases_then_seeds(compared):
         for metric in ("efficacy", "generalization", "specificity"):
             side = "before" if row.method == "pre-edit" else "after"
             told = [r[side][metric] for r in compared[1].attrs["runs"] if r["dataset"] == row.dataset and r["method"] in (row.method, "memit" if side == "before" else None)]
-            assert len(told) == 2 and getattr(row, metric) == pytest.approx(fmean(told)) and getattr(row, f"{metric}_sd") == pytest.approx(np.std(told))
+            assert len(told) == 2 and getattr(row, metric) == pytest.approx(fmean(told)) and getattr(row, f"{metric}_sd") == pytest.approx(np.std(told, ddof=1))
 
 
 def test_comparison_uses_finished_runs_and_no_others(compared, monkeypatch):

@@ -15,9 +15,9 @@ from metake import METHODS
 ROOT = Path(metake.__file__).parent
 # Each module may import only what stands before it. `report` stands low: it reads results, never a model.
 ORDER = """
-errors storage geometry solve update recipes progress
+errors storage machine geometry solve update recipes progress
 report.style report.files report.shown report.figure report.plots report
-capture requests tokens facts assets model generation objective keys text_metrics
+capture requests tokens facts assets model generation objective prefixes keys text_metrics
 targets bilevel statistics
 editor methods diagnosis
 evaluation runs
@@ -72,7 +72,7 @@ def flaws(source: str, module: str) -> Iterator[str]:
     tree = ast.parse(source)
     constants = {t.id for n in tree.body if isinstance(n, ast.Assign | ast.AnnAssign) and mutable(n.value) for t in getattr(n, "targets", [getattr(n, "target", None)])}
     yield from (f"mutable module state {name}" for name in constants if not name.strip("_").isupper() and name != "__all__")
-    if "cuda" in source.lower() and module != "model":
+    if "cuda" in source.lower() and module != "machine":
         yield "the word cuda"
     for node in ast.walk(tree):
         match node:

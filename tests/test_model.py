@@ -18,7 +18,6 @@ from metake.model import LanguageModel
 from metake.tokens import pad
 
 ROWS = [(5, 17, 300, 41, 9, 77), (12, 250, 33), (3, 8, 19, 27)]
-ALIGN = (2, 1, 3)  # left padding of 1, 2 and 0 columns
 
 
 def close(found, expected, tolerance=1e-11):
@@ -38,9 +37,8 @@ def plain(lm, row, keys, states):
     return seen, logits
 
 
-@pytest.mark.parametrize("align", [None, ALIGN], ids=["right", "aligned"])
-def test_capture_equals_plain_hooks(lm, align):
-    batch = pad(ROWS, lm.device, align)
+def test_capture_equals_plain_hooks(lm):
+    batch = pad(ROWS, lm.device)
     calls = []
     for i in range(lm.depth):
         lm.block(i).register_forward_hook(lambda *_, i=i: calls.append(i))
@@ -48,21 +46,19 @@ def test_capture_equals_plain_hooks(lm, align):
     assert calls == [0, 1], "block 2 is left after its write, block 3 never runs"
     assert (set(keys), set(states)) == ({0, 2}, {1})
     for r, row in enumerate(ROWS):
-        start = int(batch.shift[r])
         seen, _ = plain(lm, row, [0, 2], [1])
         for name, found in ((("key", 0), keys[0]), (("key", 2), keys[2]), (("state", 1), states[1])):
-            close(found[r, start : start + len(row)], seen[name])
+            close(found[r, : len(row)], seen[name])
     assert lm.read(batch, states=[3], then=lambda t: t[:, -1:])[1][3].shape == (3, 1, lm.width)
 
 
-@pytest.mark.parametrize("align", [None, ALIGN], ids=["right", "aligned"])
-def test_logits_at_pairs_are_the_full_logits(lm, align):
-    batch = pad(ROWS, lm.device, align)
+def test_logits_at_pairs_are_the_full_logits(lm):
+    batch = pad(ROWS, lm.device)
     pairs = [(r, c) for r, row in enumerate(ROWS) for c in range(len(row))][::-1]
     rows, columns = (torch.tensor(x) for x in zip(*pairs, strict=True))
-    found = lm.logits(batch, rows, columns + batch.shift[rows])
+    found = lm.logits(batch, rows, columns)
     close(found, torch.stack([plain(lm, ROWS[r], (), ())[1][c] for r, c in pairs]))
-    close(lm.run(batch).logits[rows, columns + batch.shift[rows]], found)  # and the head computes all of them again
+    close(lm.run(batch).logits[rows, columns], found)  # and the head computes all of them again
 
 
 def test_weight_is_d_out_by_d_in_and_an_update_moves_the_block_by_delta_u(lm):
@@ -90,8 +86,8 @@ def test_weight_is_d_out_by_d_in_and_an_update_moves_the_block_by_delta_u(lm):
 
 @pytest.mark.parametrize("last", [-1, 0, 2, 3])
 def test_resumed_reproduces_the_forward_and_its_gradient(lm, last):
-    batch = pad(ROWS, lm.device, ALIGN)
-    rows, columns = torch.arange(len(ROWS)), batch.shift + torch.tensor([len(row) - 1 for row in ROWS])
+    batch = pad(ROWS, lm.device)
+    rows, columns = torch.arange(len(ROWS)), torch.tensor([len(row) - 1 for row in ROWS])
     state = lm.read(batch, states=[max(last, 0)])[1][max(last, 0)].requires_grad_()
     calls = []
     handles = [lm.write(i).register_forward_hook(lambda *_, i=i: calls.append(i)) for i in range(lm.depth)]

@@ -232,9 +232,11 @@ def test_duplicate_keys_share_the_write_with_noise_and_are_refused_without():
         gate(p.keys.T, metric, noise=0)
 
 
+@pytest.mark.parametrize("rank", [2, 3], ids=["its own factor", "its complement"])
 @pytest.mark.parametrize("seed", range(5))
-def test_more_keys_than_dimensions_or_a_key_outside_the_null_space_have_no_exact_write(seed: int):
-    p = problem(d=4, n=6, rank=2, seed=seed)
+def test_more_keys_than_dimensions_or_a_key_outside_the_null_space_have_no_exact_write(seed: int, rank: int):
+    p = problem(d=4, n=6, rank=rank, seed=seed)
+    assert p.null_space()._thin.shape[1] == min(rank, 4 - rank)
     preserved = (p.keys - p.projector @ p.keys)[:, :1]
     assert gate(p.keys.T, p.null_space()).isfinite().all() and gate(preserved.T, p.null_space()).norm() < 1e-10
     for keys in (p.keys, preserved):

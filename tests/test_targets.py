@@ -162,11 +162,14 @@ def test_only_what_a_plan_can_still_change_is_computed(monkeypatch):
     found = optimize_targets(lm, REQUESTS, CONTEXTS, LAYER, rule)
     for handle in handles:
         handle.remove()
-    (whole,), (once,), (full, *later) = seen.values()
-    assert whole == once == full and whole[0] == len(REQUESTS) * (len(CONTEXTS) + 1)
+    (shared, whole), *others = (shapes[:2] for shapes in seen.values())
+    assert all(two == [shared, whole] for two in others) and whole[0] == len(REQUESTS) * (len(CONTEXTS) + 1)
+    assert shared[0] == len(CONTEXTS) - 1, "one beginning for each sampled context"
+    later = seen[LAYER + 1][2:]
+    assert len(seen[0]) == len(seen[LAYER]) == 2
     still = [sum(n > step for n in steps(found)) for step in range(max(steps(found)))]
     assert [rows for rows, _ in later] == [n * (len(CONTEXTS) + 1) for n in still]
-    assert len(set(still)) >= 3 and max(columns for _, columns in later) < whole[1]
+    assert len(set(still)) >= 3 and max(columns for _, columns in later) < shared[1] + whole[1]
 
 
 def test_zero_requests():
@@ -182,7 +185,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_leaves_the_model_as_it_was(st
 
     def spoil(_, __, output):
         calls.append(1)
-        return output * float("nan") if len(calls) > step + 1 else output  # the first call fills the caches
+        return output * float("nan") if len(calls) > step + 2 else output  # two calls fill the caches: beginnings, rows
 
     handle = lm.block(3).register_forward_hook(spoil)
     with reference.unchanged(lm), pytest.raises(NumericalError, match=rf"request\(s\) \[0, 1\] is not finite at step {step}"):

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from metake import EditRequest, RequestError
 from metake.objective import Bucket
-from metake.tokens import buckets, continuation, encode, in_context, locality_rows, locate, pad, prompt_rows, rewriting_rows
+from metake.prefixes import Prefixed, Split
+from metake.tokens import buckets, continuation, continued, encode, in_context, locality_rows, locate, pad, prompt_rows, rewriting_rows, shared_beginnings
 
 CONTEXTS = ("{}", "The weather was fine. {}", "Therefore, 3 of them. {}")
 SUBJECTS = ["France", "Danielle Darrieux", "Beyoncé", "Côte d'Ivoire", "Boeing 747", "747", "Jean-Paul Sartre", "São Tomé e Príncipe", "北京", "U.S. Steel", "co-op 2-b"]
@@ -173,9 +174,9 @@ def test_locality_rows_watch_the_subject_or_the_end(tok, position):
         assert len(row.read) == 1
 
 
-@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole rows", "after a beginning"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_the_loss_at_the_labels_is_the_models_own(kind, align):
+def test_the_loss_at_the_labels_is_the_models_own(kind, cut):
     lm = random_model(kind)
     rows = rewriting_rows(lm.tokenizer, REQUESTS, CONTEXTS)
     expected = torch.zeros(len(REQUESTS), dtype=lm.dtype)
@@ -184,8 +185,9 @@ def test_the_loss_at_the_labels_is_the_models_own(kind, align):
         labels = torch.full_like(whole, -100)
         labels[0, -len(row.labels) :] = whole[0, -len(row.labels) :]
         expected[row.request] += lm.model(whole, labels=labels).loss / len(CONTEXTS)
-    bucket = Bucket.of(rows, lm.device, align)
-    found, drift = bucket.losses(lm.logits(bucket.batch, bucket.row, bucket.column), len(REQUESTS))
+    cuts = [row.lookup if cut else 0 for row in rows]
+    bucket, run = Bucket.of(rows, cuts, lm.device), Prefixed(lm, [row.ids for row in rows], cuts)
+    found, drift = bucket.losses(run.logits(-1, Split(None, None), bucket.row, bucket.column), len(REQUESTS))
     torch.testing.assert_close(found, expected)
     assert not drift.any()
 
@@ -197,19 +199,27 @@ rows_of_tokens = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=12),
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(rows_of_tokens, st.randoms(use_true_random=False), st.booleans())
-def test_padding_keeps_every_row_and_counts_its_own_tokens(rows, random, aligned):
-    lookups = [random.randrange(len(row)) for row in rows]
-    batch = pad(rows, "cpu", lookups if aligned else None)
-    width = batch.ids.shape[1]
+def test_padding_keeps_every_row_and_counts_its_own_tokens(rows, random, continues):
+    past = [random.randrange(9) if continues else 0 for _ in rows]
+    batch = continued(rows, past, "cpu") if continues else pad(rows, "cpu")
+    width, before = batch.ids.shape[1], max(past)
     assert batch.mask.bool()[:, -1].any() and batch.mask.bool()[:, 0].any(), "no column is all padding"
-    for i, row in enumerate(rows):
-        start = int(batch.shift[i])
-        own = slice(start, start + len(row))
-        assert batch.ids[i, own].tolist() == row and batch.positions[i, own].tolist() == list(range(len(row)))
-        assert batch.mask[i].tolist() == [0] * start + [1] * len(row) + [0] * (width - start - len(row))
-        assert not batch.positions[i, :start].any() and (aligned or start == 0)
-    if aligned:
-        assert {int(batch.shift[i]) + lookup for i, lookup in enumerate(lookups)} == {max(lookups)}, "lookups share one column"
+    for i, (row, past_of_row) in enumerate(zip(rows, past, strict=True)):
+        assert batch.ids[i, : len(row)].tolist() == row
+        assert batch.positions[i, : len(row)].tolist() == list(range(past_of_row, past_of_row + len(row)))
+        assert batch.mask[i].tolist() == [0] * (before - past_of_row) + [1] * (past_of_row + len(row)) + [0] * (width - len(row))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.integers(1, 2), max_size=7), max_size=12), st.data(), st.integers(1, 4))
+def test_beginnings_are_cut_where_others_have_the_same(rows, data, least):
+    limits = [data.draw(st.integers(0, len(row))) for row in rows]
+    cuts = shared_beginnings(rows, limits, least)
+    for i, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
+        assert cut == 0 or least <= cut <= limits[i]
+        assert cut == 0 or any(rows[j][:cut] == row[:cut] and cuts[j] == cut for j in range(len(rows)) if j != i), "a beginning that nobody shares"
+        agreeing = [j for j in range(len(rows)) if j != i and min(limits[i], limits[j]) >= least and rows[j][:least] == row[:least]]
+        assert bool(cut) == bool(agreeing), "a beginning that is shared is not run twice"
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -220,7 +230,7 @@ def test_buckets_partition_the_rows_within_the_budget(sizes, budget, pairs):
     assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
     for group in groups:
         rows = [([0] * (a + b), b) for a, b in (sizes[i] for i in group)]
-        padded = pad([r for r, _ in rows], "cpu", [b for _, b in rows] if pairs else None).ids
+        padded = continued([r[before:] for r, before in rows], [before for _, before in rows], "cpu").mask if pairs else pad([r for r, _ in rows], "cpu").ids
         assert padded.numel() <= budget or len(group) == 1
     parts = [[s if pairs else (s,) for s in (given_sizes[i] for i in group)] for group in groups]
 

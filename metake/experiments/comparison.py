@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from metake.errors import ParameterError, near_misses
 from metake.runs import RunConfig, holds, run
 
 PRIMARY = ("memit", "alphaedit", "metake")
@@ -38,12 +39,13 @@ def comparison(
     with tempfile.TemporaryDirectory() as scratch:
         for name, source in (data or {"CounterFact format": "facts", "ZsRE format": "facts-zsre"}).items():
             for seed in seeds:
+                before = None
                 for place, method in enumerate(methods):
                     folder = Path(out or scratch) / f"{Path(source).stem}-{method}-{seed}"
                     sampled = generate and "zsre" not in Path(source).stem
                     config = RunConfig(model, method, source, edits, batch, seed, text, text_tokens, generate=sampled)
                     if not (holds(folder, config) and (folder / "summary.json").is_file()):
-                        run(config, folder)
+                        before = run(config, folder, before=before).before  # the same unedited model for every method
                     summaries.append({"dataset": name, "method": method, "seed": seed} | json.loads((folder / "summary.json").read_text(encoding="utf-8")))
                     for label, file in ([] if place else [("pre-edit", "before.jsonl")]) + [(method, "cases.jsonl")]:
                         rows += [{"dataset": name, "method": label, "seed": seed} | row for row in _cases(folder / file)]
@@ -58,16 +60,22 @@ def _cases(file: Path) -> list[dict]:
 
 
 def summarize(records: pd.DataFrame) -> pd.DataFrame:
-    """Percent per data set and method: the mean over cases within a seed, then mean and standard deviation over seeds."""
+    """Percent per data set and method: the mean over cases within a seed, then mean and sample standard deviation over seeds."""
     metrics = [m for m in METRICS if m in records and records[m].notna().any()]
     by_seed = 100 * records.groupby(["dataset", "method", "seed"], sort=False)[metrics].mean()
     grouped = by_seed.groupby(["dataset", "method"], sort=False)
-    mean, deviation = grouped.mean(), grouped.std(ddof=0)
+    mean, deviation = grouped.mean(), grouped.std()
     return (mean.join(deviation.add_suffix("_sd")) if records.seed.nunique() > 1 else mean).reset_index()
 
 
 def paired_differences(records: pd.DataFrame, one: str = "metake", other: str = "alphaedit", draws: int = 4000, seed: int = 0) -> pd.DataFrame:
-    """`one` minus `other` on the same cases, in percentage points, with a 95 % bootstrap interval over cases."""
+    """`one` minus `other` on the same cases, in percentage points, with a 95 % bootstrap interval over cases.
+
+    Raises ParameterError if one of the two is not among the records' methods.
+    """
+    for name in (one, other):
+        if name not in set(records.method):
+            raise ParameterError(near_misses(name, set(records.method), "method among the records"))
     generator, rows = np.random.default_rng(seed), []
     for dataset, group in records.groupby("dataset", sort=False):
         for metric in METRICS[:3]:

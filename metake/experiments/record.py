@@ -19,7 +19,8 @@ from metake.errors import ParameterError, near_misses
 from metake.experiments.comparison import comparison
 from metake.experiments.dispersion import association_dispersion
 from metake.experiments.quickstart import quickstart
-from metake.model import default_device, load, versions
+from metake.machine import default_device, versions
+from metake.model import load
 from metake.runs import read_cases
 
 

@@ -139,7 +139,7 @@ def _draw_cloud(axes: Any, row: int, labels: list[str], gamma: pd.Series, color:
 
 
 def _by_seed(records: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Mean and, where there are several seeds, standard deviation per data set, method and metric, in percent."""
+    """Mean and, where there are several seeds, sample standard deviation per data set, method and metric, in percent."""
     _require(records, "dataset", "method", *metrics)
     if "id" in records:
         _require(records, "seed")
@@ -149,7 +149,7 @@ def _by_seed(records: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
         for metric in metrics:
             values = group[metric].dropna()
             if len(values):
-                sd = group[f"{metric}_sd"].iloc[0] if f"{metric}_sd" in group else values.std(ddof=0) if len(values) > 1 else float("nan")
+                sd = group[f"{metric}_sd"].iloc[0] if f"{metric}_sd" in group else values.std() if len(values) > 1 else float("nan")
                 rows.append({"dataset": dataset, "method": method, "metric": metric, "mean": values.mean(), "sd": sd})
     return pd.DataFrame(rows)
 

@@ -1,0 +1,84 @@
+"""The machine at hand: its device, its memory, the versions of what runs on it. Nothing else asks which device it is."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import psutil
+import torch
+import transformers
+
+from metake.errors import ParameterError
+
+log = logging.getLogger("metake")
+T = TypeVar("T")
+
+
+def default_device() -> torch.device:
+    """The best device at hand: one CUDA GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def usable(name: str | torch.device) -> torch.device:
+    """A device by name. Raises ParameterError if this machine or this torch has none such."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ParameterError(f"device {str(name)!r} cannot be used here; expected one that torch has, such as 'cpu', or none for {str(default_device())!r}, the best at hand") from error
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Highest memory in use so far, bytes: of the accelerator's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # no such call outside POSIX
+        return 0
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of the accelerator, or of the machine on a CPU."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
+
+
+def halving(attempt: Callable[[int], T], tokens: int) -> T:
+    """`attempt(tokens)`; after an out-of-memory error again with half as many tokens in a micro-batch, down to one.
+
+    The attempt must start anew each time: a micro-batch decides memory, never the result.
+    """
+    while True:
+        try:
+            return attempt(tokens)
+        except RuntimeError as error:
+            if not _out_of_memory(error) or tokens <= 1:
+                raise
+        tokens //= 2
+        log.warning("out of memory: going on with micro-batches of %d tokens", tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide a number's last digits."""
+    from metake import __version__
+
+    return {"metake": __version__, "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
