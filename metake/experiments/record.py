@@ -57,8 +57,10 @@ def record(
         if name in only if only else not (report.project_root() / "results" / f"{target}.jsonl").is_file():
             start, origin = time.perf_counter(), _provenance(model, data, text, tokens)
             frame = make()
-            # runs that an earlier call has finished count with the time that they took
-            seconds = sum(run["seconds"]["total"] for run in frame.attrs.get("runs", [])) or time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            if runs := frame.attrs.get("runs"):  # those that an earlier call has finished count with the time that they took
+                seconds = sum(run["seconds"]["total"] for run in runs)
+                origin |= {name: runs[0]["config"][name] for name in ("edits", "batch")} | {"seeds": sorted({run["seed"] for run in runs})}
             origin["minutes"] = round(seconds / 60, 1)
             report.write_recorded(target, frame, origin)
             yield f"wrote results/{target}.jsonl"
