@@ -93,7 +93,10 @@ def gathered(head: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]
 
     The head, its bias and the final norm stay the model's own; only the rows that reach the head are chosen.
     """
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, positions], *args[1:]))
+    def choose(_: nn.Module, args: tuple) -> tuple:
+        return args[0].flatten(0, 1).index_select(0, rows * args[0].shape[1] + positions), *args[1:]  # its gradient is a plain sum of rows
+
+    handle = head.register_forward_pre_hook(choose)
     try:
         yield
     finally:

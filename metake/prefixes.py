@@ -64,6 +64,13 @@ class Prefixed:
             tails = self.lm.read(self.tail, keys, states, past=past)
         return tuple({i: Split(head.get(i), tail[i]) for i in tail} for head, tail in zip(heads, tails, strict=True))
 
+    def fill(self, after: int, start: Split) -> DynamicCache:
+        """Keys and values of the blocks after `after`, which gave `start`: the beginnings' columns, then the rows'."""
+        cache = self.begin((), [self.lm.depth - 1], after, start.head)[0] or DynamicCache()
+        with self.lm.resumed(after, start.tail):
+            self.lm.read(self.tail, states=[self.lm.depth - 1], past=cache)
+        return cache
+
     def logits(self, after: int, start: Split, rows: Tensor, columns: Tensor) -> Tensor:
         """Logits at (row, column after the cut) pairs, going on after block `after`, which gave `start`."""
         past, *_ = self.begin((), [self.lm.depth - 1], after, start.head)

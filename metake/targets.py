@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from metake.errors import NumericalError, ParameterError
 from metake.model import LanguageModel
@@ -97,12 +96,12 @@ def optimize_targets(lm: LanguageModel, requests: Sequence[EditRequest], context
     if layer >= lm.depth - 1 and any(r.labels and r.read[0] > r.lookup for r in rows):
         raise ParameterError(f"layer {layer} is the last block of {lm.name!r}: what is planted at the subject cannot reach the end of the prompt; choose a lower layer")
     cuts = shared_beginnings([r.ids for r in rows], [r.lookup for r in rows])
-    sizes = [(len(r.ids) - r.lookup, r.lookup) for r in rows]
     parts, anchor = [], torch.zeros(count, lm.width, dtype=lm.dtype, device=lm.device)
-    for group in buckets(sizes, rule.tokens):
-        part = _resumable(lm, [rows[i] for i in group], [cuts[i] for i in group], layer)
+    for group in buckets([(len(r.ids) - r.lookup, r.lookup) for r in rows], rule.tokens):
+        runs = [[group[k] for k in same] for same in buckets([len(rows[i].ids) - cuts[i] for i in group], rule.tokens)]
+        part = _resumable(lm, [[(rows[i], cuts[i]) for i in run] for run in runs], layer)
         parts.append(part)
-        plain = [(k, i // len(contexts)) for k, i in enumerate(group) if i < count * len(contexts) and i % len(contexts) == 0]
+        plain = [(k, i // len(contexts)) for k, i in enumerate(sum(runs, [])) if i < count * len(contexts) and i % len(contexts) == 0]
         for k, request in plain:
             anchor[request] = part.state[k, 0]
     planned, trace = _descend(lm, parts, anchor.to(_work(lm)), layer, rule)
@@ -113,22 +112,32 @@ def _work(lm: LanguageModel) -> torch.dtype:
     return torch.promote_types(lm.dtype, torch.float32)
 
 
+def _resumable(lm: LanguageModel, runs: list[list[tuple[Row, int]]], layer: int) -> _Resumable:
+    """One bucket from (row, length of its shared beginning), in micro-batches of similar whole length."""
+    rows = [row for run in runs for row, _ in run]
+    lookup = [row.lookup for row in rows]
+    batch = continued([row.ids[row.lookup :] for row in rows], lookup, lm.device)
+    pieces, states = zip(*(_constant(lm, *zip(*run, strict=True), layer, max(lookup), batch.ids.shape[1]) for run in runs), strict=True)
+    prefix = [of_block[0] and tuple(map(torch.cat, zip(*of_block, strict=True))) for of_block in zip(*pieces, strict=True)]
+    return _Resumable(Bucket.of(rows, lookup, lm.device), batch, prefix, torch.cat(states))
+
+
 @torch.no_grad()
-def _resumable(lm: LanguageModel, rows: list[Row], cuts: list[int], layer: int) -> _Resumable:
-    lookup, at = [r.lookup for r in rows], torch.arange(len(rows), device=lm.device)[:, None]
-    run, before = Prefixed(lm, [r.ids for r in rows], cuts), torch.tensor(lookup, device=lm.device)
-    batch = continued([r.ids[r.lookup :] for r in rows], lookup, lm.device)
-    active = ((before - run.cut)[:, None] + torch.arange(batch.ids.shape[1], device=lm.device)).clamp_max(run.tail.ids.shape[1] - 1)
-    cache = run.begin((), [lm.depth - 1])[0] or DynamicCache()
-    _, states = lm.read(run.tail, states=[layer, lm.depth - 1], then=lambda t: t[at, active], past=cache)
-    columns = columns_before(before, max(lookup)) + (run.width - run.cut)[:, None]  # a row's tokens end its beginning's columns
-    return _Resumable(Bucket.of(rows, lookup, lm.device), batch, rearranged(cache, at, columns, layer), states[layer])
+def _constant(lm: LanguageModel, rows: Sequence[Row], cuts: Sequence[int], layer: int, width: int, active: int) -> tuple[Cached, Tensor]:
+    """What δ does not change: keys and values before the lookup position, in `width` columns, and the state from it on."""
+    run, at = Prefixed(lm, [r.ids for r in rows], cuts), torch.arange(len(rows), device=lm.device)[:, None]
+    state, before = run.read([], [layer])[1][layer], torch.tensor([r.lookup for r in rows], device=lm.device)
+    columns = ((before - run.cut)[:, None] + torch.arange(active, device=lm.device)).clamp_max(state.tail.shape[1] - 1)
+    above = Prefixed(lm, [r.ids[: r.lookup + 1] for r in rows], cuts)
+    cache = above.fill(layer, state._replace(tail=state.tail[:, : above.tail.ids.shape[1]]))
+    own = columns_before(before, width) + (above.width - above.cut)[:, None]  # a row's tokens end its beginning's columns
+    return rearranged(cache, at, own, layer), state.tail[at, columns]
 
 
 def _score(lm: LanguageModel, part: _Resumable, delta: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """Per-request losses of one bucket with δ planted at its rows' lookup positions, (requests,) each."""
-    planted = part.state.clone()
-    planted[:, 0] = (planted[:, 0].to(delta.dtype) + delta[part.bucket.owner]).to(planted.dtype)
+    first = part.state[:, 0].to(delta.dtype) + delta.index_select(0, part.bucket.owner)
+    planted = torch.cat([first.to(part.state.dtype)[:, None], part.state[:, 1:]], 1)
     with lm.resumed(layer, planted):
         logits = lm.logits(part.batch, part.bucket.row, part.bucket.column, past=as_cache(part.prefix, part.batch))
     return part.bucket.losses(logits, len(delta))
@@ -145,8 +154,10 @@ def _descend(lm: LanguageModel, parts: list[_Resumable], anchor: Tensor, layer: 
         optimizer.zero_grad()
         nll, kl = (torch.zeros_like(scale) for _ in range(2))
         for part in parts:
-            part_nll, part_kl = _score(lm, part, delta, layer)
-            (part_nll + rule.kl_weight * part_kl).sum().backward()
+            with torch.set_grad_enabled(step < rule.steps - 1):  # the last loss is read, not descended
+                part_nll, part_kl = _score(lm, part, delta, layer)
+            if part_nll.requires_grad:
+                (part_nll + rule.kl_weight * part_kl).sum().backward()
             nll, kl = nll + part_nll.detach(), kl + part_kl.detach()
         penalty = rule.decay * delta.norm(dim=1) / scale.square()
         loss = nll + rule.kl_weight * kl + penalty.detach()

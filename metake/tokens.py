@@ -163,11 +163,11 @@ def _agreement(one: Sequence[int], other: Sequence[int]) -> int:
     return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def buckets(sizes: Sequence[int | tuple[int, ...]], budget: int, waste: float = 0.1) -> Iterator[list[int]]:
+def buckets(sizes: Sequence[int | tuple[int, ...]], budget: int, waste: float = 0.05, spare: int = 64) -> Iterator[list[int]]:
     """Indices of rows of similar size, in groups whose padded rectangle holds at most `budget` tokens (at least one row).
 
     A size may have several parts, each padded on its own: the first is what every step computes, and at most the share
-    `waste` of it may be padding.
+    `waste` of it may be padding, or `spare` tokens: a group of its own costs as much.
     """
     parts = [s if isinstance(s, tuple) else (s,) for s in sizes]
     group: list[int] = []
@@ -176,7 +176,7 @@ def buckets(sizes: Sequence[int | tuple[int, ...]], budget: int, waste: float = 
     for i in sorted(range(len(sizes)), key=lambda i: (parts[i], i), reverse=True):
         grown = tuple(map(max, widest or parts[i], parts[i]))
         rows = len(group) + 1
-        if group and (sum(grown) * rows > budget or used + parts[i][0] < (1 - waste) * grown[0] * rows):
+        if group and (sum(grown) * rows > budget or grown[0] * rows - used - parts[i][0] > max(waste * grown[0] * rows, spare)):
             yield group
             group, grown, used = [], parts[i], 0
         group.append(i)

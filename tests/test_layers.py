@@ -15,13 +15,14 @@ from metake import METHODS
 ROOT = Path(metake.__file__).parent
 # Each module may import only what stands before it. `report` stands low: it reads results, never a model.
 ORDER = """
-errors storage machine geometry solve update recipes progress
+errors arguments storage machine geometry solve update recipes progress
 report.style report.files report.shown report.figure report.plots report
 capture requests tokens facts assets model generation objective prefixes keys text_metrics
 targets bilevel statistics
 editor methods diagnosis
 evaluation runs
-experiments.parameters experiments.attenuation experiments.quickstart experiments.dispersion experiments.comparison experiments.record experiments
+experiments.parameters experiments.attenuation experiments.quickstart experiments.dispersion experiments.comparison
+experiments.sizes experiments.literal experiments.bench experiments.record experiments
 metake cli
 """.split()
 FILE, FUNCTION, METHOD = 300, 40, 8  # lines: of a file; of a function and of a method's recipe, docstring not counted

@@ -162,11 +162,11 @@ def test_only_what_a_plan_can_still_change_is_computed(monkeypatch):
     found = optimize_targets(lm, REQUESTS, CONTEXTS, LAYER, rule)
     for handle in handles:
         handle.remove()
-    (shared, whole), *others = (shapes[:2] for shapes in seen.values())
-    assert all(two == [shared, whole] for two in others) and whole[0] == len(REQUESTS) * (len(CONTEXTS) + 1)
+    shared, whole = seen[0]
+    again, before, *later = seen[LAYER + 1]
+    assert seen[LAYER] == [shared, whole] and again == shared and whole[0] == len(REQUESTS) * (len(CONTEXTS) + 1) == before[0]
     assert shared[0] == len(CONTEXTS) - 1, "one beginning for each sampled context"
-    later = seen[LAYER + 1][2:]
-    assert len(seen[0]) == len(seen[LAYER]) == 2
+    assert before[1] < whole[1], "above the plant, what stands before it is run once, what follows it in every step"
     still = [sum(n > step for n in steps(found)) for step in range(max(steps(found)))]
     assert [rows for rows, _ in later] == [n * (len(CONTEXTS) + 1) for n in still]
     assert len(set(still)) >= 3 and max(columns for _, columns in later) < shared[1] + whole[1]

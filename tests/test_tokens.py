@@ -223,10 +223,10 @@ def test_beginnings_are_cut_where_others_have_the_same(rows, data, least):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), max_size=25), st.integers(1, 120), st.booleans())
-def test_buckets_partition_the_rows_within_the_budget(sizes, budget, pairs):
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), max_size=25), st.integers(1, 120), st.booleans(), st.sampled_from([0, 3, 12]))
+def test_buckets_partition_the_rows_within_the_budget(sizes, budget, pairs, spare):
     given_sizes = sizes if pairs else [a + b for a, b in sizes]
-    groups = list(buckets(given_sizes, budget))
+    groups = list(buckets(given_sizes, budget, 0.1, spare))
     assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
     for group in groups:
         rows = [([0] * (a + b), b) for a, b in (sizes[i] for i in group)]
@@ -236,8 +236,9 @@ def test_buckets_partition_the_rows_within_the_budget(sizes, budget, pairs):
 
     def fits(rows):
         widest = [max(part) for part in zip(*rows, strict=True)]
-        return sum(widest) * len(rows) <= budget and sum(r[0] for r in rows) >= 0.9 * widest[0] * len(rows)
+        computed = widest[0] * len(rows)
+        return sum(widest) * len(rows) <= budget and computed - sum(r[0] for r in rows) <= max(0.1 * computed, spare)
 
-    assert all(fits(a) or len(a) == 1 for a in parts), "of what every step computes a tenth may be padding"
+    assert all(fits(a) or len(a) == 1 for a in parts), "of what every step computes a tenth, or a few tokens, may be padding"
     assert all(min(a)[0] >= max(b)[0] for a, b in pairwise(parts)), "rows of similar size run together"
     assert not any(fits([*a, b[0]]) for a, b in pairwise(parts)), "no group closes early"
