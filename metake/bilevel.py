@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from metake.errors import NumericalError, ParameterError, near_misses
+from metake.machine import halving
 from metake.model import LanguageModel
 from metake.objective import Bucket
 from metake.prefixes import Prefixed, Split
@@ -63,7 +64,7 @@ class Refinement:
     prompts: str = "contexts"
     gate: str = "structural"
     feedback: bool = True
-    tokens: int = 4096  # of one micro-batch: memory, never the result
+    tokens: int = 8192  # of one micro-batch at most, fewer where memory is short: never the result
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -99,7 +100,14 @@ def refine(
     """
     if not len(requests) or not rule.steps:
         return targets
-    parts = [_look_ahead(lm, *group, targets, gate, rule) for group in _groups(lm, requests, contexts, rule)]
+    rows = rewriting_rows(lm.tokenizer, requests, contexts if rule.prompts == "contexts" else contexts[:1])
+    rows += locality_rows(lm.tokenizer, requests, rule.locality_position)
+    return halving(lambda tokens: _refine(lm, rows, targets, gate, rule, tokens), min(rule.tokens, lm.room(lm.depth - targets.layer, gradients=True)))
+
+
+def _refine(lm: LanguageModel, rows: list[Row], targets: Targets, gate: Tensor, rule: Refinement, tokens: int) -> Targets:
+    """In micro-batches of at most `tokens`."""
+    parts = [_look_ahead(lm, *group, targets, gate, rule) for group in _groups(rows, tokens)]
     work = torch.promote_types(lm.dtype, torch.float32)
     anchor, initial = targets.anchor.to(work), targets.value.to(work)
     value = initial.clone().requires_grad_()
@@ -118,12 +126,10 @@ def refine(
     return replace(targets, planned=targets.planned + (value.detach() - initial).double(), trace=trace)
 
 
-def _groups(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], rule: Refinement) -> list[tuple[list[Row], list[int]]]:
+def _groups(rows: list[Row], tokens: int) -> list[tuple[list[Row], list[int]]]:
     """Micro-batches: rows, and how much of each one's beginning is shared."""
-    rows = rewriting_rows(lm.tokenizer, requests, contexts if rule.prompts == "contexts" else contexts[:1])
-    rows += locality_rows(lm.tokenizer, requests, rule.locality_position)
     cuts = shared_beginnings([r.ids for r in rows], [r.lookup for r in rows])
-    groups = buckets([len(r.ids) - cut for r, cut in zip(rows, cuts, strict=True)], rule.tokens)
+    groups = buckets([len(r.ids) - cut for r, cut in zip(rows, cuts, strict=True)], tokens)
     return [([rows[i] for i in group], [cuts[i] for i in group]) for group in groups]
 
 

@@ -42,6 +42,7 @@ class EditorState:
     contexts: tuple[str, ...]
     statistics_digest: str = ""
     edits: int = 0
+    keys: Mapping[int, Tensor] = field(default_factory=dict, repr=False)  # of the latest batch, if the metrics remember them
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,9 @@ class Editor:
                 clock("refinement")
             updates, keys, layers = self._write(lm, reader, targets, state, clock)
         record = self._record(lm, requests, state, hashes, layers, targets, clock)
-        metrics = {i: condition(state.metrics[i], keys[i]) for i in self.layers} if self.remember else state.metrics
-        return Edit(updates, record), replace(state, metrics=metrics, edits=state.edits + len(requests))
+        if self.remember:
+            state = replace(state, metrics={i: condition(state.metrics[i], keys[i]) for i in self.layers}, keys=keys)
+        return Edit(updates, record), replace(state, edits=state.edits + len(requests))
 
     def _frozen_gate(self, reader: KeyReader, state: EditorState) -> Tensor:
         """M of the last layer on the live model; with the key-only ablation, of a metric that ignores P and Kₚ."""

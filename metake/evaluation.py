@@ -16,6 +16,7 @@ import torch
 
 from metake.errors import ParameterError, RequestError, near_misses
 from metake.generation import sample
+from metake.machine import halving
 from metake.model import LanguageModel
 from metake.progress import progress
 from metake.requests import EditCase, Probe
@@ -172,8 +173,13 @@ def read(lm: LanguageModel, pairs: Sequence[tuple[str, str]], tokens: int = 8192
         if not start:
             raise RequestError(f"the probe prompt {prompt!r} has no tokens; expected at least one before the answer {text!r}")
         wanted.setdefault(start + answer[:-1], []).append((i, len(start) - 1, answer))
+    return halving(lambda tokens: _read(lm, wanted, len(pairs), tokens), min(tokens, lm.room(1, gradients=False)))
+
+
+def _read(lm: LanguageModel, wanted: dict[tuple[int, ...], list[tuple[int, int, tuple[int, ...]]]], count: int, tokens: int) -> list[Reading]:
+    """wanted: per row its questions (place in the answer, first position, continuation)."""
     rows = list(wanted)
-    result: list[Reading | None] = [None] * len(pairs)
+    result: list[Reading | None] = [None] * count
     for group in progress(list(buckets([len(r) for r in rows], tokens)), "evaluate"):
         asked = [(k, *question) for k, row in enumerate(group) for question in wanted[rows[row]]]
         where = [(k, first + j) for k, _, first, answer in asked for j in range(len(answer))]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from metake.machine import halving
 from metake.model import LanguageModel
 from metake.progress import progress
 from metake.tokens import encode, pad
@@ -38,15 +39,20 @@ def sample(
     (default: the prompts, so that equal prompts get equal texts). Returns the whole texts, NFKD-normalized, without
     special tokens.
     """
-    texts: list[str] = [""] * len(prompts)
     streams = prompts if streams is None else streams
     ids = [encode(lm.tokenizer, p) for p in prompts]
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(ids):
         by_length.setdefault(len(row), []).append(i)
+    uniforms = [_uniforms(seed, stream, length) for stream in streams]
+    return halving(lambda size: _sample(lm, ids, by_length, uniforms, length, top_k, size), rows)
+
+
+def _sample(lm: LanguageModel, ids: list, by_length: dict[int, list[int]], uniforms: list[np.ndarray], length: int, top_k: int, rows: int) -> list[str]:
+    texts = [""] * len(ids)
     groups = [same[k : k + rows] for same in by_length.values() for k in range(0, len(same), rows)]
     for group in progress(groups, "generate"):
-        for i, row in zip(group, _continue(lm, [ids[i] for i in group], [_uniforms(seed, streams[i], length) for i in group], length, top_k).tolist(), strict=True):
+        for i, row in zip(group, _continue(lm, [ids[i] for i in group], [uniforms[i] for i in group], length, top_k).tolist(), strict=True):
             texts[i] = unicodedata.normalize("NFKD", lm.tokenizer.decode(row, skip_special_tokens=True)).replace("\n\n", " ")
     return texts
 

@@ -201,10 +201,49 @@ class Conditioned:
         return flat - overlap.T @ past_metric
 
 
+@dataclass(frozen=True)
+class Dense:
+    """A metric as its matrix Q, (d_in, d_in): what a history becomes whose thin factor has outgrown it.
+
+    An application costs 2 n d_in², conditioning on n more keys 4 n d_in², however many came before.
+    """
+
+    operator: Tensor = field(repr=False)
+
+    @property
+    def dim(self) -> int:
+        return self.operator.shape[0]
+
+    def apply(self, rows: Tensor) -> Tensor:
+        return rows @ self.operator.to(rows.dtype)
+
+    def condition(self, keys: Tensor) -> Dense:
+        """Q − QK (I + KᵀQK)⁻¹ KᵀQ as L⁻¹KᵀQ squared, which keeps it symmetric."""
+        flat = self.apply(keys)
+        corner = flat @ keys.T
+        corner.diagonal().add_(1.0)
+        half = torch.linalg.solve_triangular(torch.linalg.cholesky(corner), flat, upper=False)
+        return Dense(self.operator - half.T @ half)
+
+
 def condition(metric: Metric, keys: Tensor) -> Metric:
-    """Q | K: the metric that also remembers `keys`, (n, d_in). Exact; conditioning twice equals conditioning on both."""
+    """Q | K: the metric that also remembers `keys`, (n, d_in). Exact; conditioning twice equals conditioning on both.
+
+    The past is kept as a thin factor up to d_in / 2 keys, where it costs as much time and memory as the matrix itself,
+    and as the matrix from there on: the cost of an edit stops growing.
+    """
     if not keys.shape[0]:
         return metric
+    if isinstance(metric, Dense):
+        return metric.condition(keys)
+    thin = _remember(metric, keys)
+    if len(thin.past) <= thin.dim / 2:
+        return thin
+    operator = thin.apply(torch.eye(thin.dim, dtype=keys.dtype, device=keys.device))
+    return Dense((operator + operator.T) / 2)
+
+
+def _remember(metric: Metric, keys: Tensor) -> Conditioned:
     base, past = (metric.base, metric.past) if isinstance(metric, Conditioned) else (metric, keys[:0])
     keys_metric = base.apply(keys)
     corner = keys_metric @ keys.T

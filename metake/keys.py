@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metake.machine import halving
 from metake.model import LanguageModel
 from metake.prefixes import Prefixed, Split
 from metake.requests import EditRequest
@@ -33,21 +34,30 @@ class KeyReader:
 
     def __init__(self, lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], last: int, tokens: int = 8192):
         self.lm, self.last, self.count, self.contexts = lm, last, len(requests), len(contexts)
-        rows = [row.ids for row in prompt_rows(lm.tokenizer, requests, contexts)]
-        cuts = shared_beginnings(rows, [len(row) - 1 for row in rows])
-        groups = buckets([len(row) - cut for row, cut in zip(rows, cuts, strict=True)], tokens)
-        self.groups = [self._group(rows, cuts, group) for group in groups]
-        self.below: list[Split] = []  # per group: output of block `start`
-        self.start = -1
+        self.rows = [row.ids for row in prompt_rows(lm.tokenizer, requests, contexts)]
+        self._divide(min(tokens, lm.room(1, gradients=False)))
 
-    def _group(self, rows: Sequence[Sequence[int]], cuts: Sequence[int], group: list[int]) -> _Group:
-        run = Prefixed(self.lm, [rows[i] for i in group], [cuts[i] for i in group])
-        ends = [len(rows[i]) - cuts[i] - 1 for i in group]
+    def _divide(self, tokens: int) -> None:
+        """Micro-batches of at most so many tokens; what was kept of larger ones is forgotten."""
+        cuts = shared_beginnings(self.rows, [len(row) - 1 for row in self.rows])
+        groups = buckets([len(row) - cut for row, cut in zip(self.rows, cuts, strict=True)], tokens)
+        self.groups = [self._group(cuts, group) for group in groups]
+        self.tokens, self.start = tokens, -1
+        self.below: list[Split] = []  # per group: output of block `start`
+
+    def _group(self, cuts: Sequence[int], group: list[int]) -> _Group:
+        run = Prefixed(self.lm, [self.rows[i] for i in group], [cuts[i] for i in group])
+        ends = [len(self.rows[i]) - cuts[i] - 1 for i in group]
         return _Group(torch.tensor(group, device=self.lm.device), run, torch.tensor(ends, device=self.lm.device))
 
-    @torch.no_grad()
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys at `layer`, (n, d_in), and the state at the last edited layer on the plain prompt, (n, d); float64."""
+        return halving(lambda tokens: self._read(layer, tokens), self.tokens)
+
+    @torch.no_grad()
+    def _read(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+        if tokens != self.tokens:
+            self._divide(tokens)
         device = self.lm.device
         shape = self.lm.shape(self.lm.write_path(layer))
         rows_of_keys = torch.zeros(self.count * self.contexts, shape[1], dtype=torch.float64, device=device)

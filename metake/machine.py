@@ -57,7 +57,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def halving(attempt: Callable[[int], T], tokens: int) -> T:
-    """`attempt(tokens)`; after an out-of-memory error again with half as many tokens in a micro-batch, down to one.
+    """`attempt(tokens)`; after an out-of-memory error again with micro-batches half as large, down to one token (or row).
 
     The attempt must start anew each time: a micro-batch decides memory, never the result.
     """
@@ -68,7 +68,7 @@ def halving(attempt: Callable[[int], T], tokens: int) -> T:
             if not _out_of_memory(error) or tokens <= 1:
                 raise
         tokens //= 2
-        log.warning("out of memory: going on with micro-batches of %d tokens", tokens)
+        log.warning("out of memory: going on with micro-batches half as large (%d)", tokens)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from metake import assets
 from metake.capture import gathered, hidden, reading, resumed
 from metake.errors import ArchitectureError, ParameterError, RequestError, near_misses
-from metake.machine import default_device, usable
+from metake.machine import default_device, free_memory, usable
 from metake.progress import no_bars_in_pipes
 from metake.tokens import Padded
 
@@ -172,6 +172,16 @@ class LanguageModel:
     def resumed(self, last: int, state: Tensor | None) -> contextlib.AbstractContextManager[None]:
         """Start forwards after block `last`, which returns `state`; see `capture.resumed`."""
         return resumed(self.blocks, last, state, self.arity)
+
+    def room(self, blocks: int, gradients: bool) -> int:
+        """Tokens of a micro-batch that a quarter of the free memory holds, in a pass over so many blocks: an estimate.
+
+        A block keeps about 8 activations of the model's width and 4 of the MLP's for the backward pass; one token in
+        four is scored, which takes three vectors of the vocabulary's size.
+        """
+        width, inner = self.shape(self.write_path(0))
+        numbers = (8 * width + 4 * inner) * (blocks if gradients else 1) + 0.75 * self.model.config.vocab_size
+        return max(1, int(free_memory(self.device) / 4 / numbers / self.dtype.itemsize))
 
     # -- weights ----------------------------------------------------------------------------------------------------
 

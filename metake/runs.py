@@ -23,7 +23,7 @@ from metake.editor import Editor, EditorState, digest_of
 from metake.errors import ParameterError, ProvenanceError, RequestError, near_misses
 from metake.evaluation import Evaluation, evaluate, require_prompts
 from metake.facts import facts
-from metake.geometry import Conditioned, KeyStatistics, condition
+from metake.geometry import KeyStatistics, condition
 from metake.machine import peak_memory, versions
 from metake.model import LanguageModel, load
 from metake.progress import progress
@@ -168,7 +168,7 @@ def _resume(lm: LanguageModel, editor: Editor, cases: Cases, state: EditorState,
             edit, state = editor.step(lm, batch, state)
             with atomic_path(folder) as temporary:
                 edit.save(temporary)
-                save_tensors({str(i): m.past[-len(batch) :] for i, m in state.metrics.items() if isinstance(m, Conditioned)}, temporary / "keys.safetensors")
+                save_tensors({str(i): k for i, k in state.keys.items()}, temporary / "keys.safetensors")
         edit.apply(lm)
         edits.append(edit)
     return edits
@@ -188,7 +188,7 @@ def _load_batch(folder: Path, batch: list[EditRequest], state: EditorState, devi
     except (OSError, ValueError) as error:
         raise ProvenanceError(f"{folder} is damaged ({error}); remove it to compute it again") from error
     metrics = {i: condition(m, keys[i]) if i in keys else m for i, m in state.metrics.items()}
-    return edit, replace(state, metrics=metrics, edits=state.edits + len(batch), contexts=edit.record.context_templates)
+    return edit, replace(state, metrics=metrics, keys=keys, edits=state.edits + len(batch), contexts=edit.record.context_templates)
 
 
 def _report(out: Path, config: RunConfig, cases: Cases, before: Evaluation, after: Evaluation, first: Edit, seconds: dict, peak: int) -> None:

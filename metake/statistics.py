@@ -17,6 +17,7 @@ from metake import assets
 from metake.errors import ParameterError, StatisticsError
 from metake.facts import prose, reference_texts, rendered_sentences
 from metake.geometry import KeyStatistics
+from metake.machine import halving
 from metake.model import LanguageModel
 from metake.progress import progress
 from metake.recipes import recipe
@@ -125,7 +126,8 @@ def statistics(
         except StatisticsError as error:
             log.warning("%s", error)
             path.unlink()
-    result = Statistics(_stream(lm, rows, layers), digest, {"text": text if text == "embedded" else Path(text).name, "tokens": sum(map(len, rows)), "model": lm.name})
+    layer_sums = halving(lambda size: _stream(lm, rows, layers, size), min(8192, lm.room(1, gradients=False)))
+    result = Statistics(layer_sums, digest, {"text": text if text == "embedded" else Path(text).name, "tokens": sum(map(len, rows)), "model": lm.name})
     if cache:
         result.save(path)
     return result
@@ -149,9 +151,9 @@ def _rows(lm: LanguageModel, found: list[str], tokens: int | None, context: int,
 
 
 @torch.no_grad()
-def _stream(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int]) -> dict[int, KeyStatistics]:
+def _stream(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int], size: int) -> dict[int, KeyStatistics]:
     sums = {i: KeyStatistics.empty(lm.shape(lm.write_path(i))[1], lm.device) for i in layers}
-    for group in progress(list(buckets([len(r) for r in rows], 8192)), "statistics"):
+    for group in progress(list(buckets([len(r) for r in rows], size)), "statistics"):
         batch = pad([rows[i] for i in group], lm.device)
         keys, _ = lm.read(batch, layers)
         real = batch.mask.bool()

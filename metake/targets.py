@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metake.errors import NumericalError, ParameterError
+from metake.machine import halving
 from metake.model import LanguageModel
 from metake.objective import Bucket
 from metake.prefixes import Cached, Prefixed, as_cache, columns_before, rearranged
@@ -38,7 +39,7 @@ class TargetRule:
     decay: float = 0.5
     clamp: float = 0.75
     stop_below: float = 0.05
-    tokens: int = 4096  # of one micro-batch: memory, never the result
+    tokens: int = 8192  # of one micro-batch at most, fewer where memory is short: never the result
 
     def __post_init__(self) -> None:
         ranges = {"steps": self.steps >= 1, "step_size": self.step_size > 0, "clamp": self.clamp > 0, "tokens": self.tokens >= 1}
@@ -88,22 +89,27 @@ def optimize_targets(lm: LanguageModel, requests: Sequence[EditRequest], context
     Cost: one forward over all rows, then at most steps − 1 forward-backward passes over the blocks above `layer` at the
     positions from the subject's last token on.
     """
-    count = len(requests)
-    if not count:
+    if not requests:
         empty = torch.zeros(0, lm.width, dtype=torch.float64, device=lm.device)
         return Targets(layer, empty, empty)
     rows = rewriting_rows(lm.tokenizer, requests, contexts) + locality_rows(lm.tokenizer, requests)
     if layer >= lm.depth - 1 and any(r.labels and r.read[0] > r.lookup for r in rows):
         raise ParameterError(f"layer {layer} is the last block of {lm.name!r}: what is planted at the subject cannot reach the end of the prompt; choose a lower layer")
+    plain = {i * len(contexts): i for i in range(len(requests))}
+    return halving(lambda tokens: _optimize(lm, rows, plain, layer, rule, tokens), min(rule.tokens, lm.room(lm.depth - layer, gradients=True)))
+
+
+def _optimize(lm: LanguageModel, rows: list[Row], plain: dict[int, int], layer: int, rule: TargetRule, tokens: int) -> Targets:
+    """In micro-batches of at most `tokens`; plain: which row is which request's plain prompt."""
     cuts = shared_beginnings([r.ids for r in rows], [r.lookup for r in rows])
-    parts, anchor = [], torch.zeros(count, lm.width, dtype=lm.dtype, device=lm.device)
-    for group in buckets([(len(r.ids) - r.lookup, r.lookup) for r in rows], rule.tokens):
-        runs = [[group[k] for k in same] for same in buckets([len(rows[i].ids) - cuts[i] for i in group], rule.tokens)]
+    parts, anchor = [], torch.zeros(len(plain), lm.width, dtype=lm.dtype, device=lm.device)
+    for group in buckets([(len(r.ids) - r.lookup, r.lookup) for r in rows], tokens):
+        runs = [[group[k] for k in same] for same in buckets([len(rows[i].ids) - cuts[i] for i in group], tokens)]
         part = _resumable(lm, [[(rows[i], cuts[i]) for i in run] for run in runs], layer)
         parts.append(part)
-        plain = [(k, i // len(contexts)) for k, i in enumerate(sum(runs, [])) if i < count * len(contexts) and i % len(contexts) == 0]
-        for k, request in plain:
-            anchor[request] = part.state[k, 0]
+        for k, i in enumerate(i for run in runs for i in run):
+            if i in plain:
+                anchor[plain[i]] = part.state[k, 0]
     planned, trace = _descend(lm, parts, anchor.to(_work(lm)), layer, rule)
     return Targets(layer, anchor.double(), planned.double(), trace)
 

@@ -11,7 +11,7 @@ from test_solve import THRESHOLD, assert_close, problem, second_moment
 from torch import Tensor
 
 from metake.errors import ParameterError, StatisticsError
-from metake.geometry import Conditioned, InverseCovariance, Isotropic, KeyStatistics, NullSpace, condition, inverse_covariance, null_space, one_layer
+from metake.geometry import Conditioned, Dense, InverseCovariance, Isotropic, KeyStatistics, NullSpace, condition, inverse_covariance, null_space, one_layer
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)
 
@@ -145,9 +145,21 @@ def test_conditioning_step_by_step_is_conditioning_once(sizes: list[int], kind: 
         metric = condition(metric, part)
     once = condition(base, p.past.T)
     assert_close(dense(metric), dense(once))
-    if sum(sizes):
+    assert isinstance(metric, Dense) == (sum(sizes) > 9 / 2), "a history of more than half the dimensions becomes a matrix"
+    if isinstance(metric, Conditioned):
         assert metric.base is base and torch.equal(metric.past, p.past.T)
         assert_close(metric.factor, once.factor)
+
+
+@pytest.mark.parametrize("kind", ["inverse covariance", "null space", "isotropic"])
+def test_a_long_history_stays_exact_and_costs_no_more(kind: str):
+    p = problem(past=400)
+    metric, inverse, P = bases(p)[kind]
+    for part in p.past.T.split(5):
+        metric = condition(metric, part)
+    assert_close(dense(metric), P @ torch.linalg.inv(inverse + P @ p.past @ p.past.T @ P) @ P)
+    assert isinstance(metric, Dense) and metric.operator.shape == (9, 9) == (metric.dim, metric.dim)
+    assert torch.equal(metric.operator, metric.operator.T) and torch.linalg.eigvalsh(metric.operator).min() > -1e-14
 
 
 def test_conditioning_returns_a_new_metric_and_forgets_nothing():
@@ -156,7 +168,7 @@ def test_conditioning_returns_a_new_metric_and_forgets_nothing():
     one = condition(base, p.past.T)
     before = dense(one)
     two = condition(one, p.keys.T)
-    assert isinstance(two, Conditioned) and len(one.past) == 3 and len(two.past) == 7 and two.dim == 9
+    assert isinstance(one, Conditioned) and len(one.past) == 3 and isinstance(two, Dense) and two.dim == 9
     assert torch.equal(dense(one), before) and condition(one, p.keys.T[:0]) is one and condition(base, p.keys.T[:0]) is base
     assert (dense(two) - before).norm() > 1e-2 * before.norm()
     assert torch.linalg.eigvalsh(before - dense(two)).min() > -1e-12  # a constraint more never loosens the metric
