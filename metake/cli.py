@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import logging
-import math
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import metake as mk
 from metake import assets
-from metake.errors import MetakeError, ParameterError, near_misses
+from metake.arguments import Parser, number
+from metake.errors import MetakeError, near_misses
 from metake.evaluation import Evaluation
 from metake.methods import METHODS
 from metake.model import DTYPES
@@ -26,46 +23,7 @@ from metake.recipes import recipe
 from metake.runs import RunConfig, open_run, read_cases, reevaluate, run, select
 from metake.update import total
 
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with near matches for misspelled commands and options, and one-line errors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ParameterError(f"{message}. See: {self.prog} --help")
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> tuple[argparse.Namespace, list[str]]:
-        """Unknown options are answered first: a misspelled one must not be reported as a missing one."""
-        args = sys.argv[1:] if args is None else list(args)
-        known = [option for action in self._actions for option in action.option_strings]
-        for word in args:
-            if word == "--" or (self._subparsers and not word.startswith("-")):
-                break
-            if re.match(r"--?[A-Za-z]", word) and " " not in word and (name := word.split("=")[0]) not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(o for o in known if o.startswith('--')))}."
-                raise ParameterError(f"{self.prog} has no option {name!r}.{hint}")
-        return super().parse_known_args(args, namespace)
-
-    def _check_value(self, action: argparse.Action, value: object) -> None:
-        if action.choices is not None and value not in action.choices:
-            raise ParameterError(near_misses(str(value), map(str, action.choices), action.dest))
-
-
-def _number(kind: Callable, least: float, open_end: bool = False) -> Callable:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and (value > least if open_end else value >= least)):
-            whole = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {whole} {'>' if open_end else '≥'} {least:g}, found {text!r}")
-        return value
-
-    return parse
-
-
-_COUNT, _SEED, _POSITIVE = _number(int, 1), _number(int, 0), _number(float, 0, open_end=True)
+_COUNT, _SEED, _POSITIVE = number(int, 1), number(int, 0), number(float, 0, open_end=True)
 
 
 def _methods(_: argparse.Namespace) -> None:
@@ -145,6 +103,16 @@ def _record(args: argparse.Namespace) -> None:
         print(line)
 
 
+def _bench(args: argparse.Namespace) -> None:
+    from metake.experiments import bench
+
+    found = bench.bench(**{k: v for k, v in vars(args).items() if k not in ("command", "call", "json")})
+    print(bench.text(found))
+    if args.json:
+        bench.write(found, args.json)
+        print(f"wrote {args.json}")
+
+
 def _method(name: str) -> str:
     if name not in METHODS:
         raise argparse.ArgumentTypeError(near_misses(name, METHODS, "method").rstrip("."))
@@ -210,7 +178,7 @@ def _diagnose_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _stats_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layers", type=_number(int, 0), nargs="+", metavar="N", help="blocks, counted from 0; default: those the recipe edits")
+    parser.add_argument("--layers", type=number(int, 0), nargs="+", metavar="N", help="blocks, counted from 0; default: those the recipe edits")
     parser.add_argument("--threshold", type=_POSITIVE, help="eigenvalues below it span the null space; default: the recipe's")
     _model_options(parser, method=False)
 
@@ -231,6 +199,17 @@ def _record_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="make these recordings again; default: those that are missing")
 
 
+def _bench_options(parser: argparse.ArgumentParser) -> None:
+    _data_options(parser, 100)
+    parser.add_argument("--steps", type=_COUNT, default=25, metavar="N", help="of Stage I, none left out by an early stop; default: %(default)s")
+    parser.add_argument("--literal", type=_COUNT, nargs="?", const=4, default=0, metavar="K", help="in a checkout: also time the literal path on K requests; default K: 4")
+    parser.add_argument("--random-weights", action="store_true", help="a model of this name's size with random weights; nothing is downloaded")
+    parser.add_argument("--rounds", type=_COUNT, default=1, metavar="N", help="repetitions, of which medians are told; default: %(default)s")
+    parser.add_argument("--json", metavar="FILE", help="write the whole result there")
+    _model_options(parser)
+    parser.set_defaults(method="alphaedit")
+
+
 COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
     ("methods", _methods, lambda parser: None, "list the methods: name, equation, source"),
     ("edit", _edit, _edit_options, "edit one fact and show what changed"),
@@ -238,6 +217,7 @@ COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
     ("eval", _eval, _eval_options, "evaluate a run's saved edits again"),
     ("export", _export, _export_options, "write a run's total edit as a LoRA adapter or as one edit"),
     ("diagnose", _diagnose, _diagnose_options, "before editing: association, attenuation and feasible interval per request"),
+    ("bench", _bench, _bench_options, "time the stages of one batch of edits; beside the literal path, if asked"),
     ("stats", _stats, _stats_options, "key statistics of a model: tokens, spectrum, rank of the null space"),
     ("fetch", _fetch, _fetch_options, "download a real model once, checksum verified"),
     ("record", _record, _record_options, "make the recorded runs of a model that are missing; goes on where it stopped"),
@@ -245,9 +225,9 @@ COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="metake", description="Knowledge editing in one formula: an edit is R·M.", allow_abbrev=False)
+    parser = Parser(prog="metake", description="Knowledge editing in one formula: an edit is R·M.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"metake {mk.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, call, add_options, text in COMMANDS:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         add_options(sub)

@@ -19,7 +19,7 @@ from metake.errors import ParameterError, StatisticsError
 from metake.generation import context_templates
 from metake.geometry import Isotropic, KeyStatistics, Metric, MetricRule, condition
 from metake.keys import KeyReader
-from metake.machine import peak_memory, versions
+from metake.machine import peak_memory, synchronize, versions
 from metake.model import LanguageModel
 from metake.requests import EditRequest, check_batch
 from metake.solve import Solution, gate, solve
@@ -99,9 +99,9 @@ class Editor:
         """
         requests = list(requests)
         check_batch(requests)
-        clock = _Clock()
         paths = [lm.write_path(layer) for layer in self.layers]
         hashes = {path: lm.digest(path) for path in paths}
+        clock = _Clock(lm.device)
         with lm.scratch(paths):
             targets = optimize_targets(lm, requests, state.contexts, self.layers[-1], self.target)
             clock("targets")
@@ -150,13 +150,14 @@ class Editor:
 
 
 class _Clock:
-    """Seconds per stage: each call charges the time since the last one."""
+    """Seconds per stage: each call charges the time since the last one, once the device has finished."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self.device, self._last = device, time.perf_counter()
 
     def __call__(self, stage: str) -> None:
+        synchronize(self.device)
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now

@@ -33,8 +33,8 @@ REQUESTS = (
 )
 
 
-def eye(d: int) -> Tensor:
-    return torch.eye(d, dtype=torch.float64)
+def eye(d: int, device: torch.device | None = None) -> Tensor:
+    return torch.eye(d, dtype=torch.float64, device=device)
 
 
 # Solves, (d_out, d_in), and gates, (n, d_in)
@@ -52,7 +52,7 @@ def projector(C: Tensor, threshold: float) -> Tensor:
 
 
 def alphaedit_code(K: Tensor, R: Tensor, P: Tensor, ridge: float, Kp: Tensor) -> Tensor:
-    return solve(P @ (K @ K.T + Kp @ Kp.T) + ridge * eye(len(K)), P @ K @ R.T).T
+    return solve(P @ (K @ K.T + Kp @ Kp.T) + ridge * eye(len(K), K.device), P @ K @ R.T).T
 
 
 def alphaedit_paper(K: Tensor, R: Tensor, P: Tensor, ridge: float, Kp: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def emmet(K: Tensor, R: Tensor, C: Tensor, ridge: float) -> Tensor:
 
 def gate_v1(K: Tensor, C: Tensor, ridge: float) -> Tensor:
     """MetaKE's first version, eq. 7."""
-    return K.T @ inv(C + ridge * eye(len(K)) + K @ K.T)
+    return K.T @ inv(C + ridge * eye(len(K), K.device) + K @ K.T)
 
 
 def gate_b3(K: Tensor, P: Tensor, ridge: float, Kp: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def stored(lm: LanguageModel, layer: int, matrix: Tensor) -> Tensor:
 
 def padded(lm: LanguageModel, texts: Sequence[str]) -> dict[str, Tensor]:
     batch = lm.tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="right")
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    return {name: batch[name].to(lm.device) for name in ("input_ids", "attention_mask")}
 
 
 def lookup(lm: LanguageModel, template: str, subject: str) -> int:
@@ -174,11 +174,15 @@ def target_nll(lm: LanguageModel, log_p: Tensor, batch: dict[str, Tensor], reque
 
 
 def stage_one(lm: LanguageModel, request: EditRequest, contexts: Sequence[str], layer: int, rule) -> tuple[Tensor, Tensor, list[float]]:
-    """h, δ and the losses of one request: every row in full through the model, δ added by a hook at each lookup position."""
+    """h, δ and the losses of one request: every row in full through the model, δ added by a hook at each lookup position.
+
+    As the released code of the family computes it: the model's own logits of all rows and positions serve the KL, and the
+    head is applied again to the last states of the rewriting rows for the likelihood.
+    """
     texts = [*rewriting(lm, request, contexts), f"{request.subject} is a"]
     positions = [lookup(lm, t, request.subject) for t in (*templates(request, contexts), "{} is a")]
     batch = padded(lm, texts)
-    delta = torch.zeros(lm.model.config.hidden_size, dtype=torch.float64, requires_grad=True)
+    delta = torch.zeros(lm.model.config.hidden_size, dtype=torch.float64, device=lm.device, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=rule.step_size)
     first: dict[str, Tensor] = {}
 
@@ -192,14 +196,16 @@ def stage_one(lm: LanguageModel, request: EditRequest, contexts: Sequence[str], 
 
     losses = []
     handle = lm.model.get_submodule(lm.architecture.block.format(layer)).register_forward_hook(plant)
+    head = lm.model.get_output_embeddings()
+    handles = handle, head.register_forward_pre_hook(lambda _, args: first.update(last=args[0]))
     try:
         for step in range(rule.steps):
             optimizer.zero_grad()
-            log_p = torch.log_softmax(lm.model(**batch).logits, dim=-1)
-            now = log_p[-1, positions[-1]]
+            now = torch.log_softmax(lm.model(**batch).logits[-1, positions[-1]], dim=-1)
+            log_p = torch.log_softmax(head(first["last"][:-1]), dim=-1)
             before = first.setdefault("p", now.detach().clone())
             rows = {k: v[:-1] for k, v in batch.items()}
-            loss = target_nll(lm, log_p[:-1], rows, request) + rule.kl_weight * kl_div(before, now, log_target=True, reduction="sum")
+            loss = target_nll(lm, log_p, rows, request) + rule.kl_weight * kl_div(before, now, log_target=True, reduction="sum")
             loss = loss + rule.decay * delta.norm() / first["h"].norm() ** 2
             losses.append(loss.item())
             if loss < rule.stop_below or step == rule.steps - 1:
@@ -211,7 +217,8 @@ def stage_one(lm: LanguageModel, request: EditRequest, contexts: Sequence[str], 
                 with torch.no_grad():
                     delta *= limit / delta.norm()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return first["h"], delta.detach(), losses
 
 
@@ -237,6 +244,18 @@ def keys(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[
         plain, *others = (at_lookup(lm, t, r.subject, layer)[0] for t in templates(r, contexts))
         columns.append((plain + sum(others) / len(others)) / 2 if others else plain)
     return torch.stack(columns, 1)
+
+
+@torch.no_grad()
+def key_pass(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int) -> Tensor:
+    """Inputs of the write module at the subject's last token, (rows, d_in): the released code's pass for one layer, all rows padded, to the logits."""
+    texts = [(t, r.subject) for r in requests for t in templates(r, contexts)]
+    found, positions = {}, [lookup(lm, t, subject) for t, subject in texts]
+    write = lm.model.get_submodule(lm.architecture.write.format(layer))
+    handle = write.register_forward_pre_hook(lambda _, args: found.update(keys=args[0][range(len(texts)), positions].clone()))
+    lm.model(**padded(lm, [t.replace("{}", subject) for t, subject in texts]))
+    handle.remove()
+    return found["keys"]
 
 
 def states(lm: LanguageModel, requests: Sequence[EditRequest], layer: int) -> Tensor:
@@ -284,7 +303,7 @@ def refinement(
         edited = {name: weight(lm, layer) + stored(lm, layer, delta if rule.feedback else delta.detach())}
         losses = torch.stack([outer_loss(lm, r, contexts, edited, before[i], V[:, i], initial[:, i], rule) for i, r in enumerate(requests)])
         history.append(losses.detach())
-        (losses * torch.tensor([rule.edit_weight, rule.locality_weight, rule.anchor_weight], dtype=losses.dtype)).sum().backward()
+        (losses * losses.new_tensor([rule.edit_weight, rule.locality_weight, rule.anchor_weight])).sum().backward()
         optimizer.step()
     return V.detach(), torch.stack(history)
 

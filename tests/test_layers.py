@@ -22,7 +22,7 @@ targets bilevel statistics
 editor methods diagnosis
 evaluation runs
 experiments.parameters experiments.attenuation experiments.quickstart experiments.dispersion experiments.comparison
-experiments.sizes experiments.literal experiments.bench experiments.record experiments
+experiments.sizes experiments.literal experiments.bench experiments.run_time experiments.record experiments
 metake cli
 """.split()
 FILE, FUNCTION, METHOD = 300, 40, 8  # lines: of a file; of a function and of a method's recipe, docstring not counted

@@ -52,11 +52,17 @@ def probes():
     return pd.DataFrame(rows, columns=["probe", "prompt", "answer", "before", "after", "restored"])
 
 
+def timings():
+    rows = [(m, s, p, x * y) for m, x in (("alphaedit", 0.02), ("metake", 0.05)) for s in ("targets", "keys", "solve") for p, y in (("accelerated", 1), ("literal", 9))]
+    return pd.DataFrame(rows, columns=["method", "stage", "path", "seconds_per_edit"])
+
+
 FIGURES = {
     "attenuation": lambda **k: report.attenuation_curve(gammas(), spectra(), **k),
     "association_dispersion": lambda **k: report.dispersion(requests(), **k),
     "comparison": lambda **k: report.comparison_bars(cases(), **k),
     "tradeoff": lambda **k: report.tradeoff(cases(), **k),
+    "run_time": lambda **k: report.stage_bars(timings(), **k),
     "quickstart": lambda **k: report.before_after(probes(), **k),
 }
 every_figure = pytest.mark.parametrize("name", FIGURES)

@@ -19,6 +19,7 @@ from metake.errors import ParameterError, near_misses
 from metake.experiments.comparison import comparison
 from metake.experiments.dispersion import association_dispersion
 from metake.experiments.quickstart import quickstart
+from metake.experiments.run_time import run_time
 from metake.machine import default_device, versions
 from metake.model import load
 from metake.runs import read_cases
@@ -48,6 +49,7 @@ def record(
         "comparison": lambda: comparison(
             **common, data=data, edits=edits, batch=batch, seeds=seeds, out=report.project_root() / "runs" / f"record-{Path(model).name}"
         ),
+        "bench": lambda: run_time(**common, data=data["CounterFact"], edits=100, literal=4),
     }
     for name in only or ():
         if name not in parts:
@@ -58,6 +60,7 @@ def record(
             start, origin = time.perf_counter(), _provenance(model, data, text, tokens)
             frame = make()
             seconds = time.perf_counter() - start
+            origin |= frame.attrs.get("settings", {})
             if runs := frame.attrs.get("runs"):  # those that an earlier call has finished count with the time that they took
                 seconds = sum(run["seconds"]["total"] for run in runs)
                 origin |= {name: runs[0]["config"][name] for name in ("edits", "batch")} | {"seeds": sorted({run["seed"] for run in runs})}

@@ -7,11 +7,11 @@ compare. Everything carries one of three labels: recomputed here, recorded, repo
 
 from metake.report.figure import Figure
 from metake.report.files import artifact_name, figures_dir, paper, project_root, recorded, write_recorded
-from metake.report.plots import attenuation_curve, before_after, comparison_bars, dispersion, tradeoff
+from metake.report.plots import attenuation_curve, before_after, comparison_bars, dispersion, stage_bars, tradeoff
 from metake.report.shown import Verdict, provenance, table, verdict
 from metake.report.style import METHOD_STYLE, Style, style
 
 __all__ = [
     "METHOD_STYLE", "Figure", "Style", "Verdict", "artifact_name", "attenuation_curve", "before_after", "comparison_bars", "dispersion", "figures_dir",
-    "paper", "project_root", "provenance", "recorded", "style", "table", "tradeoff", "verdict", "write_recorded",
+    "paper", "project_root", "provenance", "recorded", "stage_bars", "style", "table", "tradeoff", "verdict", "write_recorded",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from metake.report.shown import texts
 from metake.report.style import in_order, style
 
 SHARES = ("efficacy", "generalization", "specificity")
+STAGES = ("targets", "refinement", "keys", "solve")
 
 
 def _require(records: pd.DataFrame, *columns: str) -> None:
@@ -268,3 +269,31 @@ def before_after(records: pd.DataFrame, method: str = "metake", model: str | Non
     pairs = "; ".join(f"{p} … {a}: {b:.3f} before, {c:.3f} after" for p, a, b, c in records[["prompt", "answer", "before", "after"]].itertuples(index=False))
     summary = records[[c for c in ("probe", "prompt", "answer", "before", "after", "restored") if c in records]].round(3)
     return Figure(draw, records, name, f"Probability of answers before and after an edit. {pairs}.", model, summary, (7.4, 0.9 + 0.62 * len(records)))
+
+
+def stage_bars(records: pd.DataFrame, model: str | None = None, name: str = "run_time", stages: Sequence[str] = STAGES) -> Figure:
+    """Seconds of one edit by stage, a panel each, per method: the accelerated path, and below it, paler, the literal one.
+
+    records: method, stage, path, seconds_per_edit; logarithmic axes that begin at a tenth of the least value.
+    """
+    _require(records, "method", "stage", "path", "seconds_per_edit")
+    methods, paths = in_order(records.method), list(dict.fromkeys(records.path))
+    stages = [s for s in stages if s in set(records.stage)]
+    drawn = records[records.stage.isin(stages)]
+    found = drawn.set_index(["stage", "path", "method"]).seconds_per_edit
+
+    def draw(axes: Any) -> None:
+        for panel, stage in zip(axes[0], stages, strict=True):
+            for (i, method), (j, path) in ((m, p) for m in enumerate(methods) for p in enumerate(paths) if (stage, p[1], m[1]) in found.index):
+                value, place = found[stage, path, method], i + 0.38 * j - 0.19 * (len(paths) - 1)
+                panel.barh(place, value, height=0.34, color=style(method).color, alpha=0.4 if j else 1)
+                _note(panel, f"{value:.2g}", value, place)
+            low, high = found[stage].min() / 10, found[stage].max() * 8
+            panel.set(title=stage, xscale="log", xlim=(low, high), ylim=(len(methods) - 0.4, -0.6), yticks=range(len(methods)), yticklabels=[style(m).name for m in methods])
+            panel.grid(False, axis="y")
+            panel.tick_params(axis="y", length=0)
+        axes[0, 0].set_xlabel("seconds an edit" + (f": {paths[0]}, below it {paths[1]}" if len(paths) > 1 else ""), loc="left")
+
+    summary = drawn.pivot_table("seconds_per_edit", ["stage", "method"], "path", sort=False).reindex(columns=paths).reset_index().rename_axis(columns=None)
+    told = "; ".join(f"{s}, {style(m).name}, {p}: {v:.2g}" for (s, p, m), v in found.items())
+    return Figure(draw, records, name, f"Seconds of one edit by stage, method and path. {told}.", model, summary, (9.6, 1.0 + 0.62 * len(methods)), ncols=len(stages), sharey=True)

@@ -1,0 +1,88 @@
+"""MetaKE v3 Tables 5 and 6: what a batch of edits costs per method, stage by stage, in one process on one machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from metake.experiments.bench import bench
+
+PLAIN = "MetaKE, plain prompts"  # L_edit on the plain prompt alone: the literal reading of v3 eq. 97
+PRIMARY = ("memit", "alphaedit", "metake", PLAIN)
+EDIT = ("targets", "refinement", "keys", "solve", "write")  # stages of an edit; the evaluation comes after it
+
+
+def run_time(model: str = "tiny", methods: Sequence[str] = PRIMARY, **settings: Any) -> pd.DataFrame:
+    """`bench` of each method, one after the other in this process. settings: bench's, such as edits, steps, literal, data.
+
+    One row per method, stage and path ("accelerated", "literal"): seconds of the batch (literal: measured on
+    `literal_requests` and multiplied up), seconds_per_edit, flops; share of the machine's matrix product that Stage I
+    reaches, and peak_gib, the process's highest memory until then, per method. The evaluation is the same for all
+    methods, and made once. attrs["settings"]: what was asked for, and of which machine.
+    """
+    rows, found = [], {}
+    for place, label in enumerate(methods):
+        changes = {"method": "metake", "prompts": "plain"} if label == PLAIN else {"method": label}
+        found = bench(model, **settings | changes, evaluate=settings.get("evaluate", not place))
+        common = {"share": found["stage_one"]["share"], "peak_gib": found["peak_memory"] / 2**30}
+        for stage in found["stages"]:
+            for path, prefix in (("accelerated", ""), ("literal", "literal_")):
+                if (seconds := stage[f"{prefix}seconds"]) is not None:
+                    row = {"method": label, "stage": stage["stage"], "path": path, "seconds": seconds, "seconds_per_edit": seconds / found["edits"]}
+                    rows.append(row | {"flops": stage[f"{prefix}flops"]} | common)
+    frame = pd.DataFrame(rows).astype({"flops": float})
+    asked = {k: found[k] for k in ("edits", "steps", "literal_requests", "rounds", "seed")}
+    frame.attrs["settings"] = asked | {k: found["provenance"][k] for k in ("threads", "cores")} | {"matmul_gflop_per_second": round(found["stage_one"]["matmul_rate"] / 1e9, 1)}
+    return frame
+
+
+def beside(records: pd.DataFrame, quantity: str = "seconds_per_edit", scale: float = 1.0) -> pd.DataFrame:
+    """A quantity of both paths by method and stage, and of all stages of the edit together; `ratio` is literal over accelerated.
+
+    Where the literal path lacks a stage (the write is the same in both), its sum lacks it too.
+    """
+    whole = records[records.stage.isin(EDIT)].groupby(["method", "path"], sort=False)[quantity].sum().reset_index().assign(stage="edit")
+    found = pd.concat([records, whole]).dropna(subset=quantity).pivot_table(quantity, ["method", "stage"], "path", sort=False)
+    found = found.reindex(columns=[p for p in ("accelerated", "literal") if p in found]) * scale
+    if "literal" in found:
+        found["ratio"] = found.literal / found.accelerated
+    methods, stages = list(dict.fromkeys(records.method)), [*EDIT, "edit", "evaluation"]
+    return found.reindex([(m, s) for m in methods for s in stages if (m, s) in found.index]).reset_index().rename_axis(columns=None)
+
+
+def overhead(records: pd.DataFrame) -> pd.DataFrame:
+    """Seconds of a whole edit by each variant of MetaKE over those of its base method, per path.
+
+    AlphaEdit is MetaKE without the refinement, so both times are read off one and the same edit: edit / (edit − refinement).
+    """
+    found = beside(records).set_index(["stage", "method"]).drop(columns="ratio", errors="ignore")
+    refinement = found.loc["refinement"]
+    whole = found.loc["edit"].reindex(refinement.index)
+    return (whole / (whole - refinement)).reset_index()
+
+
+def reported_overhead(table: pd.DataFrame, quantity: str = "seconds", base: str = "alphaedit") -> pd.DataFrame:
+    """MetaKE over `base` in a table of the paper: one row per data set and model."""
+    sides = [table[table.method == m].set_index(["dataset", "model"])[quantity] for m in ("metake", base)]
+    found = (sides[0] / sides[1]).rename("ratio").reset_index()
+    found.attrs |= table.attrs
+    return found
+
+
+def wide(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """A table of the paper with a column per model."""
+    found = table.pivot_table(quantity, ["dataset", "method"], "model", sort=False).reset_index().rename_axis(columns=None)
+    found.attrs |= table.attrs
+    return found
+
+
+def judge(reported: pd.DataFrame, measured: pd.DataFrame) -> dict:
+    """The paper's claim, a range of MetaKE's time over AlphaEdit's, for MetaKE as recorded here: holds if the ratio of every
+    path lies in the range to two digits, does not hold if none does; inconclusive if it depends on the path."""
+    low, high = round(reported.ratio.min(), 2), round(reported.ratio.max(), 2)
+    ratios = measured.set_index("method").loc["metake"].dropna()
+    inside = [low <= round(ratio, 2) <= high for ratio in ratios]
+    holds = all(inside) if all(inside) == any(inside) else None
+    return {"holds": holds, "decided_by": ", ".join(f"{ratio:.2f} on the {path} path" for path, ratio in ratios.items()) + f"; {low:.2f} to {high:.2f} in the paper's Table 5"}
