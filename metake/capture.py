@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -88,16 +89,30 @@ def resumed(blocks: Sequence[nn.Module], last: int, state: Tensor, arity: int) -
 
 
 @contextlib.contextmanager
-def gathered(head: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]:
+def gathered(head: nn.Module, last_mlp: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]:
     """Let the model compute logits only at the given (row, position) pairs: it then returns them as (pairs, vocabulary).
 
-    The head, its bias and the final norm stay the model's own; only the rows that reach the head are chosen.
+    The head, its bias and the final norm stay the model's own; only the rows that reach the head are chosen. The last
+    block's MLP acts on each position alone and feeds nothing but the head: it too runs only there.
     """
-    def choose(_: nn.Module, args: tuple) -> tuple:
-        return args[0].flatten(0, 1).index_select(0, rows * args[0].shape[1] + positions), *args[1:]  # its gradient is a plain sum of rows
+    shape: list[int] = []
 
-    handle = head.register_forward_pre_hook(choose)
+    def choose(_: nn.Module, args: tuple) -> tuple:
+        return args[0].flatten(0, 1).index_select(0, rows * args[0].shape[1] + positions), *args[1:]
+
+    def thin(_: nn.Module, args: tuple) -> tuple:
+        shape[:] = args[0].shape[:2]
+        return args[0].flatten(0, 1).index_select(0, once())[None], *args[1:]
+
+    def spread(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+        return output.new_zeros(shape[0] * shape[1], output.shape[-1]).index_copy(0, once(), output[0]).unflatten(0, shape)
+
+    def once() -> Tensor:
+        return torch.unique(rows * shape[1] + positions)  # a pair may be asked for twice
+
+    handles = head.register_forward_pre_hook(choose), last_mlp.register_forward_pre_hook(thin), last_mlp.register_forward_hook(spread)
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

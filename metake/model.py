@@ -155,7 +155,8 @@ class LanguageModel:
 
     def logits(self, batch: Padded, rows: Tensor, columns: Tensor, past: DynamicCache | None = None) -> Tensor:
         """Next-token logits at (row, column) pairs only, (pairs, vocabulary)."""
-        with gathered(self.model.get_output_embeddings(), rows, columns):
+        last = self.model.get_submodule(self.architecture.mlp.format(self.depth - 1))
+        with gathered(self.model.get_output_embeddings(), last, rows, columns):
             return self.run(batch, past).logits
 
     def read(

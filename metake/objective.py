@@ -60,9 +60,9 @@ class Bucket:
         log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
         taught = self.label >= 0
         zero = torch.zeros(requests, dtype=log_p.dtype, device=log_p.device)
-        picked = -log_p[taught].gather(1, self.label[taught, None])[:, 0] * self.weight[taught].to(log_p.dtype)
-        nll = zero.index_add(0, self.request[taught], picked)
-        now = log_p[~taught]
+        picked = log_p.gather(1, self.label.clamp_min(0)[:, None])[:, 0]  # first, then the mask: the vocabulary is wide
+        nll = zero.index_add(0, self.request[taught], -picked[taught] * self.weight[taught].to(log_p.dtype))
+        now = log_p.index_select(0, (~taught).nonzero()[:, 0])
         if self.initial is None:
             self.initial = now.detach().clone()
         p, q = (now, self.initial) if direction == "post_pre" else (self.initial, now)

@@ -102,12 +102,14 @@ def optimize_targets(lm: LanguageModel, requests: Sequence[EditRequest], context
 def _optimize(lm: LanguageModel, rows: list[Row], plain: dict[int, int], layer: int, rule: TargetRule, tokens: int) -> Targets:
     """In micro-batches of at most `tokens`; plain: which row is which request's plain prompt."""
     cuts = shared_beginnings([r.ids for r in rows], [r.lookup for r in rows])
-    parts, anchor = [], torch.zeros(len(plain), lm.width, dtype=lm.dtype, device=lm.device)
-    for group in buckets([(len(r.ids) - r.lookup, r.lookup) for r in rows], tokens):
-        runs = [[group[k] for k in same] for same in buckets([len(rows[i].ids) - cuts[i] for i in group], tokens)]
-        part = _resumable(lm, [[(rows[i], cuts[i]) for i in run] for run in runs], layer)
-        parts.append(part)
-        for k, i in enumerate(i for run in runs for i in run):
+    runs = list(buckets([len(r.ids) - cut for r, cut in zip(rows, cuts, strict=True)], tokens))
+    pieces = [_constant(lm, [rows[i] for i in run], [cuts[i] for i in run], layer) for run in runs]
+    place = {row: k for k, row in enumerate(i for run in runs for i in run)}
+    groups = list(buckets([(len(r.ids) - r.lookup, r.lookup) for r in rows], tokens))
+    parts = _assemble(lm, [[rows[i] for i in group] for group in groups], [torch.tensor([place[i] for i in group], device=lm.device) for group in groups], pieces)
+    anchor = torch.zeros(len(plain), lm.width, dtype=lm.dtype, device=lm.device)
+    for group, part in zip(groups, parts, strict=True):
+        for k, i in enumerate(group):
             if i in plain:
                 anchor[plain[i]] = part.state[k, 0]
     planned, trace = _descend(lm, parts, anchor.to(_work(lm)), layer, rule)
@@ -118,26 +120,42 @@ def _work(lm: LanguageModel) -> torch.dtype:
     return torch.promote_types(lm.dtype, torch.float32)
 
 
-def _resumable(lm: LanguageModel, runs: list[list[tuple[Row, int]]], layer: int) -> _Resumable:
-    """One bucket from (row, length of its shared beginning), in micro-batches of similar whole length."""
-    rows = [row for run in runs for row, _ in run]
-    lookup = [row.lookup for row in rows]
-    batch = continued([row.ids[row.lookup :] for row in rows], lookup, lm.device)
-    pieces, states = zip(*(_constant(lm, *zip(*run, strict=True), layer, max(lookup), batch.ids.shape[1]) for run in runs), strict=True)
-    prefix = [of_block[0] and tuple(map(torch.cat, zip(*of_block, strict=True))) for of_block in zip(*pieces, strict=True)]
-    return _Resumable(Bucket.of(rows, lookup, lm.device), batch, prefix, torch.cat(states))
-
-
 @torch.no_grad()
-def _constant(lm: LanguageModel, rows: Sequence[Row], cuts: Sequence[int], layer: int, width: int, active: int) -> tuple[Cached, Tensor]:
-    """What δ does not change: keys and values before the lookup position, in `width` columns, and the state from it on."""
+def _constant(lm: LanguageModel, rows: Sequence[Row], cuts: Sequence[int], layer: int) -> tuple[Cached, Tensor]:
+    """What δ does not change: keys and values before the lookup position, aligned at their end, and the state from it on."""
     run, at = Prefixed(lm, [r.ids for r in rows], cuts), torch.arange(len(rows), device=lm.device)[:, None]
     state, before = run.read([], [layer])[1][layer], torch.tensor([r.lookup for r in rows], device=lm.device)
-    columns = ((before - run.cut)[:, None] + torch.arange(active, device=lm.device)).clamp_max(state.tail.shape[1] - 1)
+    active = torch.arange(max(len(r.ids) - r.lookup for r in rows), device=lm.device)
+    columns = ((before - run.cut)[:, None] + active).clamp_max(state.tail.shape[1] - 1)
     above = Prefixed(lm, [r.ids[: r.lookup + 1] for r in rows], cuts)
     cache = above.fill(layer, state._replace(tail=state.tail[:, : above.tail.ids.shape[1]]))
-    own = columns_before(before, width) + (above.width - above.cut)[:, None]  # a row's tokens end its beginning's columns
+    own = columns_before(before, int(before.max())) + (above.width - above.cut)[:, None]  # a row's tokens end its beginning's columns
     return rearranged(cache, at, own, layer), state.tail[at, columns]
+
+
+def _assemble(lm: LanguageModel, groups: list[list[Row]], places: list[Tensor], pieces: list[tuple[Cached, Tensor]]) -> list[_Resumable]:
+    """Buckets of rows that every step runs together, from pieces that ran together once: block by block, to hold each once."""
+    lookups = [[row.lookup for row in rows] for rows in groups]
+    batches = [continued([r.ids[r.lookup :] for r in rows], lookup, lm.device) for rows, lookup in zip(groups, lookups, strict=True)]
+    states = _stacked([state.transpose(1, 2) for _, state in pieces], left=False).transpose(1, 2)
+    prefixes: list[Cached] = [[] for _ in groups]
+    for block in range(len(pieces[0][0])):
+        ran = pieces[0][0][block] is not None
+        whole = [_stacked([cached[block][side].transpose(2, 3) for cached, _ in pieces], left=True).transpose(2, 3) for side in (0, 1)] if ran else []
+        for cached, _ in pieces:
+            cached[block] = None
+        for prefix, place, lookup in zip(prefixes, places, lookups, strict=True):
+            prefix.append(tuple(t.index_select(0, place)[:, :, t.shape[2] - max(lookup) :].contiguous() for t in whole) or None)
+    return [
+        _Resumable(Bucket.of(rows, lookup, lm.device), batch, prefix, states.index_select(0, place)[:, : batch.ids.shape[1]])
+        for rows, lookup, batch, prefix, place in zip(groups, lookups, batches, prefixes, places, strict=True)
+    ]
+
+
+def _stacked(tensors: list[Tensor], left: bool) -> Tensor:
+    """One tensor of all rows, the last dimension padded on the left or the right to the widest."""
+    width = max(t.shape[-1] for t in tensors)
+    return torch.cat([torch.nn.functional.pad(t, (width - t.shape[-1], 0) if left else (0, width - t.shape[-1])) for t in tensors])
 
 
 def _score(lm: LanguageModel, part: _Resumable, delta: Tensor, layer: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import reference
 import torch
@@ -126,7 +127,7 @@ def test_random_weights_are_of_the_model_in_all_but_their_values():
 
 def test_methods_are_compared_within_one_process():
     methods = ("alphaedit", "metake", run_time.PLAIN)
-    found = run_time.run_time(methods=methods, literal=1, **QUICK | {"edits": 1})
+    found = run_time.run_time(methods_=methods, literal=1, **QUICK | {"edits": 1})
     assert list(dict.fromkeys(found.method)) == list(methods) and set(found.path) == {"accelerated", "literal"}
     assert list(found[found.stage == "evaluation"].method) == ["alphaedit"] * 2
     refined = found[(found.stage == "refinement") & (found.path == "accelerated")].set_index("method").flops
@@ -144,7 +145,7 @@ def test_methods_are_compared_within_one_process():
 def test_the_claim_is_judged_by_both_paths(ratios, holds):
     reported = run_time.reported_overhead(report.paper("table5"))
     assert (round(reported.ratio.min(), 2), round(reported.ratio.max(), 2), len(reported)) == (1.35, 1.66, 6)
-    measured = run_time.pd.DataFrame({"method": ["metake", run_time.PLAIN], "accelerated": [ratios[0], 1.0], "literal": [ratios[1], 1.0]})
+    measured = pd.DataFrame({"method": ["metake", run_time.PLAIN], "accelerated": [ratios[0], 1.0], "literal": [ratios[1], 1.0]})
     assert run_time.judge(reported, measured)["holds"] is holds
 
 
@@ -180,3 +181,12 @@ def test_mistakes_are_answered_in_one_line(words, capsys):
     assert cli.main(words.split()) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("metake: error: ") and err.count("\n") == 1 and MISTAKES[words] in err
+
+
+def test_a_long_stream_keeps_its_history_thin_and_then_as_a_matrix():
+    found = run_time.stream(edits=450, batch=150)
+    assert list(found.edits) == [150, 300, 450] and list(found.history) == ["thin", "thin", "matrix"]
+    stages = found[["targets", "keys", "solve", "write"]]
+    assert (stages > 0).all(axis=None) and (stages.sum(axis=1) - found.edit).abs().max() < 1e-12
+    rising = pd.DataFrame({"edits": range(100, 2100, 100), "edit": range(1, 21)})
+    assert run_time.growth(rising) == 19 / 2 and run_time.growth(rising.assign(edit=3.0)) == 1

@@ -61,6 +61,23 @@ def test_logits_at_pairs_are_the_full_logits(lm):
     close(lm.run(batch).logits[rows, columns], found)  # and the head computes all of them again
 
 
+def test_the_last_mlp_runs_where_logits_are_read_and_its_gradient_is_that_of_the_whole(lm):
+    batch, seen = pad(ROWS, lm.device), []
+    rows, columns = torch.tensor([0, 2, 2, 0, 1]), torch.tensor([5, 0, 3, 5, 1])  # one pair twice
+    state = lm.read(batch, states=[1])[1][1].requires_grad_()
+    handle = lm.write(lm.depth - 1).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+    with lm.resumed(1, state):
+        ours = lm.logits(batch, rows, columns)
+        theirs = lm.run(batch).logits[rows, columns]
+    handle.remove()
+    assert seen == [4, len(ROWS) * max(map(len, ROWS))]
+    close(ours, theirs)
+    direction = torch.randn_like(ours)
+    one, other = (torch.autograd.grad((logits * direction).sum(), state)[0] for logits in (ours, theirs))
+    assert one.norm() > 0
+    close(one, other)
+
+
 def test_weight_is_d_out_by_d_in_and_an_update_moves_the_block_by_delta_u(lm):
     path, layer, batch = lm.write_path(1), lm.write(1), pad(ROWS, lm.device)
     weight = lm.weight(path)

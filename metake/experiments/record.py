@@ -49,7 +49,7 @@ def record(
         "comparison": lambda: comparison(
             **common, data=data, edits=edits, batch=batch, seeds=seeds, out=report.project_root() / "runs" / f"record-{Path(model).name}"
         ),
-        "bench": lambda: run_time(**common, data=data["CounterFact"], edits=100, literal=4),
+        "bench": lambda: run_time(**common, data=data["CounterFact"], edits=100, literal=3),
     }
     for name in only or ():
         if name not in parts:

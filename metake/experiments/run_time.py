@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
+from metake import methods
 from metake.experiments.bench import bench
+from metake.geometry import Dense
+from metake.model import load
+from metake.runs import edit_sequence, read_cases, select
+from metake.statistics import statistics
 
 PLAIN = "MetaKE, plain prompts"  # L_edit on the plain prompt alone: the literal reading of v3 eq. 97
 PRIMARY = ("memit", "alphaedit", "metake", PLAIN)
 EDIT = ("targets", "refinement", "keys", "solve", "write")  # stages of an edit; the evaluation comes after it
 
 
-def run_time(model: str = "tiny", methods: Sequence[str] = PRIMARY, **settings: Any) -> pd.DataFrame:
+def run_time(model: str = "tiny", methods_: Sequence[str] = PRIMARY, **settings: Any) -> pd.DataFrame:
     """`bench` of each method, one after the other in this process. settings: bench's, such as edits, steps, literal, data.
 
     One row per method, stage and path ("accelerated", "literal"): seconds of the batch (literal: measured on
@@ -23,7 +29,7 @@ def run_time(model: str = "tiny", methods: Sequence[str] = PRIMARY, **settings: 
     methods, and made once. attrs["settings"]: what was asked for, and of which machine.
     """
     rows, found = [], {}
-    for place, label in enumerate(methods):
+    for place, label in enumerate(methods_):
         changes = {"method": "metake", "prompts": "plain"} if label == PLAIN else {"method": label}
         found = bench(model, **settings | changes, evaluate=settings.get("evaluate", not place))
         common = {"share": found["stage_one"]["share"], "peak_gib": found["peak_memory"] / 2**30}
@@ -36,6 +42,33 @@ def run_time(model: str = "tiny", methods: Sequence[str] = PRIMARY, **settings: 
     asked = {k: found[k] for k in ("edits", "steps", "literal_requests", "rounds", "seed")}
     frame.attrs["settings"] = asked | {k: found["provenance"][k] for k in ("threads", "cores")} | {"matmul_gflop_per_second": round(found["stage_one"]["matmul_rate"] / 1e9, 1)}
     return frame
+
+
+def stream(model: str = "tiny", method: str = "alphaedit", edits: int = 2000, batch: int = 100, steps: int = 1, data: str = "facts", seed: int = 0) -> pd.DataFrame:
+    """A long stream of edits: what the stages cost per edit as the history grows.
+
+    steps: of Stage I, which does not depend on the history; 1 leaves it out but for its forwards. Facts come round again
+    when there are fewer than `edits`, each time as new requests. One row per batch: edits so far, history ("thin" factor or
+    "matrix"), seconds_per_edit of each stage, and of all of them as `edit`.
+    """
+    editor = methods.method(method, model, seed=seed)
+    editor = replace(editor, target=replace(editor.target, steps=steps, stop_below=0.0))
+    lm = load(model)
+    cases = select(lm, read_cases(data), min(edits, len(read_cases(data))), seed)
+    requests = [replace(case.request, id=f"{case.request.id}/{turn}") for turn in range(-(-edits // len(cases))) for case in cases][:edits]
+    rows = []
+    with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
+        for edit, state in edit_sequence(lm, editor, requests, statistics(lm, layers=editor.layers), batch):
+            spent = {stage: seconds / len(edit.record.requests) for stage, seconds in edit.record.seconds.items()}
+            history = "matrix" if isinstance(state.metrics[editor.layers[-1]], Dense) else "thin"
+            rows.append({"edits": state.edits, "history": history} | spent | {"edit": sum(spent.values())})
+    return pd.DataFrame(rows)
+
+
+def growth(records: pd.DataFrame, early: int = 100, late: int = 2000, around: int = 3) -> float:
+    """Seconds per edit at edit `late` over those at edit `early`: each the median of the `around` batches next to it."""
+    near = [records.iloc[(records.edits - at).abs().argsort(kind="stable")[:around]].edit.median() for at in (early, late)]
+    return near[1] / near[0]
 
 
 def beside(records: pd.DataFrame, quantity: str = "seconds_per_edit", scale: float = 1.0) -> pd.DataFrame:
