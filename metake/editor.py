@@ -111,7 +111,7 @@ class Editor:
                 clock("refinement")
             updates, keys, layers = self._write(lm, reader, targets, state, clock)
         record = self._record(lm, requests, state, hashes, layers, targets, clock)
-        if self.remember:
+        if self.remember and requests:
             state = replace(state, metrics={i: condition(state.metrics[i], keys[i]) for i in self.layers}, keys=keys)
         return Edit(updates, record), replace(state, edits=state.edits + len(requests))
 

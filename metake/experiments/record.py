@@ -60,16 +60,19 @@ def record(
         if name in only if only else not (report.project_root() / "results" / f"{target}.jsonl").is_file():
             start, origin = time.perf_counter(), _provenance(model, data, text, tokens)
             frame = make()
-            seconds = time.perf_counter() - start
-            origin |= frame.attrs.get("settings", {})
-            if runs := frame.attrs.get("runs"):  # those that an earlier call has finished count with the time that they took
-                seconds = sum(run["seconds"]["total"] for run in runs)
-                origin |= {name: runs[0]["config"][name] for name in ("edits", "batch")} | {"seeds": sorted({run["seed"] for run in runs})}
-            origin["minutes"] = round(seconds / 60, 1)
-            report.write_recorded(target, frame, origin)
+            report.write_recorded(target, frame, origin | _settings(frame, time.perf_counter() - start))
             yield f"wrote results/{target}.jsonl"
         else:
             yield f"kept results/{target}.jsonl"
+
+
+def _settings(frame: pd.DataFrame, seconds: float) -> dict[str, Any]:
+    """What was asked for and how long it took; runs that an earlier call has finished count with the time that they took."""
+    settings = dict(frame.attrs.get("settings", {}))
+    if runs := frame.attrs.get("runs"):
+        seconds = sum(run["seconds"]["total"] for run in runs)
+        settings |= {name: runs[0]["config"][name] for name in ("edits", "batch")} | {"seeds": sorted({run["seed"] for run in runs})}
+    return settings | {"minutes": round(seconds / 60, 1)}
 
 
 def _provenance(model: str, data: dict[str, str], text: str, tokens: int | None) -> dict[str, Any]:
