@@ -139,7 +139,7 @@ def _assemble(lm: LanguageModel, groups: list[list[Row]], places: list[Tensor], 
     batches = [continued([r.ids[r.lookup :] for r in rows], lookup, lm.device) for rows, lookup in zip(groups, lookups, strict=True)]
     states = _stacked([state.transpose(1, 2) for _, state in pieces], left=False).transpose(1, 2)
     prefixes: list[Cached] = [[] for _ in groups]
-    for block in range(len(pieces[0][0])):
+    for block in range(min(len(cached) for cached, _ in pieces)):  # where no block runs, a piece may still count its columns
         ran = pieces[0][0][block] is not None
         whole = [_stacked([cached[block][side].transpose(2, 3) for cached, _ in pieces], left=True).transpose(2, 3) for side in (0, 1)] if ran else []
         for cached, _ in pieces:

@@ -204,3 +204,14 @@ def test_a_subject_that_ends_inside_a_token_is_refused_before_anything_runs():
 def test_numbers_out_of_range_are_refused(change: dict):
     with pytest.raises(ParameterError, match=f"{next(iter(change))}=.* is out of range"):
         TargetRule(**change)
+
+
+@pytest.mark.parametrize("tokens", [1, 24, 10**6])
+def test_the_last_block_can_be_planned_for_where_the_prompt_ends_with_its_subject(tokens: int):
+    """No block runs above it: rows with and without a shared beginning still go together."""
+    lm, rule = random_model("gpt2"), replace(RULE, steps=3, stop_below=0.0, tokens=tokens)
+    requests = [replace(REQUESTS[3], subject=subject, id=subject) for subject in ("Rome", "France", "Danielle Darrieux")]
+    found = optimize_targets(lm, requests, CONTEXTS, lm.depth - 1, rule)
+    for request, anchor, planned in zip(requests, found.anchor, found.planned, strict=True):
+        h, delta, _ = reference.stage_one(lm, request, CONTEXTS, lm.depth - 1, rule)
+        assert (anchor - h).abs().max() < 1e-9 and (planned - delta).abs().max() < 1e-8 * delta.norm()
