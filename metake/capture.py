@@ -60,6 +60,22 @@ def _raise_stop(*_: Any) -> None:
     raise _Stop
 
 
+def moved(state: Tensor, vector: Tensor) -> Tensor:
+    """A hidden state, (rows, positions, width), with (rows, width) added at each row's first position."""
+    first = state[:, 0].to(vector.dtype) + vector
+    return torch.cat([first.to(state.dtype)[:, None], state[:, 1:]], 1)
+
+
+@contextlib.contextmanager
+def adding(module: nn.Module, vector: Tensor) -> Iterator[None]:
+    """Add (rows, width) to what the module returns at each row's first position; may require a gradient."""
+    handle = module.register_forward_hook(lambda _, __, out: rewrap(out, moved(hidden(out), vector)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @contextlib.contextmanager
 def resumed(blocks: Sequence[nn.Module], last: int, state: Tensor, arity: int) -> Iterator[None]:
     """Start the forward pass after block `last`: blocks 0..last are not computed, and `state` is what `last` returns.

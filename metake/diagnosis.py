@@ -65,7 +65,7 @@ def diagnose(
     check_batch(requests)
     state = statistics if isinstance(statistics, EditorState) else editor.init(lm, statistics)
     layer = editor.layers[-1]
-    keys, anchor = KeyReader(lm, requests, state.contexts, layer).read(layer)
+    keys, anchor, _ = KeyReader(lm, requests, state.contexts, layer).read(layer)
     metric, norm = state.metrics[layer], anchor.norm(dim=1)
     gamma = association(keys, metric)
     scale = norm if relative else torch.ones_like(norm)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from metake.errors import ParameterError
 from metake.machine import halving
 from metake.model import LanguageModel
 from metake.progress import progress
@@ -76,10 +79,30 @@ def _continue(lm: LanguageModel, ids: Sequence[Sequence[int]], uniforms: list[np
     return done
 
 
-def context_templates(lm: LanguageModel, length: int = 10, seed: int = 0) -> tuple[str, ...]:
-    """The family's context templates: "{}" and five sampled openings followed by ". {}" (MEMIT; methods of this family).
+@dataclass(frozen=True)
+class ContextRule:
+    """Which openings stand before a prompt, and how keys are averaged over them.
 
-    length: tokens of each opening, its first word and BOS included. Braces in a sampled text become spaces.
+    lengths: tokens of an opening, its first word and BOS included; each: openings of a length for each first word.
+    flat: k is the plain mean over all templates (ROME), else ½ plain prompt + ½ mean of the others (MEMIT).
     """
-    openings = sample(lm, CONTEXT_WORDS, length, seed=seed)
+
+    lengths: tuple[int, ...] = (10,)
+    each: int = 1
+    flat: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 1 or self.each < 1:
+            raise ParameterError(f"lengths must be at least one positive number, and each ≥ 1; found {self.lengths}, {self.each}")
+
+
+def context_templates(lm: LanguageModel, rule: ContextRule = ContextRule(), seed: int = 0) -> tuple[str, ...]:
+    """The family's context templates: "{}", and sampled openings of five first words followed by ". {}" (MEMIT, ROME).
+
+    Braces in a sampled text become spaces.
+    """
+    openings: list[str] = []
+    for number, (length, _) in enumerate(product(rule.lengths, range(rule.each))):
+        streams = [f"{word}/{number}" if number else word for word in CONTEXT_WORDS]
+        openings += sample(lm, CONTEXT_WORDS, length, seed=seed, streams=streams)
     return ("{}", *(text.replace("{", " ").replace("}", " ") + ". {}" for text in openings))

@@ -283,3 +283,13 @@ class null_space:  # noqa: N801
 
     def __call__(self, statistics: KeyStatistics) -> NullSpace:
         return NullSpace(statistics, self.ridge, self.threshold)
+
+
+@dataclass(frozen=True)
+class isotropic:  # noqa: N801
+    """Rule for `Isotropic`: a metric that asks nothing of the statistics (ROME without its covariance)."""
+
+    ridge: float = 1.0
+
+    def __call__(self, statistics: KeyStatistics) -> Isotropic:
+        return Isotropic(statistics.dim, self.ridge)

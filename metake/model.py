@@ -134,6 +134,10 @@ class LanguageModel:
         """The MLP's output projection of a block: the weight that is edited."""
         return self.model.get_submodule(self.write_path(layer))
 
+    def attention(self, layer: int) -> nn.Module:
+        """The attention of a block; its output is added to the residual stream."""
+        return self.model.get_submodule(self.architecture.attention.format(layer))
+
     def write_path(self, layer: int) -> str:
         if not 0 <= layer < self.depth:
             raise ParameterError(f"layer {layer} does not exist: {self.name!r} has blocks 0 to {self.depth - 1}")

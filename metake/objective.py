@@ -68,3 +68,9 @@ class Bucket:
         p, q = (now, self.initial) if direction == "post_pre" else (self.initial, now)
         drift = (p.exp() * (p - q)).sum(-1) * self.weight[~taught].to(log_p.dtype)
         return nll, zero.index_add(0, self.request[~taught], drift)
+
+    def missed(self, logits: Tensor, requests: int) -> Tensor:
+        """Per request, how many of this bucket's target tokens are not the arg-max, (requests,)."""
+        taught = self.label >= 0
+        wrong = logits[taught].argmax(-1) != self.label[taught]
+        return torch.zeros(requests, device=logits.device).index_add(0, self.request[taught], wrong.float())

@@ -2,6 +2,7 @@
 
     config.json           what was asked for; a folder of another configuration is refused
     batches/0000/         the edit of a batch (`Edit.save`) and the keys that the next batches must remember
+    finish/               what the method does once all batches are applied, if anything (`Editor.finish`)
     before.jsonl          one line per case, evaluated before the first edit
     cases.jsonl           one line per case, evaluated after the last batch
     summary.json          metrics before and after, seconds, peak memory, digests
@@ -23,7 +24,7 @@ from metake.editor import Editor, EditorState, digest_of
 from metake.errors import ParameterError, ProvenanceError, RequestError, near_misses
 from metake.evaluation import Evaluation, evaluate, require_prompts
 from metake.facts import facts
-from metake.geometry import KeyStatistics, condition
+from metake.geometry import KeyStatistics
 from metake.machine import peak_memory, versions
 from metake.model import LanguageModel, load
 from metake.progress import progress
@@ -171,6 +172,10 @@ def _resume(lm: LanguageModel, editor: Editor, cases: Cases, state: EditorState,
                 save_tensors({str(i): k for i, k in state.keys.items()}, temporary / "keys.safetensors")
         edit.apply(lm)
         edits.append(edit)
+    if last := editor.finish(lm, state):
+        last.save(out / "finish")
+        last.apply(lm)
+        edits.append(last)
     return edits
 
 
@@ -187,8 +192,7 @@ def _load_batch(folder: Path, batch: list[EditRequest], state: EditorState, devi
         keys = {int(k): t.to(device) for k, t in load_tensors(folder / "keys.safetensors")[0].items()}
     except (OSError, ValueError) as error:
         raise ProvenanceError(f"{folder} is damaged ({error}); remove it to compute it again") from error
-    metrics = {i: condition(m, keys[i]) if i in keys else m for i, m in state.metrics.items()}
-    return edit, replace(state, metrics=metrics, keys=keys, edits=state.edits + len(batch), contexts=edit.record.context_templates)
+    return edit, replace(state.after(edit, keys, len(batch)), contexts=edit.record.context_templates)
 
 
 def _report(out: Path, config: RunConfig, cases: Cases, before: Evaluation, after: Evaluation, first: Edit, seconds: dict, peak: int) -> None:
@@ -208,7 +212,7 @@ def open_run(folder: str | Path) -> tuple[RunConfig, list[Edit]]:
     if not (folder / "config.json").is_file():
         raise ParameterError(f"{folder} holds no run (no config.json); make one with: metake run --out {folder}")
     config = RunConfig(**_read_config(folder))
-    edits = [Edit.load(f) for f in sorted((folder / "batches").glob("[0-9]*"))]
+    edits = [Edit.load(f) for f in (*sorted((folder / "batches").glob("[0-9]*")), *folder.glob("finish"))]
     if not edits:
         raise ParameterError(f"{folder} has no finished batch yet; go on with: metake run --out {folder} and the same settings")
     return config, edits

@@ -22,14 +22,16 @@ class Solution(NamedTuple):
     realized: Tensor  #      (n, d_out)  (R B)ᵀ
 
 
-def gate(keys: Tensor, metric: Metric, noise: float = 1.0) -> Tensor:
+def gate(keys: Tensor, metric: Metric, noise: float = 1.0, at: Tensor | None = None) -> Tensor:
     """Structural gate of a closed-form edit.
 
     M = (ν I + KᵀQK)⁻¹ KᵀQ          (MetaKE v3 eq. 8 and B.3 with ν = 1 and Q = (P/λ) | Kₚ; MEMIT with Q = (λC)⁻¹)
 
     keys:   (n, d_in) float, rows are Kᵀ
     metric: symmetric PSD operator on key space
-    noise:  ν ≥ 0, variance of the written residual; 0 interpolates exactly (ROME)
+    noise:  ν ≥ 0, variance of the written residual; 0 interpolates exactly (EMMET)
+    at:     (n, d_in) keys K* at which the residual is to be found, M = (ν I + KᵀQK*)⁻¹ KᵀQ; by default K (ROME: the plain
+            prompt's key, while K is averaged over contexts)
     Returns (n, d_in), same dtype and device as keys. Differentiable in keys.
     Raises  StatisticsError if noise = 0 and two keys coincide under the metric.
     Cost    one application of the metric, n² d_in + n³ after.
@@ -38,16 +40,31 @@ def gate(keys: Tensor, metric: Metric, noise: float = 1.0) -> Tensor:
         raise ParameterError(f"noise must be ≥ 0; found {noise}")
     given, keys = keys.dtype, keys.to(torch.promote_types(keys.dtype, torch.float32))  # half precision has no Cholesky
     metric_keys = metric.apply(keys)
+    if at is not None:
+        return _gate_at(metric_keys, at.to(keys), noise).to(given)
     inner = metric_keys @ keys.T
     inner = (inner + inner.T) / 2 + noise * torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
     factor, failed = torch.linalg.cholesky_ex(inner)
     singular = failed.item() or (noise == 0 and _nearly_singular(factor, keys, metric_keys))
     if singular:
-        raise StatisticsError(
-            f"{len(keys)} keys do not determine an exact write under this metric: two of them coincide in it, or one lies in its null space; "
-            "use noise > 0, or drop the repeated requests"
-        )
+        raise _undetermined(len(keys))
     return torch.cholesky_solve(metric_keys, factor).to(given)
+
+
+def _gate_at(metric_keys: Tensor, at: Tensor, noise: float) -> Tensor:
+    inner = metric_keys @ at.T + noise * torch.eye(len(at), dtype=at.dtype, device=at.device)
+    own = (metric_keys.norm(dim=1) * at.norm(dim=1)).detach()
+    factor, pivots, failed = torch.linalg.lu_factor_ex(inner)
+    if failed.item() or (noise == 0 and (factor.detach().diagonal().abs() <= 100 * torch.finfo(at.dtype).eps * own).any()):
+        raise _undetermined(len(at))
+    return torch.linalg.lu_solve(factor, pivots, metric_keys)
+
+
+def _undetermined(count: int) -> StatisticsError:
+    return StatisticsError(
+        f"{count} keys do not determine an exact write under this metric: two of them coincide in it, or one lies in its null space; "
+        "use noise > 0, or drop the repeated requests"
+    )
 
 
 def _nearly_singular(factor: Tensor, keys: Tensor, metric_keys: Tensor) -> bool:
@@ -64,15 +81,15 @@ def realization(keys: Tensor, gate: Tensor) -> Tensor:
     return gate @ keys.T
 
 
-def solve(keys: Tensor, residuals: Tensor, metric: Metric, noise: float = 1.0) -> Solution:
+def solve(keys: Tensor, residuals: Tensor, metric: Metric, noise: float = 1.0, at: Tensor | None = None) -> Solution:
     """Gate, request-interaction matrix and realized residuals ΔK = R B of one batch at one layer.
 
-    keys: (n, d_in); residuals: (n, d_out), same dtype. Raises ParameterError if their lengths differ.
+    keys: (n, d_in); residuals: (n, d_out), same dtype; at: as in `gate`. Raises ParameterError if their lengths differ.
     """
     if len(keys) != len(residuals):
         raise ParameterError(f"{len(keys)} keys but {len(residuals)} residuals; expected one residual a key")
-    structural = gate(keys, metric, noise)
-    interaction = realization(keys, structural)
+    structural = gate(keys, metric, noise, at)
+    interaction = realization(keys if at is None else at, structural)
     return Solution(structural, interaction, interaction.T @ residuals)
 
 

@@ -51,20 +51,20 @@ class LayerUpdate:
         parts = [d for d in (self.dense, other.dense) if d is not None]
         return LayerUpdate(self.module, torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right]), sum(parts[1:], parts[0]) if parts else None)
 
-    def compress(self, rank: int) -> tuple[LayerUpdate, float]:
-        """Best approximation of Δ of the given rank (Eckart–Young), and the share of ‖Δ‖_F² that it discards.
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular value decomposition of Δ; a thin update's through the QR of its factors, never forming Δ: O((d_out + d_in) r²)."""
+        if self.dense is not None:
+            return torch.linalg.svd(self.delta, full_matrices=False)
+        q_left, r_left = torch.linalg.qr(self.left)
+        q_right, r_right = torch.linalg.qr(self.right.T)
+        u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+        return q_left @ u, s, vh @ q_right.T
 
-        A thin update is compressed through the QR of its factors, never forming Δ: O((d_out + d_in) r²).
-        """
+    def compress(self, rank: int) -> tuple[LayerUpdate, float]:
+        """Best approximation of Δ of the given rank (Eckart–Young), and the share of ‖Δ‖_F² that it discards; one `svd`."""
         if rank < 1:
             raise ParameterError(f"rank must be ≥ 1; found {rank}")
-        if self.dense is None:
-            q_left, r_left = torch.linalg.qr(self.left)
-            q_right, r_right = torch.linalg.qr(self.right.T)
-            u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-            u, vh = q_left @ u, vh @ q_right.T
-        else:
-            u, s, vh = torch.linalg.svd(self.delta, full_matrices=False)
+        u, s, vh = self.svd()
         energy = s.square().sum()
         lost = (s[rank:].square().sum() / energy).item() if energy > 0 else 0.0
         root = s[:rank].sqrt()

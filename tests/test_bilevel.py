@@ -134,7 +134,7 @@ def test_the_gate_is_the_structural_one_or_that_of_the_keys_alone(metric, ridge:
     past, state = REQUESTS[3:], editor.init(lm, text_statistics(lm, (0, LAYER)))
     _, state = editor.step(lm, past, state)
     K, C = reference.keys(lm, BATCH, CONTEXTS, LAYER), text_statistics(lm, [LAYER])[LAYER].covariance
-    structural = editor._frozen_gate(KeyReader(lm, BATCH, CONTEXTS, LAYER), state)
+    structural = editor._frozen_gate(KeyReader(lm, BATCH, CONTEXTS, LAYER), state, LAYER)
     Kp = state.metrics[LAYER].past.T
     assert Kp.shape == (64, 2)
     if isinstance(metric, null_space):
@@ -142,7 +142,7 @@ def test_the_gate_is_the_structural_one_or_that_of_the_keys_alone(metric, ridge:
     else:
         expected = reference.gate_v1(K, metric.weight * C + Kp @ Kp.T, ridge)
     assert (structural - expected).norm() <= 1e-9 * expected.norm()
-    key_only = replace(editor, refine=replace(RULE, gate="key_only"))._frozen_gate(KeyReader(lm, BATCH, CONTEXTS, LAYER), state)
+    key_only = replace(editor, refine=replace(RULE, gate="key_only"))._frozen_gate(KeyReader(lm, BATCH, CONTEXTS, LAYER), state, LAYER)
     expected = reference.gate_key_only(K, ridge)
     assert (key_only - expected).norm() <= 1e-9 * expected.norm()
     assert (key_only - structural).norm() > 1e-2 * structural.norm()

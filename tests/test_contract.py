@@ -148,7 +148,7 @@ def test_the_record_says_everything(name, kind):
     for trace in record.trace.values():
         assert len(trace["loss"]) == len(trace["nll"]) == len(trace["kl"]) == 3 and all(map(math.isfinite, trace["loss"]))
         assert len(trace.get("refine", ())) == (given.refine.steps if given.refine else 0)
-    keys, _ = KeyReader(lm, REQUESTS, record.context_templates, LAYERS[-1]).read(LAYERS[0])
+    keys = KeyReader(lm, REQUESTS, record.context_templates, LAYERS[-1]).read(LAYERS[0]).keys
     first, noted = edit.updates[0], record.layers["1"]
     spectrum = torch.linalg.eigvals(first.right @ keys.T).real
     expected = {

@@ -32,7 +32,7 @@ def setting(kind="gpt2"):
 
 def literal(lm, statistics, kind, past=None):
     """Per request: γ with the inverse formed as a d×d matrix, and the norm of its present representation."""
-    keys, anchor = KeyReader(lm, REQUESTS, CONTEXTS, 2).read(2)
+    keys, anchor, _ = KeyReader(lm, REQUESTS, CONTEXTS, 2).read(2)
     covariance, eye = statistics[2].moment / statistics[2].count, torch.eye(keys.shape[1], dtype=torch.float64)
     if kind == "memit":
         metric = torch.linalg.inv(20.0 * covariance + 1e-3 * eye)
@@ -92,7 +92,7 @@ def test_past_edits_lower_the_association():
     fresh = mk.diagnose(lm, REQUESTS, method, state)
     assert fresh == mk.diagnose(lm, REQUESTS, method, statistics)
     _, later = method.step(lm, REQUESTS[:1], state)
-    past, _ = KeyReader(lm, REQUESTS[:1], CONTEXTS, 2).read(2)
+    past, *_ = KeyReader(lm, REQUESTS[:1], CONTEXTS, 2).read(2)
     found = mk.diagnose(lm, REQUESTS, method, later)
     for d, gamma in zip(found, literal(lm, statistics, "alphaedit", later.metrics[2].past)[0], strict=True):
         assert d.association == pytest.approx(gamma, rel=1e-7)

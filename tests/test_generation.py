@@ -10,7 +10,7 @@ from models import CONFIGS, random_model
 from reference import double_inside  # noqa: F401 (a fixture)
 
 from metake import generation
-from metake.generation import CONTEXT_WORDS, context_templates, sample
+from metake.generation import CONTEXT_WORDS, ContextRule, context_templates, sample
 from metake.model import LanguageModel
 
 pytestmark = pytest.mark.usefixtures("double_inside")
@@ -115,7 +115,7 @@ def test_context_templates():
     assert found == context_templates(lm) and len(found) == 6 and found[0] == "{}"
     assert found[1:] == tuple(text + ". {}" for text in sample(lm, CONTEXT_WORDS, 10))
     assert not set(found[1:]) & set(context_templates(lm, seed=1)[1:])
-    assert all(len(short) < len(long) for short, long in zip(context_templates(lm, length=5)[1:], found[1:], strict=True))
+    assert all(len(short) < len(long) for short, long in zip(context_templates(lm, ContextRule((5,)))[1:], found[1:], strict=True))
 
 
 def test_braces_in_sampled_texts_become_spaces():

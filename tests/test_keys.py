@@ -48,7 +48,7 @@ def blocks_run(lm: LanguageModel) -> Iterator[list[int]]:
 
 
 def assert_literal(lm: LanguageModel, found, layer: int, last: int, contexts=CONTEXTS, requests=REQUESTS) -> None:
-    keys, state = found
+    keys, state, *_ = found
     assert keys.dtype == state.dtype == torch.float64
     assert (keys.T - reference.keys(lm, requests, contexts, layer)).abs().max() <= 1e-12
     assert (state.T - reference.states(lm, requests, last)).abs().max() <= 1e-12
@@ -111,5 +111,5 @@ def test_what_follows_the_subject_plays_no_part():
 
 
 def test_zero_requests():
-    keys, state = KeyReader(random_model("gpt2"), [], CONTEXTS, 2).read(1)
+    keys, state, _ = KeyReader(random_model("gpt2"), [], CONTEXTS, 2).read(1)
     assert keys.shape == (0, 128) and state.shape == (0, 32)

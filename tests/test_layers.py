@@ -15,10 +15,10 @@ from metake import METHODS
 ROOT = Path(metake.__file__).parent
 # Each module may import only what stands before it. `report` stands low: it reads results, never a model.
 ORDER = """
-errors arguments storage machine geometry solve update recipes progress
+errors arguments storage machine geometry solve update postprocess recipes progress
 report.style report.files report.shown report.figure report.plots report
 capture requests tokens facts assets model generation objective prefixes keys text_metrics
-targets bilevel statistics
+plant targets bilevel statistics
 editor methods diagnosis
 evaluation runs
 experiments.parameters experiments.attenuation experiments.quickstart experiments.dispersion experiments.comparison

@@ -152,7 +152,7 @@ def test_rows_that_begin_with_padding_stay_finite(dtype: torch.dtype, implementa
 
 def test_only_what_a_plan_can_still_change_is_computed(monkeypatch):
     """No block up to the plant after the first forward, no position before the subject's end, no finished request."""
-    monkeypatch.setattr("metake.targets.buckets", partial(buckets, waste=1.0))  # one bucket: rows are counted
+    monkeypatch.setattr("metake.plant.buckets", partial(buckets, waste=1.0))  # one bucket: rows are counted
     lm = small("qwen2")
     rule, seen = staggered(lm), {0: [], LAYER: [], LAYER + 1: []}
     handles = [
@@ -162,9 +162,10 @@ def test_only_what_a_plan_can_still_change_is_computed(monkeypatch):
     found = optimize_targets(lm, REQUESTS, CONTEXTS, LAYER, rule)
     for handle in handles:
         handle.remove()
-    shared, whole = seen[0]
+    shared, whole, plain = seen[0]
     again, before, *later = seen[LAYER + 1]
-    assert seen[LAYER] == [shared, whole] and again == shared and whole[0] == len(REQUESTS) * (len(CONTEXTS) + 1) == before[0]
+    assert plain[0] == len(REQUESTS), "and once more the plain prompts, for what stands there now"
+    assert seen[LAYER] == [shared, whole, plain] and again == shared and whole[0] == len(REQUESTS) * (len(CONTEXTS) + 1) == before[0]
     assert shared[0] == len(CONTEXTS) - 1, "one beginning for each sampled context"
     assert before[1] < whole[1], "above the plant, what stands before it is run once, what follows it in every step"
     still = [sum(n > step for n in steps(found)) for step in range(max(steps(found)))]
@@ -180,7 +181,7 @@ def test_zero_requests():
 
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_loss_that_is_not_finite_is_an_error_and_leaves_the_model_as_it_was(step: int, monkeypatch):
-    monkeypatch.setattr("metake.targets.buckets", partial(buckets, waste=1.0))  # one bucket: calls are counted
+    monkeypatch.setattr("metake.plant.buckets", partial(buckets, waste=1.0))  # one bucket: calls are counted
     lm, calls = random_model("gpt2"), []
 
     def spoil(_, __, output):

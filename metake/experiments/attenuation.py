@@ -75,7 +75,7 @@ def attenuation_on_model(model: str = "tiny", requests: int = 40, text: str = "e
         editor = methods.method(name, model, seed=seed)
         state = editor.init(lm, statistics(lm, text, layers=editor.layers))
         layer = editor.layers[-1]
-        keys, _ = KeyReader(lm, asked, state.contexts, layer).read(layer)
+        keys = KeyReader(lm, asked, state.contexts, layer).read(layer).keys
         metric = state.metrics[layer]
         residuals = torch.randn(len(asked), lm.width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(keys.device)
         gamma, together = association(keys, metric), realization(keys, gate(keys, metric))
