@@ -41,7 +41,7 @@ def comparison(
             for seed in seeds:
                 before = None
                 for place, method in enumerate(methods):
-                    folder = Path(out or scratch) / f"{Path(source).stem}-{method}-{seed}"
+                    folder = Path(out or scratch) / f"{Path(source).stem}-{method.replace("/", "-")}-{seed}"
                     sampled = generate and "zsre" not in Path(source).stem
                     config = RunConfig(model, method, source, edits, batch, seed, text, text_tokens, generate=sampled)
                     if not (holds(folder, config) and (folder / "summary.json").is_file()):
