@@ -1,7 +1,7 @@
 """Sphinx extension of this book.
 
 * `{{ name }}` in prose takes its text from results/numbers.json; a name that is not there fails the build.
-* ```{verdicts}``` draws results/verdicts/*.json as a table; a page under 'Checks' without a verdict fails the build.
+* ```{verdicts}``` draws results/verdicts/*.json as a table; a page of a checked part without one, or with a stale one, fails the build.
 * MathJax comes from an installed package and Thebe is left out: a reader's browser asks nothing of the network.
 * A few roles and names in the finished pages are repaired, for readers who listen to them.
 """
@@ -20,6 +20,7 @@ from sphinx.util.fileutil import copy_asset
 FONTS = "output/chtml/fonts/woff-v2"
 FIELDS = {"page", "title", "claim", "verdict", "decided_by", "label"}
 VERDICTS = {"holds": "yes", "does not hold": "no", "inconclusive": "open"}
+CHECKED = ("Theory", "Figures and tables")  # parts of _toc.yml whose pages have verdicts
 LABELS = {"recomputed": "recomputed here", "recorded": "recorded"}
 REPAIRS = (
     ('<div role="list" class="citation-list">', '<div class="citation-list">'),
@@ -41,10 +42,10 @@ def numbers(app, config):
         config.myst_substitutions = {**json.loads(file.read_text("utf-8")), **config.myst_substitutions}
 
 
-def checked_pages(root: Path) -> list[str]:
-    """Pages listed under 'Checks' in _toc.yml, in reading order."""
+def checked_pages(root: Path) -> dict[str, str]:
+    """Pages that must have a verdict, in reading order, each with the caption of its part in _toc.yml."""
     parts = yaml.safe_load((root / "_toc.yml").read_text("utf-8"))["parts"]
-    return [Path(c["file"]).stem for part in parts if part["caption"] == "Checks" for c in part["chapters"]]
+    return {Path(c["file"]).stem: part["caption"] for part in parts if part["caption"] in CHECKED for c in part["chapters"]}
 
 
 def read_verdict(file: Path) -> dict:
@@ -57,15 +58,24 @@ def read_verdict(file: Path) -> dict:
     return verdict
 
 
+def shown(root: Path, page: str) -> str:
+    """What a page's committed outputs say in plain text."""
+    cells = json.loads((root / "notebooks" / f"{page}.ipynb").read_text("utf-8"))["cells"]
+    return "\n".join("".join(output.get("data", {}).get("text/plain", "")) for cell in cells for output in cell.get("outputs", ()))
+
+
 def read_verdicts(root: Path) -> list[dict]:
-    """Every verdict, in the order of the pages; each page under 'Checks' has one, and no other page."""
-    pages = checked_pages(root)
+    """Every verdict, in the order of the pages; each page of a checked part has one that it still shows, and no other page."""
+    pages = list(checked_pages(root))
     verdicts = [read_verdict(file) for file in sorted((root / "results" / "verdicts").glob("*.json"))]
     found = {verdict["page"] for verdict in verdicts}
     if missing := set(pages) - found:
         raise ExtensionError(f"results/verdicts has no verdict of {sorted(missing)}; `make notebooks` writes them")
     if strange := found - set(pages):
-        raise ExtensionError(f"results/verdicts speaks of {sorted(strange)}, not under 'Checks' in _toc.yml")
+        raise ExtensionError(f"results/verdicts speaks of {sorted(strange)}, not under {' or '.join(CHECKED)} in _toc.yml")
+    stale = [v["page"] for v in verdicts if any(v[field] not in shown(root, v["page"]) for field in ("claim", "verdict", "decided_by"))]
+    if stale:
+        raise ExtensionError(f"the verdicts of {sorted(stale)} are stale: their pages show others; `make notebooks` writes both")
     return sorted(verdicts, key=lambda verdict: pages.index(verdict["page"]))
 
 
@@ -84,13 +94,17 @@ class Verdicts(SphinxDirective):
         root = Path(self.env.srcdir)
         for file in (root / "_toc.yml", *(root / "results" / "verdicts").glob("*.json")):
             self.env.note_dependency(str(file))
-        verdicts = read_verdicts(root)
+        verdicts, part = read_verdicts(root), checked_pages(root)
         count = Counter(verdict["verdict"] for verdict in verdicts)
         summary = [node for name in VERDICTS for node in (badge(name, f": {count[name]}"), nodes.Text(" "))]
+        tables = [node for caption in CHECKED for node in self.table(caption, [v for v in verdicts if part[v["page"]] == caption])]
+        return [nodes.paragraph("", "", *summary), *tables]
+
+    def table(self, caption: str, verdicts: list[dict]) -> list[nodes.Node]:
         group = nodes.tgroup("", *(nodes.colspec(colwidth=width) for width in (45, 35, 20)), cols=3)
         group += nodes.thead("", row(*([nodes.Text(name)] for name in ("Claim", "Verdict", "Page"))))
         group += nodes.tbody("", *(self.verdict_row(verdict) for verdict in verdicts))
-        return [nodes.paragraph("", "", *summary), nodes.table("", group, classes=["verdicts"])]
+        return [nodes.rubric("", caption), nodes.table("", group, classes=["verdicts"])] if verdicts else []
 
     def verdict_row(self, verdict: dict) -> nodes.row:
         label = nodes.inline("", LABELS[verdict["label"]], classes=["label", f"label-{verdict['label']}"])
