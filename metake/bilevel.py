@@ -100,22 +100,53 @@ def refine(
     """
     if not len(requests) or not rule.steps:
         return targets
+    tokens = min(rule.tokens, lm.room(lm.depth - targets.layer, gradients=True))
+    return halving(lambda few: _descend(outer_objective(lm, requests, contexts, targets, gate, replace(rule, tokens=few)), targets), tokens)
+
+
+def outer_objective(
+    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], targets: Targets, gate: Tensor, rule: Refinement = Refinement()
+) -> OuterObjective:
+    """F_VL as `refine` descends it, with what no step changes read once from the live model; arguments as there."""
     rows = rewriting_rows(lm.tokenizer, requests, contexts if rule.prompts == "contexts" else contexts[:1])
     rows += locality_rows(lm.tokenizer, requests, rule.locality_position)
-    return halving(lambda tokens: _refine(lm, rows, targets, gate, rule, tokens), min(rule.tokens, lm.room(lm.depth - targets.layer, gradients=True)))
-
-
-def _refine(lm: LanguageModel, rows: list[Row], targets: Targets, gate: Tensor, rule: Refinement, tokens: int) -> Targets:
-    """In micro-batches of at most `tokens`."""
-    parts = [_look_ahead(lm, *group, targets, gate, rule) for group in _groups(rows, tokens)]
+    parts = [_look_ahead(lm, *group, targets, gate, rule) for group in _groups(rows, rule.tokens)]
     work = torch.promote_types(lm.dtype, torch.float32)
-    anchor, initial = targets.anchor.to(work), targets.value.to(work)
+    return OuterObjective(parts, targets.anchor.to(work), targets.value.to(work), targets.layer, rule)
+
+
+class OuterObjective(NamedTuple):
+    """The virtual look-ahead objective of one batch.
+
+    F_VL(V) = Σᵢ w_e L_edit,i + w_l L_loc,i + w_a L_reg,i   at   W̃_L = W_L + (V − H) M        (MetaKE v3 eqs 79–81)
+    """
+
+    parts: list[_LookAhead]
+    anchor: Tensor  #   (n, d)  H
+    initial: Tensor  #  (n, d)  V_init
+    layer: int
+    rule: Refinement
+
+    def losses(self, value: Tensor) -> Tensor:
+        """L_edit, L_loc, L_reg of each request, (n, 3); ∇F_VL is added to the gradient of `value`, (n, d), a leaf."""
+        return _outer_losses(self.parts, value, self.anchor, self.initial, self.layer, self.rule)
+
+    def evaluate(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """F_VL, (), and ∇F_VL, (n, d), at V = value: the proxy GMᵀ of eq. 9 plus the anchor's own gradient."""
+        leaf = value.detach().to(self.initial).clone().requires_grad_()
+        weights = (self.rule.edit_weight, self.rule.locality_weight, self.rule.anchor_weight)
+        return self.losses(leaf).sum(0) @ torch.tensor(weights).to(leaf), leaf.grad
+
+
+def _descend(outer: OuterObjective, targets: Targets) -> Targets:
+    """`steps` updates of V from the initial plan."""
+    rule, initial = outer.rule, outer.initial
     value = initial.clone().requires_grad_()
     optimizer = CHOICES["optimizer"][rule.optimizer]([value], lr=rule.step_size)
     history = []
     for step in progress(range(rule.steps), "refine"):
         optimizer.zero_grad()
-        history.append(_outer_losses(parts, value, anchor, initial, targets.layer, rule))
+        history.append(outer.losses(value))
         if not torch.isfinite(history[-1]).all():
             bad = (~torch.isfinite(history[-1]).all(1)).nonzero()[:, 0].tolist()
             raise NumericalError(f"the refinement loss of request(s) {bad} is not finite at step {step}; try a smaller step_size")

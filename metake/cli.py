@@ -114,8 +114,8 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _method(name: str) -> str:
-    if name not in METHODS:
-        raise argparse.ArgumentTypeError(near_misses(name, METHODS, "method").rstrip("."))
+    if name not in (known := mk.methods.named()):
+        raise argparse.ArgumentTypeError(near_misses(name, known, "method").rstrip("."))
     return name
 
 

@@ -127,20 +127,24 @@ class Editor:
         edit, state = self.step(lm, requests, self.init(lm, statistics))
         return edit + last if (last := self.finish(lm, state)) else edit
 
-    def step(self, lm: LanguageModel, requests: Sequence[EditRequest], state: EditorState) -> tuple[Edit, EditorState]:
+    def step(self, lm: LanguageModel, requests: Sequence[EditRequest], state: EditorState, planned: Targets | None = None) -> tuple[Edit, EditorState]:
         """The edit of one batch, and the state for the next, assuming the edit will be applied.
+
+        planned: Stage I's targets of these requests on this very model, if they are at hand: methods that plan alike share them.
 
         `lm` is bit-identical on return, also if this raises: RequestError for empty, unlocatable, repeated or
         contradicting requests, NumericalError for a loss that is not finite. Zero requests give a zero update.
         """
         requests = list(requests)
         check_batch(requests)
+        if planned and (self.plan_key(state) is None or (planned.layer, len(planned.value)) != (self.layers[-1], len(requests))):
+            raise ParameterError(f"these targets are of {len(planned.value)} requests at layer {planned.layer}; this editor plans otherwise: leave them out")
         paths = [lm.write_path(layer) for layer in self.layers]
         hashes = {path: lm.digest(path) for path in paths}
         clock = Clock(lm.device)
         size = self.together or max(1, len(requests))
         with lm.scratch(paths):
-            solved = [self._write(lm, requests[k : k + size], state, clock) for k in range(0, max(1, len(requests)), size)]
+            solved = [self._write(lm, requests[k : k + size], state, clock, planned) for k in range(0, max(1, len(requests)), size)]
         updates = tuple(self._posted("batch", sum(parts[1:], parts[0]), lm.weight(path)) for path, parts in zip(paths, zip(*(s.updates for s in solved), strict=True), strict=True))
         record = EditRecord(
             recipe=describe(self), base=lm.base(), weights=hashes, requests=tuple(r.id for r in requests), requests_digest=digest_of(requests),
@@ -164,6 +168,10 @@ class Editor:
         record = EditRecord(recipe=describe(self), base=lm.base(), weights=weights, statistics_digest=state.statistics_digest, context_templates=state.contexts, seed=self.seed, versions=versions())
         return Edit(updates, record)
 
+    def plan_key(self, state: EditorState) -> tuple | None:
+        """What Stage I depends on besides model and requests: editors of equal keys can share it. None: it is done in pieces."""
+        return None if self.own_targets or self.together else (self.layers[-1], self.target, state.contexts)
+
     def _at(self, when: str) -> tuple[PostProcess, ...]:
         return tuple(p for p in self.post if p.when == when)
 
@@ -172,9 +180,9 @@ class Editor:
             update = rule(update, weight)
         return update
 
-    def _plan(self, lm: LanguageModel, reader: KeyReader, requests: list[EditRequest], state: EditorState, layer: int, clock: Clock) -> Targets:
+    def _plan(self, lm: LanguageModel, reader: KeyReader, requests: list[EditRequest], state: EditorState, layer: int, clock: Clock, planned: Targets | None) -> Targets:
         """Stage I at `layer` and, for MetaKE, the outer level through the layer's gate on the live model."""
-        targets = optimize_targets(lm, requests, state.contexts, layer, self.target)
+        targets = planned or optimize_targets(lm, requests, state.contexts, layer, self.target)
         clock("targets")
         if self.refine and requests:
             targets = refine(lm, requests, state.contexts, targets, self._frozen_gate(reader, state, layer), self.refine)
@@ -189,13 +197,13 @@ class Editor:
         found = reader.read(layer)
         return gate(found.keys, metric, self.noise, found.plain if self.plain else None)
 
-    def _write(self, lm: LanguageModel, requests: list[EditRequest], state: EditorState, clock: Clock) -> _Solved:
+    def _write(self, lm: LanguageModel, requests: list[EditRequest], state: EditorState, clock: Clock, planned: Targets | None) -> _Solved:
         """Both stages for requests that are solved together; layer by layer, each on the model that the layers before have changed."""
         reader = KeyReader(lm, requests, state.contexts, self.layers[-1], 2 * self.target.tokens, self.context_rule.flat, "block" if self.target.site == "block" else "mlp")
         updates, layers, trace = [], {}, []
         for index, layer in enumerate(self.layers):
             if self.own_targets or not index:
-                targets = self._plan(lm, reader, requests, state, layer if self.own_targets else self.layers[-1], clock)
+                targets = self._plan(lm, reader, requests, state, layer if self.own_targets else self.layers[-1], clock, planned)
                 trace.append(targets.trace)
             found = reader.read(layer, targets.layer)
             clock("keys")

@@ -31,6 +31,7 @@ from metake.progress import progress
 from metake.requests import Cases, EditRequest, batches, counterfact, zsre
 from metake.statistics import statistics
 from metake.storage import atomic_path, load_tensors, save_tensors, write_file
+from metake.targets import Targets, optimize_targets
 from metake.tokens import locate
 from metake.update import Edit, total
 
@@ -108,10 +109,27 @@ def edit_sequence(lm: LanguageModel, editor: Editor, requests: Sequence[EditRequ
         yield edit, state
 
 
-def run(config: RunConfig, out: str | Path, device: str | None = None, before: Evaluation | None = None) -> Evaluation:
+@dataclass
+class Unedited:
+    """What runs that start from the same model on the same cases need not do again: filled by the first, read by the others.
+
+    before: the evaluation of the unedited model; plans: Stage I of the first batch, by `Editor.plan_key`.
+    """
+
+    before: Evaluation | None = None
+    plans: dict[Any, Targets] = field(default_factory=dict)
+
+    def plan(self, lm: LanguageModel, editor: Editor, state: EditorState, requests: Sequence[EditRequest]) -> Targets | None:
+        """Stage I of an editor's first batch, None if it plans in pieces. `lm` must be unedited."""
+        if (key := editor.plan_key(state)) is not None and key not in self.plans:
+            self.plans[key] = optimize_targets(lm, requests, state.contexts, editor.layers[-1], editor.target)
+        return self.plans.get(key)
+
+
+def run(config: RunConfig, out: str | Path, device: str | None = None, shared: Unedited | None = None) -> Evaluation:
     """Carry out a run in folder `out`, going on where an earlier call with the same configuration stopped.
 
-    before: the unedited model on these cases, if an earlier run of the same model and data has evaluated it.
+    shared: what runs of the same model, data, edits, batch and seed share; their seconds then exclude what was at hand.
 
     Returns the evaluation of all edited cases after the last batch. Raises ParameterError if `out` holds anything else.
     """
@@ -125,11 +143,12 @@ def run(config: RunConfig, out: str | Path, device: str | None = None, before: E
     state = editor.init(lm, statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens))
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    original = before or evaluate(lm, cases, config.generate, seed=config.seed)
+    shared = shared or Unedited()
+    shared.before = original = shared.before or evaluate(lm, cases, config.generate, seed=config.seed)
     if not resumes:  # claimed only now: a setting that cannot be carried out leaves nothing behind
         write_file(out / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True) + "\n")
     with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
-        edits = _resume(lm, editor, cases, state, config.batch, out)
+        edits = _resume(lm, editor, cases, state, config.batch, out, shared)
         result = evaluate(lm, cases, config.generate, original, config.seed)
     seconds = {"total": time.perf_counter() - started, **total(edits).record.seconds}
     _report(out, config, cases, original, result, edits[0], seconds, peak_memory(lm.device))
@@ -158,7 +177,7 @@ def _read_config(out: Path) -> dict[str, Any]:
     return found
 
 
-def _resume(lm: LanguageModel, editor: Editor, cases: Cases, state: EditorState, size: int, out: Path) -> list[Edit]:
+def _resume(lm: LanguageModel, editor: Editor, cases: Cases, state: EditorState, size: int, out: Path, shared: Unedited) -> list[Edit]:
     """Apply the batches already on disk, compute and save the rest; the model is left edited."""
     edits = []
     for number, batch in enumerate(progress(list(batches([c.request for c in cases], size)), "batches")):
@@ -166,7 +185,7 @@ def _resume(lm: LanguageModel, editor: Editor, cases: Cases, state: EditorState,
         if folder.is_dir():
             edit, state = _load_batch(folder, batch, state, lm.device)
         else:
-            edit, state = editor.step(lm, batch, state)
+            edit, state = editor.step(lm, batch, state, planned=None if number else shared.plan(lm, editor, state, batch))
             with atomic_path(folder) as temporary:
                 edit.save(temporary)
                 save_tensors({str(i): k for i, k in state.keys.items()}, temporary / "keys.safetensors")

@@ -122,7 +122,7 @@ def _descend(lm: LanguageModel, parts: list[Plant], anchor: Tensor, layer: int, 
         _record(trace, active, loss, nll, kl, step)
         active &= loss >= rule.stop_below
         if rule.relax is not None:
-            emphasis = torch.where(wrong == 0, rule.relax, 1.0).to(emphasis)
+            emphasis = torch.where(wrong == 0, emphasis.new_tensor(rule.relax), 1.0)  # two plain numbers would give float32
             active &= (wrong > 0) | ((kl * rule.kl_weight if rule.drift_weighted else kl) > rule.drift_below)
         if step == rule.steps - 1 or not active.any():
             break

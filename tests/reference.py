@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -64,11 +64,16 @@ def alphaedit_projected(K: Tensor, R: Tensor, P: Tensor, ridge: float, Kp: Tenso
     return R @ K.T @ inv(Kp @ Kp.T + ridge * eye(len(K)) + K @ K.T)
 
 
-def rome(k: Tensor, r: Tensor, C: Tensor) -> Tensor:
-    """ROME: one request, (W + Δ) k = v exactly."""
+def pmet(K: Tensor, R: Tensor, C: Tensor, weight: float) -> Tensor:
+    """PMET's code: the inverse itself."""
+    return R @ K.T @ inv(K @ K.T + weight * C)
+
+
+def rome(k: Tensor, r: Tensor, C: Tensor, at: Tensor | None = None) -> Tensor:
+    """ROME: one request, (W + Δ) k = v exactly; at: the plain prompt's key, where k is a mean over contexts."""
     u = inv(C) @ k
     u = u / u.norm()
-    return torch.outer(r, u) / (u @ k)
+    return torch.outer(r, u) / (u @ (k if at is None else at))
 
 
 def emmet(K: Tensor, R: Tensor, C: Tensor, ridge: float) -> Tensor:
@@ -91,6 +96,42 @@ def gate_b3(K: Tensor, P: Tensor, ridge: float, Kp: Tensor) -> Tensor:
 def gate_key_only(K: Tensor, ridge: float) -> Tensor:
     """MetaKE's ablation without the structural gate."""
     return K.T @ inv(K @ K.T + ridge * eye(len(K)))
+
+
+# What is done to a finished update, (d_out, d_in)
+
+def rect_code(delta: Tensor, W: Tensor) -> Tensor:
+    """RECT in AlphaEdit's repository: a change stays if it is not below the 60th percentile of the relative ones."""
+    relative = torch.abs(delta / (W + 1e-8))
+    threshold = relative.flatten().sort().values[delta.numel() * (100 - 40) // 100 - 1]
+    return torch.where(relative < threshold, 0.0, delta)
+
+
+def rect_original(delta: Tensor, W: Tensor) -> Tensor:
+    """RECT's own code: the 80 % smallest relative changes are set to zero."""
+    smallest = torch.abs(delta / W).flatten().argsort()[: int(delta.numel() * 0.8)]
+    kept = delta.flatten().clone()
+    kept[smallest] = 0.0
+    return kept.view_as(delta)
+
+
+def prune(W: Tensor, W0: Tensor, twice: bool = False) -> Tensor:
+    """PRUNE: the weight at the end of a sequence; twice: the capped change is added to the edited weight (AlphaEdit's repository)."""
+    U, S, Vh = torch.linalg.svd(W - W0, full_matrices=False)
+    largest = torch.linalg.svd(W0)[1].max()
+    capped = torch.tensor([float(largest + torch.log(s) - torch.log(largest)) if s >= largest else float(s) for s in S], dtype=W.dtype)
+    return (W if twice else W0) + U @ torch.diag(capped) @ Vh
+
+
+def sphere(delta: Tensor, W: Tensor, ratio: float, strength: float, transposed: bool = False) -> Tensor:
+    """SPHERE's code on a weight stored as (d_out, d_in), as its paper has it; transposed: stored as GPT-2 does."""
+    if transposed:
+        return sphere(delta.T, W.T, ratio, strength).T
+    unit = W / (W.norm(dim=1, keepdim=True) + 1e-8)
+    values, vectors = torch.linalg.eigh(unit.T @ unit / len(unit))
+    count = int((values.flip(0).cumsum(0) / values.sum() <= ratio).sum()) + 1
+    U = vectors[:, -count:]
+    return delta @ (eye(W.shape[1]) - strength * U @ U.T).T
 
 
 # Models
@@ -163,85 +204,129 @@ def rewriting(lm: LanguageModel, request: EditRequest, contexts: Sequence[str]) 
     return [t.replace("{}", request.subject) + taught for t in templates(request, contexts)]
 
 
-def target_nll(lm: LanguageModel, log_p: Tensor, batch: dict[str, Tensor], request: EditRequest) -> Tensor:
-    """Mean over rows of the mean over target tokens; the last m tokens of each unpadded row predict them."""
-    target, rows = target_ids(lm, request), []
+def target_positions(lm: LanguageModel, batch: dict[str, Tensor], request: EditRequest) -> Iterator[tuple[int, int]]:
+    """Row and first position that predicts the target, of every row: its m tokens are the last m of the unpadded row."""
+    target = target_ids(lm, request)
     for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         start = length - len(target)
         assert batch["input_ids"][row, start + 1 : length].tolist() == target[:-1]
-        rows.append(-sum(log_p[row, start + j, y] for j, y in enumerate(target)) / len(target))
+        yield row, start
+
+
+def target_nll(lm: LanguageModel, log_p: Tensor, batch: dict[str, Tensor], request: EditRequest) -> Tensor:
+    """Mean over rows of the mean over target tokens."""
+    target = target_ids(lm, request)
+    rows = [-sum(log_p[row, start + j, y] for j, y in enumerate(target)) / len(target) for row, start in target_positions(lm, batch, request)]
     return sum(rows) / len(rows)
+
+
+@torch.no_grad()
+def is_certain(lm: LanguageModel, log_p: Tensor, batch: dict[str, Tensor], request: EditRequest) -> bool:
+    """PMET: whether the mean over rows of the target's geometric-mean probability is that of the likeliest tokens."""
+    target, taught, best = target_ids(lm, request), [], []
+    for row, start in target_positions(lm, batch, request):
+        taught.append((sum(log_p[row, start + j, y] for j, y in enumerate(target)) / len(target)).exp())
+        best.append((sum(log_p[row, start + j].max() for j in range(len(target))) / len(target)).exp())
+    return bool(sum(taught) / len(taught) == sum(best) / len(best))
+
+
+ATTENTION = {"gpt2": "attn.c_proj", "gptj": "attn.out_proj", "gpt_neox": "attention.dense", "phi": "self_attn.dense"}  # others: self_attn.o_proj
+
+
+def planted(lm: LanguageModel, site: str, layer: int) -> list[torch.nn.Module]:
+    """Where a vector is added: to the block's output (MEMIT), the MLP's (ROME), or both output projections' (PMET)."""
+    row = lm.architecture
+    attention = f"{row.block}.{ATTENTION.get(lm.model.config.model_type, 'self_attn.o_proj')}"
+    paths = {"block": [row.block], "mlp": [row.mlp], "mlp+attention": [row.write, attention]}[site]
+    return [lm.model.get_submodule(path.format(layer)) for path in paths]
 
 
 def stage_one(lm: LanguageModel, request: EditRequest, contexts: Sequence[str], layer: int, rule) -> tuple[Tensor, Tensor, list[float]]:
     """h, δ and the losses of one request: every row in full through the model, δ added by a hook at each lookup position.
 
     As the released code of the family computes it: the model's own logits of all rows and positions serve the KL, and the
-    head is applied again to the last states of the rewriting rows for the likelihood.
+    head is applied again to the last states of the rewriting rows for the likelihood. Of PMET's two vectors, the MLP's.
     """
     texts = [*rewriting(lm, request, contexts), f"{request.subject} is a"]
     positions = [lookup(lm, t, request.subject) for t in (*templates(request, contexts), "{} is a")]
     batch = padded(lm, texts)
-    delta = torch.zeros(lm.model.config.hidden_size, dtype=torch.float64, device=lm.device, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=rule.step_size)
-    first: dict[str, Tensor] = {}
+    rows = {k: v[:-1] for k, v in batch.items()}
+    modules = planted(lm, rule.site, layer)
+    deltas = [torch.zeros(lm.model.config.hidden_size, dtype=torch.float64, device=lm.device, requires_grad=True) for _ in modules]
+    optimizer = torch.optim.Adam(deltas, lr=rule.step_size)
+    first: dict[Any, Tensor] = {}
 
-    def plant(_, __, output):
-        state = output[0] if isinstance(output, tuple) else output
-        first.setdefault("h", state[0, positions[0]].detach().clone())
+    def plant(module, _, output):
+        state, which = output[0] if isinstance(output, tuple) else output, modules.index(module)
+        first.setdefault(which, state[0, positions[0]].detach().clone())
         moved = state.clone()
         for row, position in enumerate(positions):
-            moved[row, position] += delta
+            moved[row, position] += deltas[which]
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
-    losses = []
-    handle = lm.model.get_submodule(lm.architecture.block.format(layer)).register_forward_hook(plant)
+    losses, emphasis = [], 1.0
     head = lm.model.get_output_embeddings()
-    handles = handle, head.register_forward_pre_hook(lambda _, args: first.update(last=args[0]))
+    handles = *(m.register_forward_hook(plant) for m in modules), head.register_forward_pre_hook(lambda _, args: first.update(last=args[0]))
     try:
         for step in range(rule.steps):
             optimizer.zero_grad()
             now = torch.log_softmax(lm.model(**batch).logits[-1, positions[-1]], dim=-1)
             log_p = torch.log_softmax(head(first["last"][:-1]), dim=-1)
             before = first.setdefault("p", now.detach().clone())
-            rows = {k: v[:-1] for k, v in batch.items()}
-            loss = target_nll(lm, log_p, rows, request) + rule.kl_weight * kl_div(before, now, log_target=True, reduction="sum")
-            loss = loss + rule.decay * delta.norm() / first["h"].norm() ** 2
+            kl = kl_div(before, now, log_target=True, reduction="sum")
+            loss = emphasis * target_nll(lm, log_p, rows, request) + rule.kl_weight * kl
+            loss = loss + rule.decay * sum(delta.norm() / first[which].norm() ** 2 for which, delta in enumerate(deltas))
             losses.append(loss.item())
-            if loss < rule.stop_below or step == rule.steps - 1:
+            if loss < rule.stop_below:
+                break
+            if rule.relax is not None:
+                emphasis = rule.relax if is_certain(lm, log_p, rows, request) else 1.0
+                if emphasis != 1.0 and (rule.kl_weight * kl if rule.drift_weighted else kl) <= rule.drift_below:
+                    break
+            if step == rule.steps - 1:
                 break
             loss.backward()
             optimizer.step()
-            limit = rule.clamp * first["h"].norm()
-            if delta.norm() > limit:
-                with torch.no_grad():
-                    delta *= limit / delta.norm()
+            for which, delta in enumerate(deltas):
+                limit = rule.clamp * first[which].norm()
+                if delta.norm() > limit:
+                    with torch.no_grad():
+                        delta *= limit / delta.norm()
     finally:
         for handle in handles:
             handle.remove()
-    return first["h"], delta.detach(), losses
+    return first[0], deltas[0].detach(), losses
+
+
+class Seen(NamedTuple):
+    """At the subject's last token."""
+
+    key: Tensor
+    block: Tensor
+    mlp: Tensor
 
 
 @torch.no_grad()
-def at_lookup(lm: LanguageModel, template: str, subject: str, layer: int) -> tuple[Tensor, Tensor]:
-    """Input of the write module and output of the block at the subject's last token; one full prompt, one full forward."""
+def at_lookup(lm: LanguageModel, template: str, subject: str, layer: int) -> Seen:
+    """Input of the write module and outputs of block and MLP at the subject's last token; one full prompt, one full forward."""
     found, position = {}, lookup(lm, template, subject)
-    write, block = (lm.model.get_submodule(path.format(layer)) for path in (lm.architecture.write, lm.architecture.block))
+    write, block, mlp = (lm.model.get_submodule(path.format(layer)) for path in (lm.architecture.write, lm.architecture.block, lm.architecture.mlp))
     handles = [
         write.register_forward_pre_hook(lambda _, args: found.update(key=args[0][0, position].clone())),
-        block.register_forward_hook(lambda _, __, out: found.update(state=(out[0] if isinstance(out, tuple) else out)[0, position].clone())),
+        block.register_forward_hook(lambda _, __, out: found.update(block=(out[0] if isinstance(out, tuple) else out)[0, position].clone())),
+        mlp.register_forward_hook(lambda _, __, out: found.update(mlp=out[0, position].clone())),
     ]
     lm.model(**padded(lm, [template.replace("{}", subject)]))
     for handle in handles:
         handle.remove()
-    return found["key"], found["state"]
+    return Seen(**found)
 
 
 def keys(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int) -> Tensor:
     """K, (d_in, n): averaged within a type of context (the plain prompt; the others), then over types."""
     columns = []
     for r in requests:
-        plain, *others = (at_lookup(lm, t, r.subject, layer)[0] for t in templates(r, contexts))
+        plain, *others = (at_lookup(lm, t, r.subject, layer).key for t in templates(r, contexts))
         columns.append((plain + sum(others) / len(others)) / 2 if others else plain)
     return torch.stack(columns, 1)
 
@@ -258,27 +343,76 @@ def key_pass(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Seque
     return found["keys"]
 
 
-def states(lm: LanguageModel, requests: Sequence[EditRequest], layer: int) -> Tensor:
-    """H, (d, n), of the plain prompts."""
-    return torch.stack([at_lookup(lm, r.prompt, r.subject, layer)[1] for r in requests], 1)
+def states(lm: LanguageModel, requests: Sequence[EditRequest], layer: int, of: str = "block") -> Tensor:
+    """H, (d, n), of the plain prompts: outputs of the block, or of its MLP."""
+    return torch.stack([getattr(at_lookup(lm, r.prompt, r.subject, layer), of) for r in requests], 1)
+
+
+@contextmanager
+def kept(lm: LanguageModel, layers: Sequence[int]) -> Iterator[None]:
+    """Whatever is written to these weights is taken back."""
+    originals = {layer: weight(lm, layer).detach().clone() for layer in layers}
+    try:
+        yield
+    finally:
+        for layer, original in originals.items():
+            weight(lm, layer).data.copy_(original)
+
+
+def write(lm: LanguageModel, layer: int, delta: Tensor) -> None:
+    weight(lm, layer).data += stored(lm, layer, delta)
+
+
+def plain_weight(lm: LanguageModel, layer: int) -> Tensor:
+    """W, (d_out, d_in)."""
+    return stored(lm, layer, weight(lm, layer).detach()).clone()
+
+
+Update = Callable[[int, Tensor, Tensor], Tensor]  # layer, K, R → Δ
+Batch = tuple[dict[int, Tensor], dict[int, Tensor]]  # Δ and K per layer
 
 
 def stage_two(
-    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layers: Sequence[int], Z: Tensor, update: Callable[[int, Tensor, Tensor], Tensor]
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Δ and K per layer of the shared loop: reread everything, remaining share of the residual, d×d solve, write."""
-    kept = {layer: weight(lm, layer).detach().clone() for layer in layers}
+    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layers: Sequence[int], Z: Tensor, update: Update,
+    share: Callable[[int], float] = lambda left: 1 / left, of: str = "block",
+) -> Batch:  # fmt: skip
+    """The shared loop: reread everything, a share of the residual by how many layers are left, d×d solve, write."""
     deltas, all_keys = {}, {}
-    try:
+    with kept(lm, layers):
         for i, layer in enumerate(layers):
             all_keys[layer] = keys(lm, requests, contexts, layer)
-            R = (Z - states(lm, requests, layers[-1])) / (len(layers) - i)
+            R = (Z - states(lm, requests, layers[-1], of)) * share(len(layers) - i)
             deltas[layer] = update(layer, all_keys[layer], R)
-            weight(lm, layer).data += stored(lm, layer, deltas[layer])
-    finally:
-        for layer, original in kept.items():
-            weight(lm, layer).data.copy_(original)
+            write(lm, layer, deltas[layer])
     return deltas, all_keys
+
+
+def blue(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layers: Sequence[int], targets: Callable[[int], Tensor], update: Update) -> Batch:
+    """BLUE's loop: each layer has targets of its own, (d, n), on the model that the layers before have changed, and the whole residual."""
+    deltas, all_keys = {}, {}
+    with kept(lm, layers):
+        for layer in layers:
+            Z = targets(layer)
+            all_keys[layer] = keys(lm, requests, contexts, layer)
+            deltas[layer] = update(layer, all_keys[layer], Z - states(lm, requests, layer))
+            write(lm, layer, deltas[layer])
+    return deltas, all_keys
+
+
+def rome_one_by_one(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int, rule, C: Tensor) -> Batch:
+    """ROME's list of requests: each one on the model that those before have edited; k̄ a flat mean, exact at the plain prompt's key."""
+    total, means = 0, []
+    with kept(lm, [layer]):
+        for r in requests:
+            means.append(sum(at_lookup(lm, t, r.subject, layer).key for t in templates(r, contexts)) / len(contexts))
+            h, delta, _ = stage_one(lm, r, contexts, layer, rule)
+            plain = at_lookup(lm, r.prompt, r.subject, layer)
+            update = rome(means[-1], h + delta - plain.mlp, C, plain.key)
+            write(lm, layer, update)
+            now = at_lookup(lm, r.prompt, r.subject, layer).mlp
+            assert (now - h - delta).abs().max() < 1e-9, "(W + Δ) k = v"
+            total = total + update
+    return {layer: total}, {layer: torch.stack(means, 1)}
 
 
 def drift(lm: LanguageModel, request: EditRequest, weights: dict[str, Tensor], position: str) -> Tensor:

@@ -1,7 +1,9 @@
 """The experiments find what they claim to find, would notice if it were otherwise, and repeat themselves exactly."""
 
 import json
+import re
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -14,8 +16,10 @@ import metake as mk
 from metake import runs
 from metake.editor import Editor
 from metake.errors import ParameterError
-from metake.experiments import attenuation, comparison, dispersion, quickstart
+from metake.experiments import attenuation, comparison, dispersion, operators, quickstart
+from metake.facts import facts
 from metake.statistics import statistics
+from metake.update import Edit
 
 
 def base(*_):
@@ -197,6 +201,106 @@ def test_differences_are_paired_by_case():
 def test_comparison_is_judged_by_the_intervals(shift, holds):
     verdict = comparison.judge(comparison.paired_differences(paired([shift] * 40, noise=0.1)))
     assert verdict["holds"] is holds and "efficacy d" in verdict["decided_by"]
+
+
+def test_differences_from_every_method_say_from_which():
+    records = pd.concat([paired([0.1] * 6), paired([0.3] * 6).query("method == 'alphaedit'").assign(method="memit", efficacy=0.0)])
+    records.attrs |= {"label": "recorded", "provenance": {"model": "m"}, "runs": "not passed on"}
+    found = comparison.differences(records)
+    assert list(found.method) == ["alphaedit"] * 3 + ["memit"] * 3 and found.attrs == {"label": "recorded", "provenance": {"model": "m"}}
+    pd.testing.assert_frame_equal(found[found.method == "alphaedit"].drop(columns="method"), comparison.paired_differences(records))
+    assert found[found.method == "memit"].difference.iloc[0] == pytest.approx(100 * records[records.method == "metake"].efficacy.mean())
+    noisy = paired([0.0, 0.1, 0.2] * 5, noise=0.05)
+    wide, narrow = (comparison.differences(noisy, level=level) for level in (0.99, 0.5))
+    assert (wide.low < narrow.low).all() and (wide.high > narrow.high).all()
+    with pytest.raises(ParameterError, match="nothing to compare MetaKE with"):
+        comparison.differences(records[records.method == "metake"])
+
+
+def test_a_setting_says_what_was_done(compared):
+    told = comparison.setting(compared[1]).set_index("what").here
+    assert told["editing"] == "3 edits in 2 consecutive batches of 2; the weights accumulate" and told["seeds"] == "0, 1" and told["key statistics"] == "embedded, 3,000 tokens"
+    recorded = pd.DataFrame({"seed": [0]})
+    recorded.attrs |= {"label": "recorded", "provenance": {"model": "m", "statistics": "t.txt, 9 tokens", "dataset": "a.json", "edits": 4, "batch": 9}}
+    told = comparison.setting(recorded)
+    assert list(told.here)[:4] == ["m", "t.txt, 9 tokens", "a.json", "4 edits in one batch"] and told.attrs["label"] == "recorded"
+
+
+# MetaKE on other operators
+
+
+def refined(shifts, noise=0.1):
+    """Records of every base and its refined twin, which differ by the given shares."""
+    parts = []
+    for seed, (base_name, shift) in enumerate(shifts.items()):
+        found = paired([shift] * 40, noise, seed)
+        parts.append(found.assign(method=found.method.map({"alphaedit": base_name, "metake": operators.PAIRS[base_name]})))
+    return pd.concat(parts)
+
+
+@pytest.mark.parametrize(("shifts", "holds"), [((0.1, 0.1, 0.1), True), ((0.1, -0.1, 0.1), False), ((0.1, 0.0, 0.1), None), ((0.0, 0.0, 0.0), None)])
+def test_the_refinement_is_judged_on_each_base(shifts, holds):
+    records = refined(dict(zip(("memit", "blue", "sphere"), shifts, strict=True)))
+    verdict, found = operators.judge(records), operators.by_base(records)
+    assert verdict["holds"] is holds and verdict["decided_by"].count("on ") >= 3
+    assert list(found.helps) == [{0.1: "yes", 0.0: "open", -0.1: "no"}[s] for s in shifts]
+
+
+def test_a_dozen_intervals_need_more_than_one_beside_zero():
+    """At 95 % each, some of the intervals of pure noise exclude zero; together they must not."""
+    verdicts = [operators.judge(refined(dict.fromkeys(operators.PAIRS, 0.0)).assign(seed=seed))["holds"] for seed in range(3)]
+    assert verdicts == [None] * 3
+
+
+def test_operators_are_compared_with_their_own_base():
+    found = operators.differences(refined({"memit": 0.1, "sphere": -0.2}, noise=0.0))
+    assert dict(found.groupby("method").difference.mean().round(6)) == {"memit": 10, "sphere": -20}
+    with pytest.raises(ParameterError, match="no base together with its refined twin"):
+        operators.differences(paired([0.1] * 3).query("method == 'metake'"))
+    assert set(operators.PAIRS) == {"alphaedit", "memit", "blue", "sphere"}
+
+
+def test_operators_bring_the_outer_loss_of_every_refined_request(tmp_path):
+    found = operators.operators(bases=("memit",), edits=3, batch=2, text_tokens=3000, data={"CounterFact format": "facts"}, out=tmp_path)
+    assert (found.outer_first.notna() == (found.method == "metake/memit")).all() and len(found) == 9
+    told = [Edit.load(f).record.trace for f in sorted((tmp_path / "facts-metake-memit-0" / "batches").iterdir())]
+    first = {id: sum(t["refine"][0].values()) for batch in told for id, t in batch.items()}
+    own = found[found.method == "metake/memit"].set_index("id")
+    assert own.outer_first.to_dict() == first
+    told = operators.look_ahead(found)
+    assert list(told.method) == ["metake/memit"] and told.before[0] == pytest.approx(fmean(first.values())) and told["lower for, %"][0] == pytest.approx(100 * (own.outer_last < own.outer_first).mean())
+    with pytest.raises(ParameterError, match="no outer losses"):
+        operators.look_ahead(found[found.method == "memit"])
+
+
+# What the documents say
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("page", ["README.md", "book/methods.md"])
+def test_the_code_in_the_documents_runs(page, monkeypatch, tmp_path):
+    """Word for word, on a smaller model and fewer facts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mk, "load", base)
+    monkeypatch.setattr(mk, "statistics", partial(statistics, tokens=3000))
+    monkeypatch.setattr(mk, "facts", lambda limit: facts(limit=min(limit, 4)))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    names = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)  # noqa: S102
+    assert len(blocks) == 2 and isinstance(names["editor"], Editor) and names["editor"].refine and names["editor"].post
+    code = re.search(r"def sparse.*?\n\n", blocks[1], re.DOTALL)[0]
+    assert len(code.splitlines()) <= 8
+
+
+def test_the_methods_page_names_what_there_is():
+    text = (ROOT / "book" / "methods.md").read_text("utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) and set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(mk.METHODS)
+    assert set(re.findall(r"^\| `(\w+/[\w-]+)` \|", text, re.MULTILINE)) == set(mk.methods.DIFFERENCES)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert all(f"`{name}`" in readme for name in (*mk.METHODS, *mk.methods.OPERATORS)) and all(f"`{name}`" in text for name in mk.methods.OPERATORS)
 
 
 # Quick start

@@ -1,5 +1,6 @@
 """What the pages show: equal on every run, readable as text, accessible as markup, and safe against overwriting."""
 
+import inspect
 import json
 import re
 
@@ -52,6 +53,11 @@ def probes():
     return pd.DataFrame(rows, columns=["probe", "prompt", "answer", "before", "after", "restored"])
 
 
+def intervals():
+    rows = [(d, m, o, 10, x, x - 3, x + 3) for d in ("CounterFact", "ZsRE") for m in ("efficacy", "generalization") for o, x in (("sphere", -4.0), ("memit", 12.0), ("alphaedit", 0.04))]
+    return pd.DataFrame(rows, columns=["dataset", "metric", "method", "cases", "difference", "low", "high"])
+
+
 def timings():
     rows = [(m, s, p, x * y) for m, x in (("alphaedit", 0.02), ("metake", 0.05)) for s in ("targets", "keys", "solve") for p, y in (("accelerated", 1), ("literal", 9))]
     return pd.DataFrame(rows, columns=["method", "stage", "path", "seconds_per_edit"])
@@ -60,7 +66,9 @@ def timings():
 FIGURES = {
     "attenuation": lambda **k: report.attenuation_curve(gammas(), spectra(), **k),
     "association_dispersion": lambda **k: report.dispersion(requests(), **k),
-    "comparison": lambda **k: report.comparison_bars(cases(), **k),
+    "comparison": lambda **k: report.comparison_dots(cases(), **k),
+    "differences": lambda **k: report.forest(intervals(), "MetaKE − the other", **k),
+    "operators": lambda **k: report.refined_minus_base(intervals(), **k),
     "tradeoff": lambda **k: report.tradeoff(cases(), **k),
     "run_time": lambda **k: report.stage_bars(timings(), **k),
     "quickstart": lambda **k: report.before_after(probes(), **k),
@@ -133,13 +141,13 @@ def test_the_csv_holds_every_record(project):
     pd.testing.assert_frame_equal(pd.read_csv(project / "_build" / "figures" / "association_dispersion.csv"), requests(), rtol=1e-9)
 
 
-def test_bars_agree_however_the_records_come():
+def test_dots_agree_however_the_records_come():
     by_run = 100 * cases().groupby(["dataset", "method", "seed"])[["efficacy", "generalization", "specificity"]].mean()
     grouped = by_run.groupby(["dataset", "method"])
     by_method = pd.concat([grouped.mean(), grouped.std().add_suffix("_sd")], axis=1).reset_index()
-    texts = {str(report.comparison_bars(records)) for records in (cases(), by_run.reset_index(), by_method)}
+    texts = {str(report.comparison_dots(records)) for records in (cases(), by_run.reset_index(), by_method)}
     assert len(texts) == 1
-    assert " sd" not in str(report.comparison_bars(cases(seeds=[0])))
+    assert " sd" not in str(report.comparison_dots(cases(seeds=[0])))
 
 
 def test_records_that_cannot_be_drawn_are_refused():
@@ -173,6 +181,97 @@ def test_methods_look_different_and_stay_readable():
     for style in [*looks, report.style("something new")]:
         assert 1.05 / (luminance(style.color) + 0.05) > 3 and (luminance(style.color) + 0.05) / (luminance("#121212") + 0.05) > 3
     assert report.style("something new") == report.style("something new") and report.style("something new").name == "something new"
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
+    "deuteranopia": np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]),
+    "tritanopia": np.array([[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]),
+}
+
+
+def oklab(color, seen):
+    """A color as an eye of this vision sees it, in a space where distances are what one notices (Ottosson 2020)."""
+    linear = np.clip(seen @ [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in mpl.colors.to_rgb(color)], 0, 1)
+    cones = np.cbrt(np.array([[0.4122215, 0.5363325, 0.0514460], [0.2119035, 0.6806995, 0.1073970], [0.0883025, 0.2817188, 0.6299787]]) @ linear)
+    return np.array([[0.2104543, 0.7936178, -0.0040720], [1.9779985, -2.4285922, 0.4505937], [0.0259040, 0.7827718, -0.8086758]]) @ cones
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_methods_are_told_apart_by_every_eye(vision):
+    seen = {name: oklab(s.color, VISION[vision]) for name, s in report.METHOD_STYLE.items()}
+    names = list(seen)
+    near = {(a, b): np.linalg.norm(seen[a] - seen[b]) for i, a in enumerate(names) for b in names[:i]}
+    assert min(near.values()) > 0.02, min(near, key=near.get)  # a just noticeable difference; markers differ besides
+
+
+def test_every_method_has_a_look_and_its_place():
+    from metake import methods
+
+    assert methods.named().keys() | {"pre-edit"} == report.METHOD_STYLE.keys()
+    assert list(report.METHOD_STYLE)[0] == "pre-edit" and set(list(report.METHOD_STYLE)[1:13]) == set(methods.METHODS), "the methods first, then what derives from them"
+
+
+def svg_texts(figure):
+    return re.findall(r"<text[^>]*>([^<]*)</text>", figure.svg["light"])
+
+
+def test_dots_mark_the_highest_and_the_unedited_model_does_not_compete():
+    records = pd.DataFrame({"dataset": "d", "method": ["pre-edit", "memit", "metake", "alphaedit"], "efficacy": [99.0, 80.04, 12.0, 80.0]})
+    figure = report.comparison_dots(records, ["efficacy"])
+    bold = [text for style, text in re.findall(r'<text style="([^"]*)"[^>]*>([^<]*)</text>', figure.svg["light"]) if "font-weight: 700" in style]
+    assert sorted(bold) == ["80.0", "80.0", "d"] and "highest MEMIT and AlphaEdit with 80.0" in figure.alt
+    missing = report.comparison_dots(records.assign(efficacy=[99.0, np.nan, 12.0, 80.0]), ["efficacy"])
+    assert "–" in svg_texts(missing) and "highest AlphaEdit with 80.0" in missing.alt
+
+
+def test_a_comparison_of_every_name_stays_narrow():
+    names = list(report.METHOD_STYLE)
+    many = pd.concat([cases().assign(method=name, efficacy=i / len(names)) for i, name in enumerate(names)])
+    figure = report.comparison_dots(many)
+    width = float(re.search(r'width="([\d.]+)pt"', figure.svg["light"])[1])
+    assert width < 6.1 * 72 and [t for t in svg_texts(figure) if t == "MetaKE on SPHERE"] == ["MetaKE on SPHERE"] * 3
+
+
+def test_a_forest_says_which_intervals_exclude_zero():
+    figure = report.forest(intervals(), "MetaKE − the other")
+    assert "MEMIT: 4 intervals, 4 above zero, 0 below; AlphaEdit: 4 intervals, 0 above zero, 0 below; SPHERE: 4 intervals, 0 above zero, 4 below" in figure.alt
+    assert "CounterFact  AlphaEdit  0.0 [−3.0, +3.0]" in str(figure)
+    bold = [text for style, text in re.findall(r'<text style="([^"]*)"[^>]*>([^<]*)</text>', figure.svg["light"]) if "font-weight: 700" in style]
+    assert sorted(bold) == sorted(["CounterFact", "ZsRE"] + 4 * ["+12.0", "−4.0"])
+    with pytest.raises(ParameterError, match="no column low"):
+        report.forest(intervals().drop(columns="low"), "MetaKE − the other")
+
+
+def test_the_comparison_table_marks_the_highest_of_each_column():
+    summary = pd.DataFrame({"dataset": "d", "method": ["metake", "pre-edit", "memit"], "efficacy": [80.04, 99.0, 80.0], "fluency": [np.nan, 600.0, 500.0]})
+    shown = report.comparison_table(summary, "C")
+    assert [line.split() for line in str(shown).splitlines()[2:]] == [["d", "pre-edit", "99.0", "600.0"], ["d", "MEMIT", "80.0*", "500.0*"], ["d", "MetaKE", "80.0*", "–"]]
+    assert shown.html.count("<strong>") == 3 and '<td class="num"><strong>80.0</strong></td>' in shown.html and '<td class="num">–</td>' in shown.html and "*" not in shown.html
+    several = report.comparison_table(summary.assign(efficacy_sd=[1.0, 2.0, 3.0]))
+    assert '<td class="num"><strong>80.0 ± 1.0</strong></td>' in several.html and "efficacy sd" not in several.html
+
+
+def test_a_page_runs_before_its_recording_is_made(project):
+    shown = report.if_recorded("operators-smollm2-135m", lambda _: pytest.fail("there is nothing to show"))
+    assert str(shown).startswith("Not recorded yet: ") and "metake record --only operators --model smollm2-135m" in str(shown)
+    given = probes()
+    assert report.recorded_or("operators-smollm2-135m", given).attrs["label"] == "recomputed" and not given.attrs
+    path = report.write_recorded("operators-smollm2-135m", probes(), FACTS)
+    assert report.recorded_or("operators-smollm2-135m", given).attrs["label"] == "recorded"
+    assert report.if_recorded("operators-smollm2-135m", len, lambda n: n + 1) == 3
+    path.write_text("{}")
+    with pytest.raises(ProvenanceError, match="damaged"):
+        report.if_recorded("operators-smollm2-135m", len)
+
+
+def test_code_is_shown_as_it_runs():
+    from metake import methods
+
+    shown = report.source(methods.metake)
+    assert str(shown) == inspect.getsource(methods.metake).rstrip() and "&quot;&quot;&quot;MetaKE" in shown.html and "base(model" in shown.html
 
 
 def frame():

@@ -12,6 +12,7 @@ import torch
 from models import CONFIGS, random_model
 from reference import CONTEXTS, REQUESTS, double_inside  # noqa: F401 (a fixture)
 
+import metake.targets
 from metake.errors import NumericalError, ParameterError, RequestError
 from metake.model import LanguageModel
 from metake.requests import EditRequest
@@ -48,13 +49,16 @@ def assert_is_literal(lm: LanguageModel, found: Targets, requests, rule: TargetR
     assert torch.equal(found.value, found.anchor + found.planned)
 
 
+def dividing(traces: list[list[float]]) -> float:
+    """The level, halfway between two values, that traces fall below at the most different steps."""
+    values = sorted(x for t in traces for x in t if x < float("inf"))
+    levels = [(low + high) / 2 for low, high in itertools.pairwise(values) if high - low > 1e-3]
+    return max(levels, key=lambda level: len({next((s for s, x in enumerate(t) if x < level), None) for t in traces}))
+
+
 def staggered(lm: LanguageModel, rule: TargetRule = RULE) -> TargetRule:
-    """`rule` with the threshold, halfway between two losses, that requests reach at the most different steps."""
-    traces = [t["loss"] for t in optimize_targets(lm, REQUESTS, CONTEXTS, LAYER, rule).trace]
-    losses = sorted(x for t in traces for x in t)
-    levels = [(low + high) / 2 for low, high in itertools.pairwise(losses) if high - low > 1e-3]
-    stops = {level: {next((s for s, x in enumerate(t) if x < level), rule.steps - 1) for t in traces} for level in levels}
-    return replace(rule, stop_below=max(levels, key=lambda level: len(stops[level])))
+    """`rule` with a threshold that requests reach at different steps."""
+    return replace(rule, stop_below=dividing([t["loss"] for t in optimize_targets(lm, REQUESTS, CONTEXTS, LAYER, rule).trace]))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -66,6 +70,127 @@ def test_batched_and_cached_is_literal_with_stops_at_different_steps(kind: str):
     assert len(set(steps(found))) >= 3 and min(steps(found)) < rule.steps
     assert found.layer == LAYER and found.planned.dtype == torch.float64
     assert_is_literal(lm, found, REQUESTS, rule)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_vector_at_the_mlp_is_literal_with_stops_at_different_steps(kind: str):
+    """ROME's: h is the MLP's own output, which bounds and weighs δ, not what the residual stream carries there."""
+    lm = small(kind)
+    rule = staggered(lm, replace(RULE, site="mlp", step_size=0.2, clamp=4.0))
+    with reference.unchanged(lm):
+        found = optimize_targets(lm, REQUESTS, CONTEXTS, LAYER, rule)
+    assert len(set(steps(found))) >= 3 and min(steps(found)) < rule.steps
+    assert_is_literal(lm, found, REQUESTS, rule)
+    block = optimize_targets(lm, REQUESTS, CONTEXTS, LAYER, replace(rule, site="block"))
+    assert (found.anchor - block.anchor).norm(dim=1).min() > 1e-2 and (found.planned - block.planned).norm() > 1e-2
+
+
+@pytest.mark.parametrize("change", [{"clamp": 0.3}, {"decay": 20.0}, {"layer": 0}, {"layer": 3}], ids=str)
+def test_numbers_of_a_vector_at_the_mlp(change: dict):
+    lm, layer = small("gptj"), change.get("layer", LAYER)
+    rule, requests = replace(RULE, site="mlp", **{k: v for k, v in change.items() if k != "layer"}), REQUESTS if layer < 3 else REQUESTS[3:4]
+    found = optimize_targets(lm, requests, CONTEXTS, layer, rule)
+    assert_is_literal(lm, found, requests, rule, layer=layer)
+    assert found.planned.norm(dim=1).min() > 1e-2
+    if "clamp" in change:
+        assert torch.isclose(found.planned.norm(dim=1), 0.3 * found.anchor.norm(dim=1)).any()
+
+
+# PMET: two vectors, a likelihood that counts less once it is certain, and a stop by drift
+
+PULLED = (  # where the subject ends the prompt, δ decides the first predicted token; the last three learn to be certain of it
+    REQUESTS[0], REQUESTS[2], REQUESTS[3],
+    EditRequest("I fly the {}", "Boeing", "a", "boeing"), EditRequest("The capital of {}", "France", "is", "france"), EditRequest("The mother tongue of {}", "Danielle Darrieux", "was", "danielle"),
+)  # fmt: skip
+JOINT = TargetRule(steps=10, step_size=1.0, kl_weight=4.0, decay=0.02, clamp=8.0, stop_below=0.0, site="mlp+attention", relax=0.1, drift_below=0.0)
+
+
+def relaxed(found: Targets) -> list[list[bool]]:
+    """Per request and step, whether the likelihood counted for less: the loss is then smaller than it."""
+    return [[loss < nll for loss, nll in zip(t["loss"], t["nll"], strict=True)] for t in found.trace]
+
+
+def drifting(found: Targets, rule: TargetRule) -> TargetRule:
+    """`rule` with a bound on the drift that requests, once certain, reach at different steps."""
+    certain = [[*r[1:], False] for r in relaxed(found)]  # at a step: it is the next one that counts less
+    return replace(rule, drift_below=dividing([[k * rule.kl_weight if c else float("inf") for k, c in zip(t["kl"], row, strict=True)] for t, row in zip(found.trace, certain, strict=True)]))
+
+
+@pytest.mark.parametrize("layer", [0, LAYER])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_two_vectors_optimized_together_are_literal(kind: str, layer: int):
+    lm = small(kind)
+    free = optimize_targets(lm, PULLED, CONTEXTS, layer, JOINT)
+    counts = relaxed(free)
+    assert not any(map(any, counts[:3])), "a late subject decides nothing, and one certain token of seven is not enough"
+    assert sum(map(any, counts)) >= 2 and not any(row[0] for row in counts)
+    rule = drifting(free, JOINT)
+    with reference.unchanged(lm):
+        found = optimize_targets(lm, PULLED, CONTEXTS, layer, rule)
+    stopped = [n for n in steps(found) if n < rule.steps]
+    assert stopped and len(set(steps(found))) >= 2, "no request stopped by its drift"
+    assert any(map(any, relaxed(found))), "no step counted the likelihood for less"
+    assert_is_literal(lm, found, PULLED, rule, layer=layer)
+    assert found.planned.shape == (len(PULLED), 32)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_a_likelihood_that_is_no_longer_certain_counts_in_full_again(kind: str):
+    lm = small(kind)
+    found = optimize_targets(lm, PULLED, CONTEXTS, LAYER, JOINT)
+    assert any(False in row[row.index(True) :] for row in relaxed(found) if True in row)
+    assert_is_literal(lm, found, PULLED, JOINT)
+
+
+@pytest.mark.parametrize("kind", ["gptj", "llama"])
+def test_the_drift_is_compared_with_or_without_its_weight(kind: str):
+    """PMET's own code compares λ_KL · KL with the bound, BLUE's copy KL."""
+    lm = small(kind)
+    weighted = drifting(optimize_targets(lm, PULLED, CONTEXTS, LAYER, JOINT), JOINT)
+    plain = replace(weighted, drift_weighted=False)
+    one, other = (optimize_targets(lm, PULLED, CONTEXTS, LAYER, rule) for rule in (weighted, plain))
+    assert steps(one) != steps(other) and (one.planned - other.planned).norm() > 1e-3
+    assert_is_literal(lm, other, PULLED, plain)
+
+
+@pytest.mark.parametrize("change", [{"clamp": 0.3}, {"decay": 20.0}, {"relax": 0.5}, {"relax": None}, {"kl_weight": 0.5}, {"steps": 3}, {"stop_below": 4.0}, {"step_size": 0.3}], ids=str)
+def test_every_number_of_the_joint_rule_means_what_pmet_means(change: dict):
+    lm, rule = small("gptj"), replace(JOINT, **change)
+    found = optimize_targets(lm, PULLED, CONTEXTS, LAYER, rule)
+    assert_is_literal(lm, found, PULLED, rule)
+    assert (found.planned - optimize_targets(lm, PULLED, CONTEXTS, LAYER, JOINT).planned).norm() > 1e-3
+
+
+def test_each_vector_has_a_clamp_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    lm, seen, update = small("qwen3"), [], metake.targets._update
+
+    def look(delta, optimizer, active, limit):
+        update(delta, optimizer, active, limit)
+        seen.append((delta.detach().norm(dim=-1), limit))
+
+    monkeypatch.setattr(metake.targets, "_update", look)
+    optimize_targets(lm, PULLED, CONTEXTS, LAYER, replace(JOINT, clamp=0.5, steps=4))
+    norm, limit = seen[-1]
+    assert norm.shape == limit.shape == (2, len(PULLED))
+    assert (norm <= limit * (1 + 1e-12)).all() and torch.isclose(norm, limit).any(dim=1).all(), "neither is reached"
+    assert ((limit[0] - limit[1]).abs() > 1e-2).all(), "bounds of equal size tell nothing"
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_two_vectors_do_not_depend_on_micro_batches_or_on_the_batch(tokens: int):
+    lm = small("llama")
+    rule = drifting(optimize_targets(lm, PULLED, CONTEXTS, LAYER, JOINT), JOINT)
+    whole, small_ones = (optimize_targets(lm, PULLED, CONTEXTS, LAYER, replace(rule, tokens=t)) for t in (8192, tokens))
+    alone = [optimize_targets(lm, [r], CONTEXTS, LAYER, rule) for r in PULLED]
+    assert steps(small_ones) == steps(whole) == [steps(t)[0] for t in alone]
+    assert (small_ones.planned - whole.planned).abs().max() <= 1e-9
+    assert (torch.cat([t.planned for t in alone]) - whole.planned).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("site", ["mlp", "mlp+attention"])
+def test_zero_requests_at_any_site(site: str):
+    found = optimize_targets(small("gpt2"), [], CONTEXTS, 0, replace(RULE, site=site))
+    assert found.anchor.shape == found.planned.shape == (0, 32) and found.trace == ()
 
 
 @pytest.mark.parametrize("kind, bos", [("gpt2", True), ("llama", False), ("phi", True)])
@@ -201,7 +326,7 @@ def test_a_subject_that_ends_inside_a_token_is_refused_before_anything_runs():
         optimize_targets(lm, [REQUESTS[0], EditRequest("I think of {}nd Berlin", "Rome a", "Rome", "torn")], CONTEXTS, LAYER, RULE)
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"step_size": 0}, {"clamp": 0}, {"tokens": 0}, {"kl_weight": -1}, {"decay": -1}, {"stop_below": -1}], ids=str)
+@pytest.mark.parametrize("change", [{"steps": 0}, {"step_size": 0}, {"clamp": 0}, {"tokens": 0}, {"kl_weight": -1}, {"decay": -1}, {"stop_below": -1}, {"relax": -0.1}, {"drift_below": -1}], ids=str)
 def test_numbers_out_of_range_are_refused(change: dict):
     with pytest.raises(ParameterError, match=f"{next(iter(change))}=.* is out of range"):
         TargetRule(**change)
@@ -216,3 +341,8 @@ def test_the_last_block_can_be_planned_for_where_the_prompt_ends_with_its_subjec
     for request, anchor, planned in zip(requests, found.anchor, found.planned, strict=True):
         h, delta, _ = reference.stage_one(lm, request, CONTEXTS, lm.depth - 1, rule)
         assert (anchor - h).abs().max() < 1e-9 and (planned - delta).abs().max() < 1e-8 * delta.norm()
+
+
+def test_an_unknown_site_is_answered_with_the_near_ones():
+    with pytest.raises(ParameterError, match="unknown site 'atention'.*mlp"):
+        TargetRule(site="atention")

@@ -6,12 +6,13 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from metake.errors import ParameterError, near_misses
-from metake.runs import RunConfig, holds, run
+from metake.runs import RunConfig, Unedited, holds, run
 
 PRIMARY = ("memit", "alphaedit", "metake")
 METRICS = ("efficacy", "generalization", "specificity", "specificity_pre_edit", "fluency", "consistency")
@@ -39,14 +40,14 @@ def comparison(
     with tempfile.TemporaryDirectory() as scratch:
         for name, source in (data or {"CounterFact format": "facts", "ZsRE format": "facts-zsre"}).items():
             for seed in seeds:
-                before = None
+                shared = Unedited()  # of every method: the model before any edit, and the plans of those that plan alike
                 for place, method in enumerate(methods):
-                    folder = Path(out or scratch) / f"{Path(source).stem}-{method.replace("/", "-")}-{seed}"
+                    folder = Path(out or scratch) / f"{Path(source).stem}-{method.replace('/', '-')}-{seed}"
                     sampled = generate and "zsre" not in Path(source).stem
                     config = RunConfig(model, method, source, edits, batch, seed, text, text_tokens, generate=sampled)
                     if not (holds(folder, config) and (folder / "summary.json").is_file()):
-                        before = run(config, folder, before=before).before  # the same unedited model for every method
-                    summaries.append({"dataset": name, "method": method, "seed": seed} | json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+                        run(config, folder, shared=shared)
+                    summaries.append({"dataset": name, "method": method, "seed": seed, "folder": folder.name} | json.loads((folder / "summary.json").read_text(encoding="utf-8")))
                     for label, file in ([] if place else [("pre-edit", "before.jsonl")]) + [(method, "cases.jsonl")]:
                         rows += [{"dataset": name, "method": label, "seed": seed} | row for row in _cases(folder / file)]
     frame = pd.DataFrame(rows)
@@ -65,11 +66,17 @@ def summarize(records: pd.DataFrame) -> pd.DataFrame:
     by_seed = 100 * records.groupby(["dataset", "method", "seed"], sort=False)[metrics].mean()
     grouped = by_seed.groupby(["dataset", "method"], sort=False)
     mean, deviation = grouped.mean(), grouped.std()
-    return (mean.join(deviation.add_suffix("_sd")) if records.seed.nunique() > 1 else mean).reset_index()
+    return labelled((mean.join(deviation.add_suffix("_sd")) if records.seed.nunique() > 1 else mean).reset_index(), records)
 
 
-def paired_differences(records: pd.DataFrame, one: str = "metake", other: str = "alphaedit", draws: int = 4000, seed: int = 0) -> pd.DataFrame:
-    """`one` minus `other` on the same cases, in percentage points, with a 95 % bootstrap interval over cases.
+def labelled(frame: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
+    """`frame`, computed from `records`, with their label and provenance."""
+    frame.attrs = {k: records.attrs[k] for k in ("label", "provenance") if k in records.attrs}
+    return frame
+
+
+def paired_differences(records: pd.DataFrame, one: str = "metake", other: str = "alphaedit", draws: int = 4000, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
+    """`one` minus `other` on the same cases, in percentage points, with a bootstrap interval over cases (default: of 95 %).
 
     Raises ParameterError if one of the two is not among the records' methods.
     """
@@ -82,9 +89,39 @@ def paired_differences(records: pd.DataFrame, one: str = "metake", other: str = 
             sides = [group[group.method == m].set_index(["seed", "id"])[metric] for m in (one, other)]
             difference = 100 * (sides[0] - sides[1]).dropna().to_numpy()
             means = generator.choice(difference, (draws, len(difference))).mean(1)
-            low, high = np.percentile(means, [2.5, 97.5])
+            low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
             rows.append({"dataset": dataset, "metric": metric, "cases": len(difference), "difference": difference.mean(), "low": low, "high": high})
     return pd.DataFrame(rows)
+
+
+def differences(records: pd.DataFrame, pairs: dict[str, str] | None = None, **bootstrap: Any) -> pd.DataFrame:
+    """`paired_differences` of every pair: other → one, so that a column `method` says what is subtracted.
+
+    pairs: default "metake" minus every other method of the records. The label of the records goes along.
+    """
+    pairs = pairs or {m: "metake" for m in records.method.unique() if m not in ("metake", "pre-edit")}
+    if not pairs:
+        raise ParameterError(f"the records hold nothing to compare MetaKE with; found {', '.join(records.method.unique())}: add a method")
+    found = pd.concat([paired_differences(records, one, other, **bootstrap).assign(method=other) for other, one in pairs.items()], ignore_index=True)
+    return labelled(found[["dataset", "metric", "method", "cases", "difference", "low", "high"]], records)
+
+
+def setting(records: pd.DataFrame) -> pd.DataFrame:
+    """What was measured, and how, in one row per question: from the runs, or from a recording's provenance."""
+    runs, told = records.attrs.get("runs"), records.attrs.get("provenance", {})
+    first = runs[0]["config"] if runs else told
+    edits, batch = first["edits"], min(first["batch"], first["edits"])
+    batches = f"in {-(-edits // batch)} consecutive batches of {batch}; the weights accumulate" if batch < edits else "in one batch"
+    tokens = "all" if first.get("text_tokens") is None else f"{first['text_tokens']:,}"
+    rows = {
+        "model": first["model"],
+        "key statistics": f"{Path(first['text']).name}, {tokens} tokens" if runs else told["statistics"],
+        "data": ", ".join(dict.fromkeys(f"{r['dataset']}: {r['data']['source']}" for r in runs)) if runs else told["dataset"],
+        "editing": f"{edits} edits {batches}",
+        "evaluated": "every edited case once, after the last batch",
+        "seeds": ", ".join(map(str, sorted(records.seed.unique()))),
+    }
+    return labelled(pd.DataFrame({"what": list(rows), "here": list(rows.values())}), records)
 
 
 def judge(differences: pd.DataFrame) -> dict:

@@ -16,13 +16,21 @@ import pandas as pd
 
 from metake import report
 from metake.errors import ParameterError, near_misses
+from metake.experiments.case_study import case_study
 from metake.experiments.comparison import comparison
 from metake.experiments.dispersion import association_dispersion
+from metake.experiments.operators import operators
 from metake.experiments.quickstart import quickstart
 from metake.experiments.run_time import PLAIN, run_time
+from metake.experiments.streams import streams
 from metake.machine import default_device, versions
+from metake.methods import METHODS
 from metake.model import load
 from metake.runs import read_cases
+
+LONG = ("streams",)  # hours on a CPU: only if `only` names them
+STUDIED = ("memit", "alphaedit", "metake", "sphere", "blue", "rect", "prune", "pmet", "rome")
+STREAMED = ("memit", "memit_seq", "prune", "rect", "alphaedit", "blue", "sphere", "metake")
 
 
 def record(
@@ -42,28 +50,32 @@ def record(
     """
     data = {"CounterFact": counterfact or "facts", "ZsRE": zsre or "facts-zsre"}
     common: dict[str, Any] = {"model": model, "text": text, "text_tokens": tokens}
+    runs = report.project_root() / "runs" / f"record-{Path(model).name}"  # of one folder: what one part has run, the other reads
+    sequences = common | {"data": data, "edits": edits, "batch": batch, "seeds": seeds, "out": runs}
     parts: dict[str, Callable[[], pd.DataFrame]] = {
         "quickstart": lambda: quickstart(**common),
         "dispersion": lambda: association_dispersion(**common, requests=700, data=data),
         # without fluency and consistency: sampling costs several times the edits on a CPU
-        "comparison": lambda: comparison(
-            **common, data=data, edits=edits, batch=batch, seeds=seeds, out=report.project_root() / "runs" / f"record-{Path(model).name}"
-        ),
+        "comparison": lambda: comparison(**sequences, methods=list(METHODS)),
+        "operators": lambda: operators(**sequences),
         # MEMIT's batch is AlphaEdit's but for the solve
         "bench": lambda: run_time(**common, methods_=("alphaedit", "metake", PLAIN), data=data["CounterFact"], edits=100, literal=3),
+        "case_study": lambda: case_study(**common, methods=STUDIED, data=data["CounterFact"], edits=20, length=100),
+        "streams": lambda: streams(**common, methods=STREAMED, edits=1000, batch=20, every=100, data=data["CounterFact"], out=runs / "streams"),
     }
     for name in only or ():
         if name not in parts:
             raise ParameterError(near_misses(name, parts, "recording"))
     for name, make in parts.items():
         target = f"{name}-{Path(model).name}"
-        if name in only if only else not (report.project_root() / "results" / f"{target}.jsonl").is_file():
+        there = (report.project_root() / "results" / f"{target}.jsonl").is_file()
+        if name in only if only else not (there or name in LONG):
             start, origin = time.perf_counter(), _provenance(model, data, text, tokens)
             frame = make()
             report.write_recorded(target, frame, origin | _settings(frame, time.perf_counter() - start))
             yield f"wrote results/{target}.jsonl"
         else:
-            yield f"kept results/{target}.jsonl"
+            yield f"{'kept' if there else 'left out'} results/{target}.jsonl"
 
 
 def _settings(frame: pd.DataFrame, seconds: float) -> dict[str, Any]:

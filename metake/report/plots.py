@@ -15,7 +15,6 @@ from metake.report.figure import Figure
 from metake.report.shown import texts
 from metake.report.style import in_order, style
 
-SHARES = ("efficacy", "generalization", "specificity")
 STAGES = ("targets", "refinement", "keys", "solve")
 
 
@@ -137,111 +136,6 @@ def _draw_cloud(axes: Any, row: int, labels: list[str], gamma: pd.Series, color:
     axes.plot([span.P5, span.P95], [base, base], color=_soft(1), linewidth=1.6, marker="|", markersize=9, markeredgewidth=1.6)
     axes.plot(span["median"], base, color=_soft(1), marker="o", markersize=5.5)
     axes.annotate(f"P95/P5 = {span['P95/P5']:.3g}", (gamma.iloc[-1], base), xytext=(7, 5), textcoords="offset points", fontsize=9.5, fontweight="bold")
-
-
-def _by_seed(records: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Mean and, where there are several seeds, sample standard deviation per data set, method and metric, in percent."""
-    _require(records, "dataset", "method", *metrics)
-    if "id" in records:
-        _require(records, "seed")
-        records = (100 * records.groupby(["dataset", "method", "seed"], sort=False)[list(metrics)].mean()).reset_index()
-    rows = []
-    for (dataset, method), group in records.groupby(["dataset", "method"], sort=False):
-        for metric in metrics:
-            values = group[metric].dropna()
-            if len(values):
-                sd = group[f"{metric}_sd"].iloc[0] if f"{metric}_sd" in group else values.std() if len(values) > 1 else float("nan")
-                rows.append({"dataset": dataset, "method": method, "metric": metric, "mean": values.mean(), "sd": sd})
-    return pd.DataFrame(rows)
-
-
-def _wide(found: pd.DataFrame, datasets: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
-    """One row per data set and method, for a figure's text."""
-    rows = []
-    for dataset in datasets:
-        for method in in_order(found.method):
-            own = found[(found.dataset == dataset) & (found.method == method)].set_index("metric")
-            if len(own):
-                row = {"dataset": dataset, "method": method}
-                for metric in (m for m in metrics if m in own.index):
-                    row |= {metric: own["mean"][metric]} | ({f"{metric} sd": own.sd[metric]} if found.sd.notna().any() else {})
-                rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def comparison_bars(records: pd.DataFrame, metrics: Sequence[str] = SHARES, model: str | None = None, name: str = "comparison") -> Figure:
-    """Metrics per method, one row of panels per data set; whiskers are ± one standard deviation over seeds.
-
-    records: dataset, method, and a column per metric, in one of three forms: a row per case, with id and seed, in shares;
-    a row per run, in percent; a row per method, in percent, with the deviations as <metric>_sd.
-    """
-    found = _by_seed(records, metrics)
-    datasets, methods = list(records.dataset.unique()), in_order(records.method)
-    titles = texts(pd.Series(datasets, name="dataset"), 0)
-
-    def draw(axes: Any) -> None:
-        for i, dataset in enumerate(datasets):
-            for j, metric in enumerate(metrics):
-                own = found[(found.dataset == dataset) & (found.metric == metric)].set_index("method").reindex(methods)
-                _draw_bars(axes[i, j], own, found[found.metric == metric])
-                axes[i, j].set_title("" if i else metric.replace("_", " ").capitalize() + ", %" * (metric != "fluency"))
-            axes[i, 0].set_yticks(range(len(methods)), [style(m).name for m in methods])
-            axes[i, 0].set_ylabel(titles[i], fontweight="bold", labelpad=10)
-
-    best = "; ".join(f"{d}, {m}: highest {style(r.method).name} with {r.mean:.1f}" for d in datasets for m in metrics for r in _top(found, d, m))
-    alt = f"Horizontal bars of {', '.join(metrics)} for {', '.join(style(m).name for m in methods)} on {' and '.join(titles)}. {best}."
-    size = (1.6 + 2.35 * len(metrics), 0.8 + len(datasets) * (0.35 + 0.32 * len(methods)))
-    return Figure(draw, records, name, alt, model, _wide(found, datasets, metrics), size, 2, nrows=len(datasets), ncols=len(metrics), sharex="col", sharey=True)
-
-
-def _top(found: pd.DataFrame, dataset: str, metric: str) -> list[Any]:
-    own = found[(found.dataset == dataset) & (found.metric == metric) & (found.method != "pre-edit")]
-    return list(own.nlargest(1, "mean").itertuples(index=False))
-
-
-def _draw_bars(axes: Any, own: pd.DataFrame, column: pd.DataFrame) -> None:
-    """One panel; `column` has the metric on all data sets, which share an axis."""
-    unbounded = column.metric.isin(["fluency", "consistency"]).any()
-    limit = column["mean"].max() if unbounded else 100
-    for place, (method, row) in enumerate(own.iterrows()):
-        if row["mean"] != row["mean"]:
-            _note(axes, "–", 0, place)
-            continue
-        spread = row.sd if row.sd == row.sd else 0.0
-        whisker = {"ecolor": _soft(1), "elinewidth": 1.3, "capsize": 2.5}
-        axes.barh(place, row["mean"], height=0.72, color=style(method).color, xerr=spread or None, error_kw=whisker)
-        text = f"{row['mean']:.1f}" + (f" ± {spread:.1f}" if row.sd == row.sd else "")
-        _note(axes, text, row["mean"] + spread, place)
-    axes.set(xlim=(0, limit * (1.42 if column.sd.notna().any() else 1.2)), ylim=(len(own) - 0.45, -0.55))
-    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(3) if unbounded else mpl.ticker.FixedLocator([0, 25, 50, 75, 100]))
-    axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0)
-
-
-def tradeoff(records: pd.DataFrame, x: str = "specificity", y: str = "efficacy", model: str | None = None, name: str = "tradeoff") -> Figure:
-    """One metric against another, a point per method, a panel per data set; whiskers are ± one standard deviation over seeds.
-
-    records: as for `comparison_bars`.
-    """
-    found = _by_seed(records, (x, y))
-    datasets, methods = list(records.dataset.unique()), in_order(records.method)
-
-    def draw(axes: Any) -> None:
-        for i, dataset in enumerate(datasets):
-            for method in methods:
-                own = found[(found.dataset == dataset) & (found.method == method)].set_index("metric")
-                if {x, y} <= set(own.index):
-                    look, (sx, sy) = style(method), own.sd.fillna(0)[[x, y]]
-                    marks = {"color": look.color, "marker": look.marker, "markersize": 9, "linestyle": "", "elinewidth": 1.4, "label": look.name}
-                    axes[0, i].errorbar(own["mean"][x], own["mean"][y], sy or None, sx or None, **marks)
-            axes[0, i].set(xlabel=f"{x}, %", ylabel="" if i else f"{y}, %", title=texts(pd.Series([dataset], name="dataset"), 0)[0])
-            axes[0, i].margins(0.12)
-        axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
-
-    wide = _wide(found, datasets, (x, y))
-    points = "; ".join(f"{r['dataset']}, {style(r['method']).name}: {r[x]:.1f} and {r[y]:.1f}" for r in wide.to_dict("records"))
-    alt = f"{x.capitalize()} against {y}, in percent, per method. {points}."
-    return Figure(draw, records, name, alt, model, wide, (1.9 + 2.9 * len(datasets), 3.4), 2, ncols=len(datasets), sharey=True)
 
 
 def before_after(records: pd.DataFrame, method: str = "metake", model: str | None = None, name: str = "quickstart") -> Figure:

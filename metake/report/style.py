@@ -11,16 +11,17 @@ class Style(NamedTuple):
     """How one method looks. Color is never the only sign: marker and line differ too."""
 
     color: str
-    marker: str
+    marker: str | tuple[int, int, int]  # as matplotlib names them: (points, 1, angle) is a star
     line: str
     name: str
 
 
-METHOD_STYLE: dict[str, Style] = {  # contrast ≥ 3 on white and on #121212; apart in all three color-vision deficiencies
+METHOD_STYLE: dict[str, Style] = {  # contrast ≥ 3 on white and on #121212; apart in all three color-vision deficiencies; stars are kin of MetaKE
     "pre-edit": Style("#64666c", "X", ":", "pre-edit"),
     "rome": Style("#93827d", "p", "--", "ROME"),
     "memit": Style("#00a76b", "s", "-", "MEMIT"),
     "memit_seq": Style("#519449", "D", "--", "MEMIT-seq"),
+    "emmet": Style("#018191", ">", "-.", "EMMET"),
     "pmet": Style("#4b6d21", "h", "-.", "PMET"),
     "prune": Style("#915c57", "v", "--", "PRUNE"),
     "rect": Style("#75613b", "<", "-.", "RECT"),
@@ -29,8 +30,16 @@ METHOD_STYLE: dict[str, Style] = {  # contrast ≥ 3 on white and on #121212; ap
     "sphere": Style("#9933ff", "d", "-.", "SPHERE"),
     "metake_v1": Style("#cd5ab9", "*", "--", "MetaKE v1"),
     "metake": Style("#c70a2c", "o", "-", "MetaKE"),
+    "metake/memit": Style("#f94a5f", (4, 1, 0), "--", "MetaKE on MEMIT"),
+    "metake/blue": Style("#c06bf5", (6, 1, 0), "-.", "MetaKE on BLUE"),
+    "metake/sphere": Style("#b809b9", (8, 1, 0), ":", "MetaKE on SPHERE"),
+    "pmet/unweighted": Style("#7c9c2b", "8", ":", "PMET (plain KL)"),
+    "prune/added-twice": Style("#d90111", (3, 1, 180), ":", "PRUNE (added twice)"),
+    "rect/original": Style("#807643", (3, 1, 90), ":", "RECT (original)"),
+    "alphaedit/paper": Style("#ba6b02", (3, 1, 0), ":", "AlphaEdit (as in its paper)"),
+    "sphere/stored": Style("#7969da", (4, 1, 45), ":", "SPHERE (stored side)"),
 }
-FALLBACK = (("#0e7fa8", "#a06a00", "#7a5cc8", "#b0487a"), ("H", ">", "8"), ("-", "--", "-.", ":"))
+FALLBACK = (("#0e7fa8", "#a06a00", "#7a5cc8", "#b0487a"), ("H", (5, 1, 36), (7, 0, 0)), ("-", "--", "-.", ":"))
 
 
 def style(method: str) -> Style:

@@ -1,0 +1,64 @@
+"""What the theory pages measure on a real model: a few facts, their Stage-I targets, and the frozen gate of the last edited layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from metake import methods
+from metake.bilevel import OuterObjective, Refinement, outer_objective
+from metake.editor import Editor, EditorState
+from metake.facts import facts
+from metake.hypergradient import Downstream
+from metake.keys import KeyReader
+from metake.model import LanguageModel, load
+from metake.requests import EditRequest
+from metake.solve import gate
+from metake.statistics import statistics
+from metake.targets import Targets, optimize_targets
+
+
+class RealLayer(NamedTuple):
+    """A batch on a live model, ready to be refined at layer L."""
+
+    lm: LanguageModel
+    editor: Editor
+    state: EditorState
+    requests: list[EditRequest]
+    keys: Tensor  #   (n, d_in)  K
+    targets: Targets
+    gate: Tensor  #   (n, d_in)  M
+
+    @property
+    def layer(self) -> int:
+        return self.editor.layers[-1]
+
+    def outer(self, rule: Refinement) -> OuterObjective:
+        """The look-ahead objective F_VL of the batch."""
+        return outer_objective(self.lm, self.requests, self.state.contexts, self.targets, self.gate, rule)
+
+    def layer_keys(self) -> dict[int, Tensor]:
+        """K of every edited layer on the live model, (n, d_in) each."""
+        reader = KeyReader(self.lm, self.requests, self.state.contexts, self.layer)
+        return {i: reader.read(i).keys for i in self.editor.layers}
+
+    def downstream(self, rule: Refinement, index: int | None = None) -> tuple[Downstream, Tensor]:
+        """F through the whole edit of all layers, and V_init: of one request alone, or of the batch."""
+        own = slice(None) if index is None else slice(index, index + 1)
+        targets = replace(self.targets, anchor=self.targets.anchor[own], planned=self.targets.planned[own], trace=self.targets.trace[own])
+        return Downstream(self.lm, self.requests[own], replace(self.editor, refine=rule), self.state, targets), targets.value
+
+
+def prepare(model: str, count: int, method: str = "metake", offset: int = 0, text: str = "embedded", plain: bool = True) -> RealLayer:
+    """Embedded facts `offset` … on `model`, up to where the outer level starts. plain: prompts without sampled contexts."""
+    lm = load(model)
+    editor = methods.method(method, model)
+    editor = replace(editor, contexts=("{}",)) if plain else editor
+    state = editor.init(lm, statistics(lm, text, layers=editor.layers))
+    asked = [case.request for case in facts(limit=count, offset=offset)]
+    layer = editor.layers[-1]
+    keys = KeyReader(lm, asked, state.contexts, layer).read(layer).keys
+    targets = optimize_targets(lm, asked, state.contexts, layer, editor.target)
+    return RealLayer(lm, editor, state, asked, keys, targets, gate(keys, state.metrics[layer], editor.noise))

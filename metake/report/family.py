@@ -1,0 +1,66 @@
+"""The family's methods beside their published forms: how far apart the two are, and how much of it is rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from metake.report.figure import Figure
+from metake.report.plots import _require, _soft
+from metake.report.style import in_order, style
+
+LEAST = 1e-18  # where an exact agreement is drawn
+
+
+def agreement(records: pd.DataFrame, searched: pd.DataFrame | None = None, tolerance: float = 100.0, model: str | None = None, name: str = "one_formula") -> Figure:
+    """Relative differences of two forms of the same update: a row per method, a dot per instance, larger for larger dimensions.
+
+    Left: the difference itself; right: in units of ε κ, what rounding explains. records: method, form, dim, error, ratio;
+    searched: stage, method, ratio; the ends of a search for the largest ratio are drawn as rings. tolerance: the limit on the right.
+    """
+    _require(records, "method", "form", "dim", "error", "ratio")
+    methods, dims = in_order(records.method), sorted(records.dim.unique())
+    ends = searched[searched.stage == "end"] if searched is not None else records[:0]
+    summary = pd.DataFrame([{"method": m, "forms": own.form.nunique(), "comparisons": len(own), "all explained by rounding": bool((own.ratio < tolerance).all())}
+                            for m in methods for own in [records[records.method == m]]])  # fmt: skip
+
+    def draw(axes: Any) -> None:
+        for panel, quantity in zip(axes[0], ("error", "ratio"), strict=True):
+            for row, method in enumerate(methods):
+                _cloud(panel, row, records[records.method == method], quantity, dims)
+            panel.set(xscale="log", ylim=(len(methods) - 0.4, -0.6), yticks=range(len(methods)), yticklabels=[style(m).name for m in methods])
+            panel.grid(False, axis="y")
+            panel.tick_params(axis="y", length=0)
+            panel.spines["left"].set_visible(False)
+        axes[0, 0].set(title="Difference of the two forms", xlabel="‖ours − published‖ / ‖published‖")
+        axes[0, 1].set(title="… in units of rounding, ε κ", xlabel="difference / (ε κ)")
+        axes[0, 1].axvline(tolerance, color=_soft(0.8), linewidth=1.2, linestyle="--")
+        axes[0, 1].annotate(f"limit {tolerance:g}", (tolerance, -0.5), (-4, 0), textcoords="offset points", ha="right", va="center", fontsize=8.5)
+        for end in ends.itertuples():
+            ring = {"markerfacecolor": "none", "markeredgecolor": _soft(1), "markeredgewidth": 1.5, "markersize": 9, "linestyle": ""}
+            axes[0, 1].plot(max(end.ratio, LEAST), methods.index(end.method), marker="o", zorder=4, label="found by the search" if end.Index == ends.index[0] else "", **ring)
+        for dim in dims:
+            axes[0, 0].scatter([], [], s=_size(dim, dims), color=_soft(0.6), linewidth=0, label=f"d = {dim}")
+        handles = [h for panel in axes[0] for h in panel.get_legend_handles_labels()[0]]
+        axes[0, 0].figure.legend(handles, [h.get_label() for h in handles], loc="outside lower center", ncols=4, columnspacing=1.4, handletextpad=0.3)
+
+    told = "; ".join(f"{style(r.method).name}: {r.comparisons} comparisons, {'all' if r[4] else 'not all'} explained by rounding" for r in summary.itertuples())
+    alt = f"Relative difference of the library's update from the published one on random instances, per method, on logarithmic axes; right the same in units of rounding. {told}."
+    if len(ends):
+        found = f"{'stays below' if (ends.ratio < tolerance).all() else 'exceeds'} {tolerance:g} times rounding"
+        alt += f" A directed search for the largest difference {found} in {len(ends)} solves."
+    data = pd.concat([records.assign(kind="random"), ends.assign(kind="searched")], ignore_index=True) if len(ends) else records
+    data.attrs = records.attrs
+    return Figure(draw, data, name, alt, model, summary, (7.6, 1.5 + 0.33 * len(methods)), ncols=2, sharey=True)
+
+
+def _size(dim: int, dims: list[int]) -> float:
+    return 7 + 26 * dims.index(dim) / max(1, len(dims) - 1)
+
+
+def _cloud(axes: Any, row: int, own: pd.DataFrame, quantity: str, dims: list[int]) -> None:
+    """One method's instances, spread over its row so that all are seen; the same place for every form of an instance."""
+    look = style(own.method.iloc[0])
+    spread = [row + 0.62 * (i * 0.618034 % 1) - 0.31 for i in range(len(own))]
+    axes.scatter(own[quantity].clip(lower=LEAST), spread, s=[_size(d, dims) for d in own.dim], color=look.color, marker=look.marker, alpha=0.55, linewidth=0, zorder=3)

@@ -1,0 +1,55 @@
+"""What a page shows of the library's own code, and of a recording that may not be made yet."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+import pandas as pd
+
+from metake.errors import ParameterError
+from metake.report.comparison import forest
+from metake.report.figure import Figure
+from metake.report.files import recorded
+from metake.report.shown import Shown
+
+
+def source(function: Callable[..., Any]) -> Shown:
+    """A function as it stands in the library: a page that shows it cannot differ from what it ran."""
+    code = inspect.getsource(function).rstrip()
+    return Shown(f'<div class="highlight"><pre class="metake-source">{escape(code)}</pre></div>', code)
+
+
+def refined_minus_base(differences: pd.DataFrame, model: str | None = None) -> Figure:
+    """What `experiments.operators.differences` returns, a row per base: see `forest`."""
+    return forest(differences, "refined − base", model, "operators")
+
+
+def recorded_or(name: str, records: pd.DataFrame) -> pd.DataFrame:
+    """The recording of this name, or, if there is none yet, the given records. Its label says which: `.attrs["label"]`."""
+    found = _found(name)
+    if not isinstance(found, ParameterError):
+        return found
+    records = records.copy()
+    records.attrs.setdefault("label", "recomputed")
+    return records
+
+
+def if_recorded(name: str, *steps: Callable[[Any], Any]) -> Any:
+    """The recording of this name, taken through the steps one after the other; without one, the command that makes it."""
+    found = _found(name)
+    if isinstance(found, ParameterError):
+        text = f"Not recorded yet: {found}"
+        return Shown(f'<p class="metake-note">{escape(text)}</p>', text)
+    for step in steps:
+        found = step(found)
+    return found
+
+
+def _found(name: str) -> pd.DataFrame | ParameterError:
+    try:
+        return recorded(name)
+    except ParameterError as missing:  # a damaged file is another error, and goes through
+        return missing
