@@ -63,6 +63,8 @@ class EditorState:
 
     def after(self, edit: Edit, keys: Mapping[int, Tensor], count: int) -> EditorState:
         """The state once an edit of `count` requests is applied; keys: those to remember, per layer."""
+        if not count:
+            return self
         metrics = {i: condition(m, keys[i]) if i in keys else m for i, m in self.metrics.items()}
         totals = {u.module: self.totals[u.module] + u if u.module in self.totals else u for u in edit.updates if u.module in self.original}
         return replace(self, metrics=metrics, keys=keys or self.keys, totals={**self.totals, **totals}, edits=self.edits + count)
@@ -123,9 +125,15 @@ class Editor:
         return EditorState(metrics, contexts, getattr(statistics, "digest", ""), original=original)
 
     def edit(self, lm: LanguageModel, requests: Sequence[EditRequest], statistics: Mapping[int, KeyStatistics]) -> Edit:
-        """One batch from a fresh state: `init`, one `step`, and `finish`. `lm` is bit-identical on return."""
+        """One batch from a fresh state: `init`, one `step`, and `finish`. `lm` is bit-identical on return.
+
+        The record is the step's: its norms are of what was solved, before a finish.
+        """
         edit, state = self.step(lm, requests, self.init(lm, statistics))
-        return edit + last if (last := self.finish(lm, state)) else edit
+        if not (last := self.finish(lm, state)):
+            return edit
+        pairs = zip((edit + last).updates, edit.updates, strict=True)  # what a rule makes of a thin update has no higher rank
+        return replace(edit, updates=tuple(whole if whole.dense is not None else whole.compress(max(1, own.rank))[0] for whole, own in pairs))
 
     def step(self, lm: LanguageModel, requests: Sequence[EditRequest], state: EditorState, planned: Targets | None = None) -> tuple[Edit, EditorState]:
         """The edit of one batch, and the state for the next, assuming the edit will be applied.

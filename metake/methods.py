@@ -135,7 +135,7 @@ DIFFERENCES: dict[str, Difference] = {
         "AlphaEdit's repository adds Δ′ to the weight that already carries Δ: about W₀ + 2Δ; SPHERE's repository mends it", "paper",
     ),
     "rect/original": Difference(
-        partial(rect, post=(keep_largest(0.2, 0.0),)), "RECT's own code keeps the largest 20 % of the relative changes, ε = 0",
+        partial(rect, post=(keep_largest(0.2, 0.0, strict=True),)), "RECT's own code sets the 80 % smallest relative changes to zero, ε = 0",
         "AlphaEdit's repository, whose RECT rows later papers quote, keeps 40 % with ε = 1e-8", "code",
     ),
     "sphere/stored": Difference(

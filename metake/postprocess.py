@@ -41,12 +41,14 @@ class keep_largest:  # noqa: N801  (reads as a function in an editor's parts)
 
     Δᵢⱼ ← Δᵢⱼ if ρᵢⱼ ≥ τ else 0,   ρ = |Δ / (W + ε)|,   τ = the ⌊(1 − share) N⌋-th smallest of the N entries of ρ
 
+    strict: the entry at τ goes too, ρᵢⱼ > τ, so that ⌊(1 − share) N⌋ changes are dropped (RECT's own code), not one fewer.
     The result is dense. Cost: one selection among N entries.
     """
 
     share: float = 0.4
     epsilon: float = 1e-8
     when: str = "batch"
+    strict: bool = False
 
     def __post_init__(self) -> None:
         _check("time of a post-process", self.when, WHEN)
@@ -59,7 +61,7 @@ class keep_largest:  # noqa: N801  (reads as a function in an editor's parts)
         if drop and delta.any():
             change = (delta / (weight.to(delta) + self.epsilon)).abs().nan_to_num(0.0, torch.inf)  # 0/0: nothing changes
             threshold = change.flatten().kthvalue(drop).values
-            delta = torch.where(change >= threshold, delta, 0.0)
+            delta = torch.where(change > threshold if self.strict else change >= threshold, delta, 0.0)
         return LayerUpdate(update.module, update.left[:, :0], update.right[:0], delta)
 
 

@@ -233,7 +233,7 @@ def refined(shifts, noise=0.1):
     """Records of every base and its refined twin, which differ by the given shares."""
     parts = []
     for seed, (base_name, shift) in enumerate(shifts.items()):
-        found = paired([shift] * 40, noise, seed)
+        found = paired([shift] * 40, noise, 7 + seed)
         parts.append(found.assign(method=found.method.map({"alphaedit": base_name, "metake": operators.PAIRS[base_name]})))
     return pd.concat(parts)
 
@@ -268,9 +268,11 @@ def test_operators_bring_the_outer_loss_of_every_refined_request(tmp_path):
     own = found[found.method == "metake/memit"].set_index("id")
     assert own.outer_first.to_dict() == first
     told = operators.look_ahead(found)
-    assert list(told.method) == ["metake/memit"] and told.before[0] == pytest.approx(fmean(first.values())) and told["lower for, %"][0] == pytest.approx(100 * (own.outer_last < own.outer_first).mean())
+    assert list(told.method) == ["metake/memit"] and told.before[0] == pytest.approx(fmean(first.values())) and told.fell_for[0] == (own.outer_last < own.outer_first).sum()
     with pytest.raises(ParameterError, match="no outer losses"):
         operators.look_ahead(found[found.method == "memit"])
+    with pytest.raises(ParameterError, match="no outer losses"):
+        operators.look_ahead(found.drop(columns="outer_first"))
 
 
 # What the documents say

@@ -256,7 +256,7 @@ def test_the_comparison_table_marks_the_highest_of_each_column():
 
 def test_a_page_runs_before_its_recording_is_made(project):
     shown = report.if_recorded("operators-smollm2-135m", lambda _: pytest.fail("there is nothing to show"))
-    assert str(shown).startswith("Not recorded yet: ") and "metake record --only operators --model smollm2-135m" in str(shown)
+    assert str(shown) == "Not recorded yet. Make it with: metake record --only operators --model smollm2-135m"
     given = probes()
     assert report.recorded_or("operators-smollm2-135m", given).attrs["label"] == "recomputed" and not given.attrs
     path = report.write_recorded("operators-smollm2-135m", probes(), FACTS)

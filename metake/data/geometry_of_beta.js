@@ -22,7 +22,7 @@
         const off = own === given ? 0 : Math.abs(own - given) / Math.max(Math.abs(given), 1e-300);
         worst = Math.max(worst, Number.isNaN(off) ? Infinity : off);
       }
-      if (found.feasible !== point.feasible) worst = Infinity;
+      if (found.feasible !== point.feasible && Math.abs(found.upper / found.lower - 1) > 1e-9) worst = Infinity; // not a tie
     }
     return scene.reference.length ? worst : Infinity;
   }
@@ -30,7 +30,7 @@
   if (typeof module === "object" && module.exports) module.exports = { reading, deviation };
   if (typeof document === "undefined") return;
 
-  const SVG = "http://www.w3.org/2000/svg", SCALE = 50, REACH = 3, AXIS = 12, LEVELS = [0.25, 0.5, 0.75, 0.9];
+  const SVG = "http://www.w3.org/2000/svg", SCALE = 50, REACH = 3, AXIS = 8, LEVELS = [0.25, 0.5, 0.75, 0.9];
   const root = document.getElementById("metake-geometry");
   if (!root || root.dataset.live) return;
   root.dataset.live = "yes";
@@ -85,7 +85,7 @@
   const span = make("rect", { y: 132, height: 20, class: "mg-span" }, bars), ends = make("path", { class: "mg-mark" }, bars);
   const planned = make("line", { y1: 38, y2: 172, class: "mg-planned" }, bars);
   make("line", { x1: X(0), x2: X(AXIS), y1: 172, y2: 172, class: "mg-axis" }, bars);
-  for (let value = 0; value <= AXIS; value += 2) make("text", { x: X(value), y: 187, class: "mg-small", "text-anchor": "middle" }, bars, value === AXIS ? `≥ ${value}` : `${value}`);
+  for (let value = 0; value <= AXIS; value += 2) make("text", { x: X(value), y: 187, dx: value === AXIS ? 8 : 0, class: "mg-small", "text-anchor": value === AXIS ? "end" : "middle" }, bars, value === AXIS ? `≥ ${value}` : `${value}`);
   make("text", { x: 165, y: 203, class: "mg-small", "text-anchor": "middle" }, bars, "norm of the residual");
 
   const numbers = make("dl", { class: "mg-numbers" }, live), shown = {};

@@ -19,7 +19,6 @@ from metake.runs import edit_sequence, read_cases, select
 from metake.statistics import statistics
 from metake.tokens import continuation
 
-SHARES = ("efficacy", "generalization", "specificity")
 MATTERS = 0.01  # of the default's norm: an update that is further from it than this is another update
 
 
@@ -90,19 +89,15 @@ def _norm(updates: dict[str, Tensor]) -> float:
     return sum(delta.square().sum().item() for delta in updates.values()) ** 0.5
 
 
-def scores(records: pd.DataFrame, changes: pd.DataFrame) -> pd.DataFrame:
-    """One row per option: what it does to the update, and percent of cases, "default → option"."""
-    found = summarize(records).set_index("method")
-    rows = []
-    for row in changes.to_dict("records"):
-        sides = {metric: " → ".join(f"{found[metric][row[key]]:.1f}" for key in ("method", "option")) for metric in SHARES}
-        rows.append({"option": row["option"], "change": row["change"], "size": row["size"]} | sides)
+def beside(records: pd.DataFrame, options: Sequence[str] = tuple(methods.DIFFERENCES)) -> pd.DataFrame:
+    """Percent of cases with the default and with the option, one row per option and metric: method (the option), metric, default,
+    option, and their difference in points with a 95 % bootstrap interval over cases (low, high)."""
+    found, rows = summarize(records).set_index("method"), []
+    for option in options:
+        for row in paired_differences(records, option, default_of(option)).itertuples():
+            sides = {"default": found[row.metric][default_of(option)], "option": found[row.metric][option]}
+            rows.append({"method": option, "metric": row.metric} | sides | {"difference": row.difference, "low": row.low, "high": row.high})
     return pd.DataFrame(rows)
-
-
-def option_minus_default(records: pd.DataFrame, options: Sequence[str] = tuple(methods.DIFFERENCES)) -> pd.DataFrame:
-    """`paired_differences` of each option and its default, in points; `method` is the option."""
-    return pd.concat([paired_differences(records, option, default_of(option)).assign(method=option) for option in options], ignore_index=True)
 
 
 def specificities(records: pd.DataFrame) -> pd.DataFrame:

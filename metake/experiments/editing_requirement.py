@@ -230,12 +230,20 @@ def plans(count: int = 240, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def by_method(records: pd.DataFrame, tolerance: float = 1e-6) -> pd.DataFrame:
+    """Per metric: instances, plans written, wrong ones, whether the ends are met to `tolerance`, empty intervals, and disagreements about them."""
+    criteria = records[["empty_by_beta", "empty_by_gamma", "empty_by_writing"]]
+    grouped = records.assign(disagree=criteria.ne(records["empty"], axis=0).any(axis=1)).groupby("method", as_index=False)
+    found = grouped.agg(instances=("plans", "size"), plans=("plans", "sum"), wrong=("wrong", "sum"), met=("end_error", "max"), empty=("empty", "sum"), disagree=("disagree", "sum"))
+    return found.assign(met=found.met < tolerance).rename(columns={"met": "ends met"})
+
+
 def judge(records: pd.DataFrame, searched: pd.DataFrame, dropped: pd.DataFrame, trapped: pd.DataFrame, tolerance: float = 1e-6) -> dict:
     """Holds if no plan and no λ contradicts the statement, no search broke it, and it fails exactly where an assumption is dropped.
 
     trapped: `shared_strength.summary`, whose increasing law is such a dropped assumption.
     """
-    disagree = int(records[["empty_by_beta", "empty_by_gamma", "empty_by_writing"]].ne(records.empty, axis=0).to_numpy().sum())
+    disagree = int(records[["empty_by_beta", "empty_by_gamma", "empty_by_writing"]].ne(records["empty"], axis=0).to_numpy().sum())
     lawful = trapped[trapped.decreasing]
     wrong, broken, fails = int(records.wrong.sum() + lawful.wrong.sum()), int(searched.broken.sum()), bool(dropped.as_foretold.all() and (trapped[~trapped.decreasing].wrong > 0).all())
     counted = f"{records.plans.sum()} plans written in {len(records)} random layers and {lawful.tried.sum()} strengths λ: {wrong} contradictions"

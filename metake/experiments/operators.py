@@ -54,16 +54,16 @@ def differences(records: pd.DataFrame, **bootstrap: Any) -> pd.DataFrame:
 
 
 def look_ahead(records: pd.DataFrame) -> pd.DataFrame:
-    """Did the refinement lower what it minimizes? Per refined method and data set, means over requests of the outer loss.
+    """Did the refinement lower what it minimizes? Per refined method and data set, the outer loss of its requests.
 
-    before: at the initial targets; after: at its last step; lower: share of requests, in percent, whose loss fell.
+    before, after: mean at the initial targets, and at the last step; fell_for: of how many requests it is lower there.
     """
-    found = records.dropna(subset="outer_first")
+    found = records.dropna(subset="outer_first") if "outer_first" in records else records[:0]
     if found.empty:
         raise ParameterError("the records hold no outer losses; expected the columns outer_first and outer_last, as `operators` returns them")
-    found = found.assign(lower=100.0 * (found.outer_last < found.outer_first))
-    table = found.groupby(["dataset", "method"], sort=False).agg(requests=("id", "size"), before=("outer_first", "mean"), after=("outer_last", "mean"), lower=("lower", "mean")).reset_index()
-    return comparison.labelled(table.rename(columns={"lower": "lower for, %"}), records)
+    found = found.assign(fell=found.outer_last < found.outer_first)
+    groups = found.groupby(["dataset", "method"], sort=False)
+    return comparison.labelled(groups.agg(requests=("id", "size"), before=("outer_first", "mean"), after=("outer_last", "mean"), fell_for=("fell", "sum")).reset_index(), records)
 
 
 def by_base(records: pd.DataFrame, confidence: float = 0.95, draws: int = 40_000) -> pd.DataFrame:

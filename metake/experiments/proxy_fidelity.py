@@ -140,11 +140,12 @@ def certificates(cases: pd.DataFrame) -> pd.DataFrame:
 
 def violations(cases: pd.DataFrame, rounding: float = 1e-9) -> int:
     """Cases that contradict the theorem: ‖g − ĝ‖ above q ‖ĝ_down‖, ⟨g, ĝ⟩ below (1 − q/κ) ‖ĝ‖², certified and not descending, or
-    certified in one form of the condition and not in the other. rounding: relative, of the two bounds."""
+    certified in one form of the condition and not in the other. rounding: relative, of the two bounds and of q/κ."""
     above = cases.off > cases.bound * (1 + rounding)
     below = cases.alignment < 1 - cases.ratio - rounding * (1 + cases.ratio)
-    certified = cases.ratio < 1
-    return int((above | below | (certified & ~(cases.alignment > 0)) | (certified != (cases.gap < cases.threshold))).sum())
+    clear = (cases.ratio - 1).abs() > rounding  # elsewhere the last digit decides
+    wrong = ((cases.ratio < 1) & ~(cases.alignment > 0)) | ((cases.ratio < 1) != (cases.gap < cases.threshold))
+    return int((above | below | clear & wrong).sum())
 
 
 # On a model
@@ -243,11 +244,11 @@ def judge_alignment(records: pd.DataFrame) -> dict:
         outcomes.append(aligned == falls == n)
         said.append(f"{point}: aligned on {aligned} and F falls on {falls} of {n} edits, median cosine {group.cosine.median():.2f}, without the anchor {group.down_cosine.median():.2f}")
     holds = outcomes[0] if len(set(outcomes)) == 1 else None
-    return {"holds": holds, "decided_by": "; ".join(said), "label": records.attrs.get("label", "recomputed")}
+    return {"holds": holds, "decided_by": "; ".join(said)}
 
 
 def judge_dominance(records: pd.DataFrame) -> dict:
     """Figure 8 (a): the final layer carries most of the downstream gradient, ε_tail < 1, of at least half of the edits at each point."""
     tails = records.groupby("point", sort=False).leakage.median()
     holds = bool((tails < 1).all()) if (tails < 1).all() or (tails >= 1).all() else None
-    return {"holds": holds, "decided_by": f"median ε_tail {tails.min():.2f} to {tails.max():.2f} over the points of {records.request.nunique()} edits", "label": records.attrs.get("label", "recomputed")}
+    return {"holds": holds, "decided_by": f"median ε_tail {tails.min():.2f} to {tails.max():.2f} over the points of {records.request.nunique()} edits"}

@@ -231,6 +231,18 @@ def _bounds(keys: Tensor, spectrum: Tensor, directions: Tensor, ridge: float, ga
     return rows
 
 
+def looseness(bounds: pd.DataFrame) -> pd.DataFrame:
+    """Medians over requests, by the share of a key's energy that H must hold."""
+    return bounds.groupby("share", as_index=False)[["size", "gamma", "bound", "ratio"]].median()
+
+
+def departures(records: pd.DataFrame, tolerance: float = 1e-6) -> pd.DataFrame:
+    """Per dimension: instances, whether the equations are met to `tolerance`, and how many exceed the bound; how near the nearest comes."""
+    grouped = records.groupby("dim", as_index=False)
+    errors = {"(24), (23) and (35) met": grouped[["spectral_error", "share_error", "projector_error"]].max().iloc[:, 1:].max(axis=1) < tolerance}
+    return grouped.size().rename(columns={"size": "instances"}).assign(**errors, above_the_bound=grouped.excess.agg(lambda e: int((e > SLACK).sum())).excess, nearest=grouped.excess.max().excess + 1)
+
+
 def judge(records: pd.DataFrame, searched: pd.DataFrame, dropped: pd.DataFrame, tolerance: float = 1e-6) -> dict:
     """Holds if (24), (23), (35) are met to `tolerance`, nothing exceeds (25), no search does, and it fails where an assumption is dropped."""
     error = records[["spectral_error", "share_error", "projector_error"]].max().max()

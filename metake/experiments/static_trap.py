@@ -158,7 +158,7 @@ def trap_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2, 8, 
     return pd.DataFrame(rows)
 
 
-def adversarial_search(starts: int = 3, steps: int = 150, seed: int = 0, dims: Sequence[int] = (2, 5), boundary: float = 1.02) -> pd.DataFrame:
+def adversarial_search(starts: int = 2, steps: int = 120, seed: int = 0, dims: Sequence[int] = (2, 5), boundary: float = 1.02) -> pd.DataFrame:
     """Gradient ascent against each statement. One row per statement and dimension: largest, limit, broken.
 
     "Lemma 1": a point of the ball, H, g and λ climb 1 + how much the point beats u*, relative to |minimum|: at most 1.
@@ -209,9 +209,24 @@ def _shared(boundary: float, dim: int, point: Tensor) -> Tensor:
 
 def judge(penalty: pd.DataFrame, ellipsoid: pd.DataFrame, trapped: pd.DataFrame, searched: pd.DataFrame, dropped: pd.DataFrame, tolerance: float = 1e-6) -> dict:
     """Holds if no instance contradicts either lemma or the construction, no search breaks one, and they fail where an assumption is dropped."""
-    first = int(((penalty.better > SLACK) | ((penalty.multiplier - 1).abs() > tolerance) | penalty.stretched).sum())
-    second = int((ellipsoid.inside + ellipsoid.around + ~ellipsoid.tight > 0).sum() + (ellipsoid.ratio_error > tolerance).sum())
-    wrong, broken, fails = int(trapped.wrong.sum()), int(searched.broken.sum()), bool(dropped.as_foretold.all())
-    told = f"contradictions: Lemma 1 in {first} of {len(penalty)} quadratics, Lemma 2 in {second} of {len(ellipsoid)} ellipsoids, condition (45) in {wrong} of {len(trapped)} pairs of requests with {trapped.tried.sum()} strengths λ tried"
-    told += f"; {broken} of {len(searched)} searches broke one; dropped assumptions fail as foretold: {'yes' if fails else 'no'}"
-    return {"holds": not (first or second or wrong or broken) and fails, "decided_by": told}
+    against = counted(penalty, ellipsoid, trapped, tolerance).groupby("statement").found.sum()
+    broken, fails = int(searched.broken.sum()), bool(dropped.as_foretold.all())
+    told = f"contradictions: {against['Lemma 1']} to Lemma 1 in {len(penalty)} quadratics, {against['Lemma 2']} to Lemma 2 in {len(ellipsoid)} ellipsoids, "
+    told += f"{against['Theorem 2']} to condition (45) in {len(trapped)} pairs of requests with {trapped.tried.sum()} λ tried; {broken} of {len(searched)} directed searches broke one"
+    return {"holds": not (against.sum() or broken) and fails, "decided_by": f"{told}; dropped assumptions fail as foretold: {'yes' if fails else 'no'}"}
+
+
+def counted(penalty: pd.DataFrame, ellipsoid: pd.DataFrame, trapped: pd.DataFrame, tolerance: float = 1e-6) -> pd.DataFrame:
+    """What would contradict each statement, in how many instances it was looked for, and in how many it was found."""
+    rows = [
+        ("Lemma 1", "a point of the ball is better than u*", penalty.better > SLACK),
+        ("Lemma 1", "the multiplier is not λ", (penalty.multiplier - 1).abs() > tolerance),
+        ("Lemma 1", "a larger λ has a larger ball", penalty.stretched),
+        ("Lemma 2", "the inscribed ball sticks out, or the other is too small", ellipsoid.inside + ellipsoid.around > 0),
+        ("Lemma 2", "either bound could be moved by a millionth", ~ellipsoid.tight),
+        ("Lemma 2", "the ratio is not √κ", ellipsoid.ratio_error > tolerance),
+        ("Theorem 2", "(45) holds, and a λ serves both", trapped.served[trapped.trapped]),
+        ("Theorem 2", "(45) does not hold, and no λ serves both", ~trapped.served[~trapped.trapped]),
+        ("Theorem 2", "the best λ meets another share than foretold", trapped.best_error > tolerance),
+    ]
+    return pd.DataFrame([{"statement": name, "contradiction": text, "instances": len(found), "found": int(found.sum())} for name, text, found in rows])

@@ -11,6 +11,8 @@ from metake.report.plots import _require, _soft
 from metake.report.style import in_order, style
 
 LEAST = 1e-18  # where an exact agreement is drawn
+RING = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.5, "linestyle": ""}
+DISC = {"marker": "o", "markersize": 5, "markeredgewidth": 0, "linestyle": ""}
 
 
 def agreement(records: pd.DataFrame, searched: pd.DataFrame | None = None, tolerance: float = 100.0, model: str | None = None, name: str = "one_formula") -> Figure:
@@ -38,8 +40,7 @@ def agreement(records: pd.DataFrame, searched: pd.DataFrame | None = None, toler
         axes[0, 1].axvline(tolerance, color=_soft(0.8), linewidth=1.2, linestyle="--")
         axes[0, 1].annotate(f"limit {tolerance:g}", (tolerance, -0.5), (-4, 0), textcoords="offset points", ha="right", va="center", fontsize=8.5)
         for end in ends.itertuples():
-            ring = {"markerfacecolor": "none", "markeredgecolor": _soft(1), "markeredgewidth": 1.5, "markersize": 9, "linestyle": ""}
-            axes[0, 1].plot(max(end.ratio, LEAST), methods.index(end.method), marker="o", zorder=4, label="found by the search" if end.Index == ends.index[0] else "", **ring)
+            axes[0, 1].plot(max(end.ratio, LEAST), methods.index(end.method), color=_soft(1), zorder=4, label="found by the search" if end.Index == ends.index[0] else "", **RING)
         for dim in dims:
             axes[0, 0].scatter([], [], s=_size(dim, dims), color=_soft(0.6), linewidth=0, label=f"d = {dim}")
         handles = [h for panel in axes[0] for h in panel.get_legend_handles_labels()[0]]
@@ -64,3 +65,35 @@ def _cloud(axes: Any, row: int, own: pd.DataFrame, quantity: str, dims: list[int
     look = style(own.method.iloc[0])
     spread = [row + 0.62 * (i * 0.618034 % 1) - 0.31 for i in range(len(own))]
     axes.scatter(own[quantity].clip(lower=LEAST), spread, s=[_size(d, dims) for d in own.dim], color=look.color, marker=look.marker, alpha=0.55, linewidth=0, zorder=3)
+
+
+def option_effects(scores: pd.DataFrame, model: str | None = None, name: str = "published_differences") -> Figure:
+    """What an option changes in each metric: a hollow mark for the default, a full one for the option, a panel per metric.
+
+    scores: as `experiments.differences.beside` returns them (method, metric, default, option, low, high; percent and points).
+    A bold number, the difference in points: its interval excludes zero.
+    """
+    _require(scores, "method", "metric", "default", "option", "difference", "low", "high")
+    methods, metrics = in_order(scores.method), list(scores.metric.unique())
+    clear = (scores.low > 0) | (scores.high < 0)
+
+    def draw(axes: Any) -> None:
+        for panel, metric in zip(axes[0], metrics, strict=True):
+            for row in scores[scores.metric == metric].itertuples():
+                place, look = methods.index(row.method), style(row.method)
+                panel.plot([row.default, row.option], [place, place], color=look.color, linewidth=2.2, alpha=0.5, zorder=2)
+                panel.plot(row.default, place, color=look.color, **RING, zorder=3)
+                panel.plot(row.option, place, color=look.color, **DISC, zorder=3)
+                text = f"{row.difference:+.1f}".replace("-", "−") if round(row.difference, 1) else "0.0"
+                panel.annotate(text, (1, place), (33, 0), ("axes fraction", "data"), "offset points", ha="right", va="center", fontsize=9, fontweight="bold" if clear[row.Index] else "normal")
+            panel.set(xlim=(-6, 106), xticks=(0, 50, 100), title=f"{metric.capitalize()}, %", ylim=(len(methods) - 0.4, -0.6))
+            panel.set(yticks=range(len(methods)), yticklabels=[style(m).name for m in methods])
+            panel.tick_params(axis="y", length=0)
+            panel.spines["left"].set_visible(False)
+        for label, mark in (("default", RING), ("option", DISC)):
+            axes[0, 0].plot([], [], color=_soft(0.9), label=label, **mark)
+        axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=2, handletextpad=0.2)
+
+    told = "; ".join(f"{style(r.method).name}, {r.metric}: {r.default:.1f} and {r.option:.1f}" for r in scores.itertuples())
+    alt = f"Percent of cases with the default and with the option, per metric. {told}. The interval of the difference excludes zero in {int(clear.sum())} of {len(scores)} cases."
+    return Figure(draw, scores, name, alt, model, digits=1, size=(8.2, 1.1 + 0.36 * len(methods)), ncols=len(metrics), sharey=True)

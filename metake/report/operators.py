@@ -41,7 +41,7 @@ def if_recorded(name: str, *steps: Callable[[Any], Any]) -> Any:
     """The recording of this name, taken through the steps one after the other; without one, the command that makes it."""
     found = _found(name)
     if isinstance(found, ParameterError):
-        text = f"Not recorded yet: {found}"
+        text = "Not recorded yet. " + str(found)[str(found).index("Make it with") :]  # what else is recorded is no part of a page
         return Shown(f'<p class="metake-note">{escape(text)}</p>', text)
     for step in steps:
         found = step(found)
