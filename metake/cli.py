@@ -11,13 +11,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import metake as mk
 from metake import assets
 from metake.arguments import Parser, number
 from metake.errors import MetakeError, near_misses
 from metake.evaluation import Evaluation
-from metake.methods import METHODS
+from metake.methods import DIFFERENCES, METHODS, OPERATORS, named
 from metake.model import DTYPES
 from metake.recipes import recipe
 from metake.runs import RunConfig, open_run, read_cases, reevaluate, run, select
@@ -27,8 +28,15 @@ _COUNT, _SEED, _POSITIVE = number(int, 1), number(int, 0), number(float, 0, open
 
 
 def _methods(_: argparse.Namespace) -> None:
-    for name, function in METHODS.items():
-        print(f"{name:<10} {' '.join(function.__doc__.split())}")
+    groups = {
+        "Methods": {name: " ".join(function.__doc__.split()) for name, function in METHODS.items()},
+        "MetaKE on the gates of other methods": {name: f"`metake` with `{make.keywords['base'].__name__}` as its base" for name, make in OPERATORS.items()},
+        "Where a paper and its released code differ: what the default does not do": {name: f"{d.option}; by default: {d.usual}" for name, d in DIFFERENCES.items()},
+    }
+    for title, entries in groups.items():
+        print(f"{title}:")
+        for name, text in entries.items():
+            print(f"  {name:<18} {text}")
 
 
 def _edit(args: argparse.Namespace) -> None:
@@ -41,7 +49,7 @@ def _edit(args: argparse.Namespace) -> None:
     print(mk.diagnose(lm, [request], editor, found))
     edit = editor.edit(lm, [request], found)
     print(compare(lm, edit, request))
-    for folder, save in ((args.out, edit.save), (args.peft, edit.to_peft)):
+    for folder, save in ((args.out, edit.save), (args.peft, partial(edit.to_peft, rank=args.rank))):
         if folder:
             save(folder)
             print(f"wrote {folder}")
@@ -148,6 +156,7 @@ def _edit_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", required=True, help=text)
     parser.add_argument("--out", metavar="DIR", help="save the edit there")
     parser.add_argument("--peft", metavar="DIR", help="export it there as a LoRA adapter")
+    parser.add_argument("--rank", type=_COUNT, metavar="N", help="of the adapter; needed where a method's update is dense (rect)")
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
@@ -193,8 +202,8 @@ def _record_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--counterfact", metavar="FILE", help="CounterFact records; default: the embedded facts")
     parser.add_argument("--zsre", metavar="FILE", help="ZsRE records; default: the embedded facts")
     parser.add_argument("--text", default="embedded", metavar="SOURCE", help="text of the key statistics; default: %(default)s")
-    parser.add_argument("--edits", type=_COUNT, default=50, metavar="N", help="cases a run; default: %(default)s")
-    parser.add_argument("--batch", type=_COUNT, default=10, metavar="N", help="edits a batch; default: %(default)s")
+    parser.add_argument("--edits", type=_COUNT, default=100, metavar="N", help="cases a run; default: %(default)s")
+    parser.add_argument("--batch", type=_COUNT, default=100, metavar="N", help="edits a batch; default: %(default)s")
     parser.add_argument("--seeds", type=_SEED, nargs="+", default=[0], metavar="N", help="one run each; default: 0")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="make these recordings again; default: those that are missing")
 

@@ -128,6 +128,16 @@ class Difference(NamedTuple):
     code: str
     default: str  # "paper" or "code"
 
+    @property
+    def usual(self) -> str:
+        """What the default does."""
+        return self.paper if self.default == "paper" else self.code
+
+    @property
+    def option(self) -> str:
+        """What `make` does instead."""
+        return self.code if self.default == "paper" else self.paper
+
 
 DIFFERENCES: dict[str, Difference] = {
     "prune/added-twice": Difference(

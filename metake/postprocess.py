@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ WHEN = ("layer", "batch", "sequence")
 
 
 class PostProcess(Protocol):
-    """A frozen value, so that it can be recorded."""
+    """A frozen value, so that it can be recorded. thin: whether what is made of a thin update is thin, of no higher rank."""
 
     when: str
+    thin: ClassVar[bool]
 
     def __call__(self, update: LayerUpdate, weight: Tensor) -> LayerUpdate:
         """The update to make instead. weight: (d_out, d_in), see the module."""
@@ -45,6 +46,7 @@ class keep_largest:  # noqa: N801  (reads as a function in an editor's parts)
     The result is dense. Cost: one selection among N entries.
     """
 
+    thin: ClassVar[bool] = False
     share: float = 0.4
     epsilon: float = 1e-8
     when: str = "batch"
@@ -57,8 +59,9 @@ class keep_largest:  # noqa: N801  (reads as a function in an editor's parts)
 
     def __call__(self, update: LayerUpdate, weight: Tensor) -> LayerUpdate:
         delta = update.delta
-        drop = math.floor((1 - self.share) * delta.numel() + 1e-9)  # 0.6 · 10 is 6, not 5.999…
-        if drop and delta.any():
+        if not delta.any():
+            return update
+        if drop := math.floor((1 - self.share) * delta.numel() + 1e-9):  # 0.6 · 10 is 6, not 5.999…
             change = (delta / (weight.to(delta) + self.epsilon)).abs().nan_to_num(0.0, torch.inf)  # 0/0: nothing changes
             threshold = change.flatten().kthvalue(drop).values
             delta = torch.where(change > threshold if self.strict else change >= threshold, delta, 0.0)
@@ -77,6 +80,7 @@ class soften_principal:  # noqa: N801
     the rank of the update does not grow.
     """
 
+    thin: ClassVar[bool] = True
     ratio: float = 0.5
     strength: float = 0.5
     side: str = "key"
@@ -120,6 +124,7 @@ class cap_spectrum:  # noqa: N801
     does. A thin change is capped through the QR of its factors, O((d_out + d_in) r²), and stays thin.
     """
 
+    thin: ClassVar[bool] = True
     base: float = math.e
     add_twice: bool = False
     when: str = "sequence"

@@ -129,7 +129,8 @@ class Unedited:
 def run(config: RunConfig, out: str | Path, device: str | None = None, shared: Unedited | None = None) -> Evaluation:
     """Carry out a run in folder `out`, going on where an earlier call with the same configuration stopped.
 
-    shared: what runs of the same model, data, edits, batch and seed share; their seconds then exclude what was at hand.
+    shared: what runs of the same model, data, edits, batch and seed share; the seconds of their batches then exclude the
+    first batch's Stage I.
 
     Returns the evaluation of all edited cases after the last batch. Raises ParameterError if `out` holds anything else.
     """
@@ -143,8 +144,9 @@ def run(config: RunConfig, out: str | Path, device: str | None = None, shared: U
     state = editor.init(lm, statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens))
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    shared = shared or Unedited()
-    shared.before = original = shared.before or evaluate(lm, cases, config.generate, seed=config.seed)
+    original = shared.before if shared and shared.before else evaluate(lm, cases, config.generate, seed=config.seed)
+    if shared:
+        shared.before = original
     if not resumes:  # claimed only now: a setting that cannot be carried out leaves nothing behind
         write_file(out / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True) + "\n")
     with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
@@ -177,7 +179,7 @@ def _read_config(out: Path) -> dict[str, Any]:
     return found
 
 
-def _resume(lm: LanguageModel, editor: Editor, cases: Cases, state: EditorState, size: int, out: Path, shared: Unedited) -> list[Edit]:
+def _resume(lm: LanguageModel, editor: Editor, cases: Cases, state: EditorState, size: int, out: Path, shared: Unedited | None) -> list[Edit]:
     """Apply the batches already on disk, compute and save the rest; the model is left edited."""
     edits = []
     for number, batch in enumerate(progress(list(batches([c.request for c in cases], size)), "batches")):
@@ -185,7 +187,7 @@ def _resume(lm: LanguageModel, editor: Editor, cases: Cases, state: EditorState,
         if folder.is_dir():
             edit, state = _load_batch(folder, batch, state, lm.device)
         else:
-            edit, state = editor.step(lm, batch, state, planned=None if number else shared.plan(lm, editor, state, batch))
+            edit, state = editor.step(lm, batch, state, planned=shared.plan(lm, editor, state, batch) if shared and not number else None)
             with atomic_path(folder) as temporary:
                 edit.save(temporary)
                 save_tensors({str(i): k for i, k in state.keys.items()}, temporary / "keys.safetensors")

@@ -13,12 +13,13 @@ from reference import CONTEXTS, REQUESTS, double_inside  # noqa: F401 (a fixture
 from test_bilevel import text_statistics
 from torch import Tensor
 
-from metake import editor as pipeline
 from metake.bilevel import Refinement, outer_objective
 from metake.editor import Editor, root, whole
 from metake.errors import NumericalError, ParameterError
+from metake.experiments import proxy_fidelity as page
+from metake.facts import facts
 from metake.geometry import inverse_covariance, null_space
-from metake.hypergradient import Downstream, fidelity
+from metake.hypergradient import Downstream, Fidelity, fidelity
 from metake.methods import OPERATORS, blue, pmet, rect, rome
 from metake.model import LanguageModel
 from metake.targets import TargetRule, Targets, optimize_targets
@@ -115,7 +116,8 @@ def test_the_gradient_is_the_slope_of_the_literal_edit(kind: str):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("change", [
-    {"prompts": "plain"}, {"locality_position": "final", "locality_direction": "pre_post"}, {"anchor_norm": "relative", "anchor_weight": 3.0}, {"edit_weight": 0.5, "locality_weight": 4.0},
+    {"prompts": "plain"}, {"locality_position": "final", "locality_direction": "pre_post"}, {"anchor_norm": "relative", "anchor_weight": 3.0},
+    {"edit_weight": 0.5, "locality_weight": 4.0},
 ], ids=str)  # fmt: skip
 def test_the_losses_are_those_of_the_refinement(kind: str, change: dict):
     e = edit(kind, editor=replace(EDITOR, refine=replace(EDITOR.refine, **change)))
@@ -128,11 +130,13 @@ def test_the_losses_are_those_of_the_refinement(kind: str, change: dict):
 def test_a_batch_has_one_gradient(kind: str):
     e = edit(kind, count=3, bos=True)
     found = e.downstream.gradients(e.value)
-    assert found.exact.shape == found.last.shape == found.proxy.shape == (3, 32) and found.gate.shape == (3, len(e.literal(0, torch.zeros(found.gate.shape[1], 1, dtype=torch.float64), torch.zeros(32, 1, dtype=torch.float64)).T))
+    assert found.exact.shape == found.last.shape == found.proxy.shape == (3, 32) and found.gate.shape == (3, e.downstream.state.metrics[0].dim)
     assert_is_the_slope(found.exact, lambda v: outer(e, v, deltas(e, v)).sum(), e.value)
 
 
-@pytest.mark.parametrize("change", [{"layers": (0, 2), "allocation": whole}, {"allocation": root, "remember": False}, {"layers": (1, 2), "metric": inverse_covariance(2.0, 0.1), "remember": False}], ids=["whole", "root", "memit"])
+@pytest.mark.parametrize("change", [
+    {"layers": (0, 2), "allocation": whole}, {"allocation": root, "remember": False}, {"layers": (1, 2), "metric": inverse_covariance(2.0, 0.1), "remember": False},
+], ids=["whole", "root", "memit"])  # fmt: skip
 def test_other_layers_allocations_and_metrics(change: dict):
     """Against the differences of its own losses, which the editor's own machinery is compared with below."""
     e = edit("phi", editor=replace(EDITOR, **change))
@@ -149,11 +153,12 @@ def test_the_edit_is_the_editors(kind: str):
 def assert_is_the_editors_edit(e: Edit) -> None:
     """The same factors as `Editor.step` writes towards the same V, and the same losses on the model it has edited."""
     planned = replace(e.initial, planned=e.value - e.initial.anchor, trace=tuple({} for _ in e.requests))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "optimize_targets", lambda *_: planned)
-        done, _ = replace(e.editor, refine=None).step(e.lm, e.requests, e.downstream.state)
+    done, _ = replace(e.editor, refine=None).step(e.lm, e.requests, e.downstream.state, planned)
     with torch.no_grad():
         written, _ = e.downstream.write(e.value)
+    with done.applied(e.lm), torch.no_grad():
+        edited = outer(e, e.value, {})
+    assert (edited[:, 0] - e.downstream.losses(e.value)[:, 0]).abs().max() <= 1e-10
     for update, (residuals, structural) in zip(done.updates, written, strict=True):
         assert (update.left - residuals.T).abs().max() <= 1e-10 * update.left.abs().max()
         assert (update.right - structural).abs().max() <= 1e-10 * update.right.abs().max()
@@ -223,3 +228,85 @@ def test_the_quantities_of_the_theorem():
 def test_a_zero_denominator_is_undefined_and_not_certified(values, undefined):
     found = fidelity(*parts(*values))
     assert {name for name in (*found._fields, "ratio") if getattr(found, name).isnan()} == undefined and not found.ratio < 1
+
+
+# The page
+
+
+def test_no_random_case_contradicts_the_theorem():
+    cases = page.random_cases(8000)
+    assert page.violations(cases) == 0 and set(cases.dim) == set(page.DIMS) and len(cases) == 8000
+    certified = cases.ratio < 1
+    assert certified.sum() > 1000 and (~certified & (cases.alignment > 0)).sum() > 300 and (~certified & (cases.alignment < 0)).sum() > 300
+    assert (cases.off / cases.bound).max() > 0.999, "the bound is nearly reached"
+    assert not page.random_cases(400, seed=1).ratio.equals(page.random_cases(400).ratio)
+
+
+@pytest.mark.parametrize("wrong", ["bound", "compatibility", "leakage"])
+def test_a_wrong_theorem_would_be_found(monkeypatch, wrong: str):
+    def corrupted(*args) -> Fidelity:
+        right = fidelity(*args)
+        values = {"bound": 0.9 * right.bound, "compatibility": 1.2 * right.compatibility, "leakage": 0.9 * right.leakage}
+        return right._replace(**{wrong: values[wrong]})
+
+    monkeypatch.setattr(page, "fidelity", corrupted)
+    cases, searched = page.random_cases(8000), page.adversary(50, 100)
+    assert page.violations(cases) > 10 and page.judge_theorem(cases, searched, cases[:0])["holds"] is False
+    if wrong != "leakage":
+        assert page.violations(searched) > 0 and searched.found[0] < 0.95
+
+
+def test_the_adversary_reaches_the_edge_and_no_further():
+    found = page.adversary(100, 200)
+    assert 1 - 1e-12 <= found.found[0] == found.ratio[0] < 1.01 and abs(found.alignment[0]) < 1e-12 and found.allowed.tolist() == [1, 0]
+    assert -1e-12 <= found.found[1] < 1e-5 and page.violations(found) == 0
+
+
+def test_certificates_count_what_they_say():
+    counted = page.certificates(page.random_cases(8000)).set_index("certificate")
+    true, weak = counted[~counted.index.str.startswith("without")], counted[counted.index.str.startswith("without")]
+    assert (true.of_them_not_descending == 0).all() and (true.least_alignment > 0).all() and true.certified.iloc[0] == true.certified.iloc[1] > true.certified.iloc[2] > 0
+    assert (weak.of_them_not_descending > 20).all() and (weak.least_alignment < 0).all() and len(weak) == 4
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, session_cache):
+    def base(*_):
+        lm = random_model("gpt2")
+        lm.name, lm.origin = "tiny", {"origin": "test", "revision": "", "note": ""}
+        return lm
+
+    out = tmp_path_factory.mktemp("proxy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAKE_CACHE", str(session_cache))
+        patch.setattr(page, "load", base)
+        found = page.proxy_fidelity(edits=2, text_tokens=3000, out=out)
+        patch.setattr(page, "_edits", lambda *_: pytest.fail("finished edits are kept"))
+        again = page.proxy_fidelity(edits=2, text_tokens=3000, out=out)
+    assert again.equals(found) and again.attrs == found.attrs and found.attrs["settings"]["edits"] == 2
+    return found
+
+
+def test_what_is_measured_belongs_together(measured):
+    assert list(measured.point) == [*page.POINTS] * 2 and measured.request.nunique() == 2 and set(measured.request) <= {c.request.id for c in facts()}
+    assert page.violations(measured) == 0 and (measured.none == 0).all() and (measured.exact > 0).all()
+    start = measured[measured.point == "v_init"]
+    assert (start.anchor == 0).all() and (start.compatibility == 1).all() and (start.pull_share == 0).all() and (start.cosine - start.down_cosine).abs().max() < 1e-12
+    assert (measured.equal_proxy > 0).equals(measured.proxy > 0) and measured[["exact", "proxy", "key_only"]].nunique().min() == 6
+    assert (measured.compatibility[measured.point == "refined by plain descent"] < 0.1).all(), "there it has converged"
+
+
+def test_summaries_and_verdicts(measured):
+    summary, steps = page.fidelity_summary(measured), page.descent(measured)
+    assert (summary.certified + summary.not_certified + summary.undefined == 2).all() and list(summary.point) == [*page.POINTS]
+    assert len(steps) == 18 and (steps.low <= steps["median"]).all() and (steps["median"] <= steps.high).all() and (steps.share[steps.direction == "exact"] == 1).all()
+    real = measured.copy()
+    real.attrs["label"] = "recorded"
+    assert page.fidelity_summary(real).attrs["label"] == page.descent(real).attrs["label"] == "recorded"
+    undefined = page.fidelity_summary(measured.assign(ratio=torch.inf))
+    assert (undefined.undefined == 2).all() and (undefined.not_certified + undefined.certified == 0).all()
+    good, bad = measured.assign(cosine=0.5, proxy=1.0), measured.assign(cosine=-0.5)
+    plain = measured.point == "refined by plain descent"
+    mixed = good.assign(proxy=good.proxy.mask(plain, 1e-12))
+    assert [page.judge_alignment(r)["holds"] for r in (good, bad, mixed)] == [True, False, None], "a reduction of rounding errors is none"
+    assert [page.judge_dominance(measured.assign(leakage=x))["holds"] for x in (0.5, 1.5, measured.anchor.gt(0) + 0.5)] == [True, False, None]

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import asdict, replace
 
 import pytest
+import reference
 import torch
 from conftest import contents, fingerprint
 from models import random_model
@@ -15,8 +16,11 @@ from metake import runs
 from metake.editor import Editor
 from metake.errors import MetakeError, ParameterError, ProvenanceError, RequestError
 from metake.facts import facts_records
+from metake.geometry import inverse_covariance
+from metake.methods import method
 from metake.requests import Cases, EditCase, EditRequest, Probe
 from metake.runs import RunConfig, edit_sequence, open_run, read_cases, reevaluate, run, select
+from metake.update import Edit, total
 
 # five columns: the update's last digit then depends on how the gate lies in memory, which saving changes
 CONFIG = RunConfig(method="alphaedit", edits=11, batch=5, seed=5, text_tokens=3000)
@@ -79,11 +83,11 @@ def raise_at(monkeypatch, call, error):
     """Let the editor's step raise at its `call`-th call; returns the list of the batches it was called with."""
     asked, step = [], Editor.step
 
-    def failing(self, lm, requests, state):
+    def failing(self, lm, requests, state, **given):
         asked.append([r.id for r in requests])
         if len(asked) == call:
             raise error
-        return step(self, lm, requests, state)
+        return step(self, lm, requests, state, **given)
 
     monkeypatch.setattr(Editor, "step", failing)
     return asked
@@ -213,6 +217,138 @@ def test_model_is_restored(tmp_path, monkeypatch, fails):
         reevaluate(tmp_path / "run")
     assert len(open_run(tmp_path / "run")[1]) >= 2
     assert fingerprint(lm.model) == before
+
+
+# A method that has something left to do at the end
+
+
+PRUNE = replace(CONFIG, method="prune", edits=6, batch=2)
+
+
+def strong(*words, **changes):
+    """`prune` with updates that are large beside a random model's weights, so that there is something to cap."""
+    editor = method(*words, **changes)
+    return replace(editor, metric=inverse_covariance(0.05), target=replace(editor.target, steps=5, step_size=1.0, clamp=8.0, stop_below=0.0))
+
+
+@pytest.fixture
+def _strong(monkeypatch):
+    monkeypatch.setattr(runs.methods, "method", strong)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, session_cache):
+    folder = tmp_path_factory.mktemp("pruned") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAKE_CACHE", str(session_cache))
+        patch.setattr(runs, "load", base)
+        patch.setattr(runs.methods, "method", strong)
+        return folder, run(PRUNE, folder)
+
+
+def edited(folder):
+    """The model with a run's edits applied one after the other."""
+    lm = base()
+    for edit in open_run(folder)[1]:
+        edit.apply(lm)
+    return lm
+
+
+def test_what_is_done_at_the_end_is_part_of_a_run(pruned, _strong):
+    folder, result = pruned
+    assert sorted(p.name for p in folder.iterdir()) == ["batches", "before.jsonl", "cases.jsonl", "config.json", "finish", "summary.json"]
+    edits = open_run(folder)[1]
+    assert [len(e.record.requests) for e in edits] == [2, 2, 2, 0] and edits[-1].updates[0].delta.any()
+    lm, first = base(), base()
+    editor = strong("prune", "tiny", seed=5)
+    requests = [c.request for c in select(lm, mk.facts(), 6, 5)]
+    for _edit, state in edit_sequence(lm, editor, requests, mk.statistics(lm, layers=editor.layers, tokens=3000), 2):  # noqa: B007 (the last one)
+        pass
+    whole = {path: reference.prune(lm.weight(path), first.weight(path)) for path in edits[0].modules}
+    assert all((whole[path] - lm.weight(path)).norm() > 0.1 * lm.weight(path).norm() for path in whole), "nothing was capped"
+    editor.finish(lm, state).apply(lm)
+    assert fingerprint(edited(folder).model) == fingerprint(lm.model)
+    for path, weight in whole.items():
+        torch.testing.assert_close(lm.weight(path), weight, rtol=1e-9, atol=1e-9)
+    assert result.records() == mk.evaluate(lm, select(lm, mk.facts(), 6, 5), before=result.before, seed=5).records()
+    assert reevaluate(folder).records() == result.records()
+
+
+def test_a_sequence_with_an_end_interrupted_and_resumed_equals_uninterrupted(pruned, tmp_path, monkeypatch, _strong):
+    folder, out = pruned[0], tmp_path / "run"
+    with monkeypatch.context() as patch:
+        raise_at(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(PRUNE, out)
+    assert not (out / "finish").exists() and len(open_run(out)[1]) == 1 and len(reevaluate(out).cases) == 2
+    asked = raise_at(monkeypatch, 0, None)
+    result = run(PRUNE, out)
+    assert list(map(len, asked)) == [2, 2], "the state of the finished batch was lost, or computed again"
+    assert result.records() == pruned[1].records() and (out / "cases.jsonl").read_bytes() == (folder / "cases.jsonl").read_bytes()
+    assert all(map(identical, open_run(out)[1], open_run(folder)[1]))
+    assert fingerprint(edited(out).model) == fingerprint(edited(folder).model)
+
+
+def test_an_end_is_saved_whole_or_not_at_all(pruned, tmp_path, monkeypatch, _strong):
+    out, save = tmp_path / "run", Edit.save
+
+    def failing(self, folder):
+        if folder.name == "finish":
+            save(self, folder.with_name(".finish.0123456789ab.partial"))  # as a power cut leaves it
+            raise OSError(28, "No space left on device")
+        return save(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Edit, "save", failing)
+        with pytest.raises(OSError, match="No space"):
+            run(PRUNE, out)
+    assert sorted(p.name for p in out.iterdir()) == [".finish.0123456789ab.partial", "batches", "config.json"]
+    assert len(open_run(out)[1]) == 3, "what was half written was read"
+    undone = reevaluate(out)
+    asked = raise_at(monkeypatch, 1, AssertionError("a step was taken"))
+    assert run(PRUNE, out).records() == pruned[1].records() and not asked
+    assert len(open_run(out)[1]) == 4 and reevaluate(out).records() == pruned[1].records() != undone.records()
+    before = contents(out / "finish")
+    run(PRUNE, out)
+    assert contents(out / "finish") == before
+
+
+@pytest.mark.parametrize("name", ["edit.safetensors", "record.json"])
+def test_a_damaged_end_is_refused_where_it_is_read_and_made_again_by_the_run(pruned, tmp_path, name, _strong):
+    folder = shutil.copytree(pruned[0], tmp_path / "copy")
+    cut(folder / "finish" / name)
+    for use in (open_run, reevaluate):
+        with pytest.raises(ProvenanceError, match="finish"):
+            use(folder)
+    run(PRUNE, folder)
+    assert contents(folder / "finish") == contents(pruned[0] / "finish")
+
+
+def test_an_end_is_exported_with_the_batches(pruned, tmp_path):
+    """One edit of the base that gives the pruned weights; as an adapter of the change's own rank it loses nothing."""
+    edit, lm = total(open_run(pruned[0])[1]), base()
+    with edit.applied(lm):
+        for path in edit.modules:
+            torch.testing.assert_close(lm.weight(path), edited(pruned[0]).weight(path), rtol=1e-12, atol=1e-12)
+    assert list(edit.record.requests) == [row["id"] for row in pruned[1].records()]
+    assert max(edit.to_peft(tmp_path / "lora", rank=6).values()) < 1e-20 < 1e-6 < max(edit.to_peft(tmp_path / "thin", rank=5).values())
+
+
+def test_runs_that_share_what_the_unedited_model_gives_are_the_same_runs(tmp_path, monkeypatch):
+    """Two methods that plan alike share Stage I of the first batch, and all share the evaluation before."""
+    shared, made = runs.Unedited(), []
+    optimize = runs.optimize_targets
+    monkeypatch.setattr(runs, "optimize_targets", lambda *given: made.append(1) or optimize(*given))
+    for name in ("memit_seq", "alphaedit", "blue"):
+        config = replace(CONFIG, method=name, edits=2, batch=1)
+        run(config, tmp_path / name, shared=shared)
+        before = shared.before
+        run(config, tmp_path / f"{name} alone")
+        assert all(map(identical, open_run(tmp_path / name)[1], open_run(tmp_path / f"{name} alone")[1]))
+        assert (tmp_path / name / "cases.jsonl").read_bytes() == (tmp_path / f"{name} alone" / "cases.jsonl").read_bytes()
+    assert shared.before is before and len(shared.plans) == len(made) == 1, "one plan for the two that share it; none for targets of each layer's own"
+    alone = json.loads((tmp_path / "alphaedit alone" / "summary.json").read_text())["seconds"]["targets"]
+    assert alone > json.loads((tmp_path / "alphaedit" / "summary.json").read_text())["seconds"]["targets"], "a run of its own counts all of its Stage I"
 
 
 # Folders that are something else

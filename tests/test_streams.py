@@ -141,6 +141,25 @@ def test_a_revised_fact_counts_once_and_for_its_newest_target(lm, monkeypatch):
     assert sorted(asked[0]) == sorted(newest.values())
 
 
+def test_a_revised_fact_must_beat_every_object_that_it_had(lm, monkeypatch):
+    """An unedited model, which holds the true objects only, is credited with nothing; half a victory is none."""
+    case = streams.revised(streams.revised(mk.facts(limit=200), 0), 0)[0]
+    reading = mk.evaluation.Reading(0.0, (), ())
+
+    def scored(wins):
+        found = [mk.evaluation.ProbeScore(p.kind, wins(p), 0.0, reading, None) for p in case.probes if p.kind != "generation"]
+        return streams._scores(case, mk.evaluation.CaseScore(case.request.id, tuple(found)))
+
+    one = sorted({p.rival for p in probes(case, "efficacy")})[0]
+    assert scored(lambda p: 1.0) == dict.fromkeys(streams.METRICS, 1.0)
+    assert scored(lambda p: float(p.rival != one)) == {"efficacy": 0.0, "generalization": 0.0, "specificity": 1.0}
+    first = probes(case, "paraphrase")[0].prompt
+    assert scored(lambda p: float(p.rival != one or p.prompt == first))["generalization"] == 0.5
+    half = [p.prompt for p in probes(case, "neighborhood")][0]
+    again = sum(p.prompt == half for p in probes(case, "neighborhood")) / len(probes(case, "neighborhood"))
+    assert scored(lambda p: float(p.prompt != half))["specificity"] == pytest.approx(1 - again, abs=1e-4)
+
+
 def test_what_is_evaluated_is_kept_and_not_done_again(lm, monkeypatch, tmp_path):
     whole = streams.streams(**SETTINGS, out=tmp_path)
     monkeypatch.setattr(streams, "edit_sequence", lambda *_: pytest.fail("a finished stream was edited again"))

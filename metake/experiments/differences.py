@@ -9,7 +9,7 @@ import pandas as pd
 from torch import Tensor
 
 from metake import methods
-from metake.editor import describe
+from metake.editor import Editor, describe
 from metake.evaluation import Evaluation, evaluate
 from metake.experiments.comparison import paired_differences, summarize
 from metake.geometry import KeyStatistics
@@ -49,7 +49,9 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def effects(model: str = "tiny", options: Sequence[str] = tuple(methods.DIFFERENCES), edits: int = 12, batch: int = 6, data: str = "facts", seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+def effects(
+    model: str = "tiny", options: Sequence[str] = tuple(methods.DIFFERENCES), edits: int = 12, batch: int = 6, data: str = "facts", seed: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Each default and each option on the same requests, one batch after the other; all cases evaluated after the last.
 
     Returns (one row per case and method, as `comparison` has them; one row per option: method, change = ‖Δ′ − Δ‖/‖Δ‖ and size =
@@ -61,7 +63,7 @@ def effects(model: str = "tiny", options: Sequence[str] = tuple(methods.DIFFEREN
     given = statistics(lm, layers=sorted({layer for name in names for layer in methods.method(name, model).layers}))
     before, rows, totals = evaluate(lm, cases), [], {}
     for name in names:
-        totals[name], after = _edited(lm, name, model, cases, batch, seed, given, before)
+        totals[name], after = _edited(lm, methods.method(name, model, seed=seed), cases, batch, given, before)
         rows += [{"dataset": "CounterFact format", "method": name, "seed": seed} | row for row in after.records()]
     changes = []
     for option in options:
@@ -72,9 +74,10 @@ def effects(model: str = "tiny", options: Sequence[str] = tuple(methods.DIFFEREN
     return pd.DataFrame(rows), pd.DataFrame(changes)
 
 
-def _edited(lm: LanguageModel, name: str, model: str, cases: Cases, batch: int, seed: int, given: Mapping[int, KeyStatistics], before: Evaluation) -> tuple[dict[str, Tensor], Evaluation]:
+def _edited(
+    lm: LanguageModel, editor: Editor, cases: Cases, batch: int, given: Mapping[int, KeyStatistics], before: Evaluation
+) -> tuple[dict[str, Tensor], Evaluation]:
     """What a method's sequence adds to each weight, and the evaluation after it; `lm` is left as it was."""
-    editor = methods.method(name, model, seed=seed)
     paths = [lm.write_path(layer) for layer in editor.layers]
     start = {path: lm.weight(path).clone() for path in paths}
     with lm.scratch(paths):

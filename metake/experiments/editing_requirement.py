@@ -135,7 +135,10 @@ def _excess(request: Request, empty: bool, most: float, points: Tensor) -> Tenso
     return (torch.minimum(-short, -long) if empty else torch.maximum(short, long))[None]
 
 
-EDGES = {"as stated": "none", "noise 0: the write interpolates": "some", "another request in the batch": "some", "written at one key, read at another": "some", "β = 0: no plan succeeds": "none"}
+EDGES = {
+    "as stated": "none", "noise 0: the write interpolates": "some", "another request in the batch": "some",
+    "written at one key, read at another": "some", "β = 0: no plan succeeds": "none",
+}  # fmt: skip
 """Where an assumption is dropped, and how many plans the interval should then misjudge."""
 
 
@@ -221,7 +224,8 @@ def region(tau: float = 1.0, epsilon: float = 1.0, points: int = 400) -> pd.Data
 def plans(count: int = 240, seed: int = 0) -> pd.DataFrame:
     """Random plans under τ = ε = 1, for a drawing: gamma, beta, norm, and what really became of each: outcome."""
     generator, rows = torch.Generator().manual_seed(seed), []
-    one, words = torch.ones((), dtype=torch.float64), {(True, True): "both hold", (False, True): "too little is written", (True, False): "too much is left", (False, False): "both fail"}
+    one = torch.ones((), dtype=torch.float64)
+    words = {(True, True): "both hold", (False, True): "too little is written", (True, False): "too much is left", (False, False): "both fail"}
     for trial in range(count):
         request = random_request(trial, generator)._replace(tau=one, epsilon=one)
         request = request._replace(key=request.key * (_uniform(generator, -1.2, 1.2) / request.gamma).sqrt())
@@ -245,7 +249,8 @@ def judge(records: pd.DataFrame, searched: pd.DataFrame, dropped: pd.DataFrame, 
     """
     disagree = int(records[["empty_by_beta", "empty_by_gamma", "empty_by_writing"]].ne(records["empty"], axis=0).to_numpy().sum())
     lawful = trapped[trapped.decreasing]
-    wrong, broken, fails = int(records.wrong.sum() + lawful.wrong.sum()), int(searched.broken.sum()), bool(dropped.as_foretold.all() and (trapped[~trapped.decreasing].wrong > 0).all())
+    wrong, broken = int(records.wrong.sum() + lawful.wrong.sum()), int(searched.broken.sum())
+    fails = bool(dropped.as_foretold.all() and (trapped[~trapped.decreasing].wrong > 0).all())
     counted = f"{records.plans.sum()} plans written in {len(records)} random layers and {lawful.tried.sum()} strengths λ: {wrong} contradictions"
     told = f"{counted}; {disagree} disagreements about emptiness; {broken} of {len(searched)} searches broke it; dropped assumptions fail as foretold: {'yes' if fails else 'no'}"
     return {"holds": not (wrong or disagree or broken) and fails and bool(records.end_error.max() < tolerance), "decided_by": told}

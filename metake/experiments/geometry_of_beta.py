@@ -124,6 +124,7 @@ def judge(records: pd.DataFrame, tolerance: float = 1e-6) -> dict:
     """
     worst, clear = records.error.max(), records[(records.width - 1).abs() > 0.01]
     wrong = int((clear.feasible != clear.found).sum())
-    told = f"γ {'agrees with' if worst < tolerance else f'departs by {worst:.0e} from'} the formula in lengths and angles in {len(records)} random layers of {records.dim.min()} to {records.dim.max()} dimensions"
+    agrees = "agrees with" if worst < tolerance else f"departs by {worst:.0e} from"
+    told = f"γ {agrees} the formula in lengths and angles in {len(records)} random layers of {records.dim.min()} to {records.dim.max()} dimensions"
     told += f"; the interval and a trial of 4 000 norms agree in {len(clear) - wrong} of {len(clear)}, of which {int((~clear.feasible).sum())} are empty"
     return {"holds": bool(worst < tolerance and not wrong), "decided_by": told}

@@ -17,7 +17,7 @@ from torch.func import grad, hessian, jacrev
 from metake.geometry import InverseCovariance, KeyStatistics, Metric, NullSpace, condition
 from metake.solve import gate
 
-KINDS = ("memit", "alphaedit", "any smooth Q")
+KINDS = ("MEMIT", "AlphaEdit", "any smooth Q")
 KNOBS = 5  # numbers in [0, 1] that say how extreme an instance is: ridge, conditioning, size of keys, of past keys, of the outer weights
 
 
@@ -51,12 +51,12 @@ def draw_layer(kind: str, dim: int, n: int, share: float, knobs: Tensor, generat
     axes, rank = torch.linalg.qr(normal(dim, dim))[0], 1 + int(torch.randint(dim - 1, (), generator=generator))
     keys, past = size * normal(n, dim), old * normal(int(torch.randint(3, (), generator=generator)), dim)
     scales = torch.logspace(0, -torch.log10(torch.tensor(spread)).item() / 2, dim, dtype=torch.float64)
-    if kind == "alphaedit":
+    if kind == "AlphaEdit":
         scales[rank:] = 0  # what preserved text never uses: the range of P
     found = KeyStatistics(100 * dim * (axes * scales**2) @ axes.T, 100 * dim)
-    basis = axes[:, rank:] if kind == "alphaedit" else torch.eye(dim, dtype=torch.float64)
-    base = NullSpace(found, ridge, threshold=1e-10) if kind == "alphaedit" else InverseCovariance(found, weight=ridge)
-    constraint = ridge * (torch.eye(dim, dtype=torch.float64) if kind == "alphaedit" else found.covariance) + past.T @ past
+    basis = axes[:, rank:] if kind == "AlphaEdit" else torch.eye(dim, dtype=torch.float64)
+    base = NullSpace(found, ridge, threshold=1e-10) if kind == "AlphaEdit" else InverseCovariance(found, weight=ridge)
+    constraint = ridge * (torch.eye(dim, dtype=torch.float64) if kind == "AlphaEdit" else found.covariance) + past.T @ past
     keys = keys if visible else keys - (keys @ basis) @ basis.T
     return Layer(keys, condition(base, past), basis, basis.T @ constraint @ basis, share)
 

@@ -98,11 +98,11 @@ def decoupled(seed: int = 0) -> pd.DataFrame:
     """An ordinary instance and the three special cases of the paper, at v_iso: ‖c‖, the steepest slope of F in ten directions, both over ‖∇_u J‖."""
     generator = torch.Generator().manual_seed(seed)
     middle = torch.full((KNOBS,), 0.5, dtype=torch.float64)
-    ordinary = edit_problem("alphaedit", generator, middle)
+    ordinary = edit_problem("AlphaEdit", generator, middle)
     u, v = ordinary.solved(ordinary.start).detach(), ordinary.start
     outer_slope = grad(ordinary.outer)(u, v)
     response = jacrev(grad(ordinary.inner), argnums=1)(u, v).T @ torch.linalg.inv(hessian(ordinary.inner)(u, v))
-    unseen = edit_problem("alphaedit", torch.Generator().manual_seed(seed), middle, visible=False)
+    unseen = edit_problem("AlphaEdit", torch.Generator().manual_seed(seed), middle, visible=False)
     cases = {
         "ordinary: the solve follows the target": ordinary,
         "the solve does not follow: Pk = 0": unseen,
@@ -121,7 +121,7 @@ def decoupled(seed: int = 0) -> pd.DataFrame:
 
 def edges(seed: int = 0) -> pd.DataFrame:
     """Assumptions dropped one by one: what is then found, and what would be found if the statement still held."""
-    problem = isolated(edit_problem("alphaedit", torch.Generator().manual_seed(seed), torch.full((KNOBS,), 0.5, dtype=torch.float64)))
+    problem = isolated(edit_problem("AlphaEdit", torch.Generator().manual_seed(seed), torch.full((KNOBS,), 0.5, dtype=torch.float64)))
     v, u = problem.start, problem.solved(problem.start).detach()
     c, _, _ = coupling(problem, v)
     short = problem._replace(solved=lambda v: 0.9 * problem.solved(v))
@@ -141,7 +141,7 @@ def edges(seed: int = 0) -> pd.DataFrame:
 
 def _null_share(seed: int) -> float:
     """Of the Hessian of the inner problem in whole matrices, the eigenvalues that are zero next to the largest."""
-    part = draw_layer("alphaedit", 6, 1, 1.0, torch.full((KNOBS,), 0.5, dtype=torch.float64), torch.Generator().manual_seed(seed))
+    part = draw_layer("AlphaEdit", 6, 1, 1.0, torch.full((KNOBS,), 0.5, dtype=torch.float64), torch.Generator().manual_seed(seed))
     projector, width = part.basis @ part.basis.T, 3
 
     def inner(u: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def _null_share(seed: int) -> float:
 
 def readings(seed: int = 0) -> pd.DataFrame:
     """Readings of the stripped formulas: the sign of c, and a factor in Q. survives: computed."""
-    problem = isolated(edit_problem("alphaedit", torch.Generator().manual_seed(seed), torch.full((KNOBS,), 0.5, dtype=torch.float64)))
+    problem = isolated(edit_problem("AlphaEdit", torch.Generator().manual_seed(seed), torch.full((KNOBS,), 0.5, dtype=torch.float64)))
     c, _, _ = coupling(problem, problem.start)
     halved = problem._replace(inner=lambda u, v: problem.inner(u, v) / 2)
     apart = ((coupling(halved, problem.start)[0] - c).norm() / c.norm()).item()
@@ -184,11 +184,11 @@ def corollary_on_model(layer: RealLayer, anchors: tuple[str, ...] = ("sum", "rel
             unit = c / c.norm()
             fall = (whole.losses(v - step * unit).sum() - whole.losses(v + step * unit).sum()) / (2 * step) / -c.norm()
             row = {"id": request.id, "anchor": anchor, "isolated": found.pull.norm().item(), "coupling": c.norm().item(), "slope": fall.item(), "before": found.losses.sum().item()}
-            rows += [row | {"eta": eta, "after": whole.losses(v - eta * c).sum().item()} for eta in (2.0**k for k in range(-4, 9, 2))]
+            rows += [row | {"eta": eta, "after": whole.losses(v - eta * c).sum().item()} for eta in (2.0**k for k in range(-2, 9))]
     return pd.DataFrame(rows)
 
 
-def plane(layer: RealLayer, anchor: str = "relative", points: int = 13) -> pd.DataFrame:
+def plane(layer: RealLayer, anchor: str = "relative", points: int = 15) -> pd.DataFrame:
     """F through the whole edit of the first request on a plane through v_init: along −c, and along the planned residual (made orthogonal).
 
     One row a point: down, along (both in the hidden state's units), loss.

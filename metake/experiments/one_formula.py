@@ -182,12 +182,14 @@ def not_idempotent(seed: int = 0, dim: int = 12, sizes: Sequence[float] = (1e-8,
     P = reference.projector(case.statistics(case.rank).covariance, THRESHOLD)
     noise = torch.randn(dim, dim, dtype=torch.float64, generator=generator)
     noise = (noise + noise.T) / (noise + noise.T).norm() * P.norm()
-    given = {"as computed": P, "as the library keeps it": NullSpace(case.statistics(case.rank), threshold=THRESHOLD).project(eye), "rounded to single precision": P.float().double()}
+    kept = NullSpace(case.statistics(case.rank), threshold=THRESHOLD).project(eye)
+    given = {"as computed": P, "as the library keeps it": kept, "rounded to single precision": P.float().double()}
     rows = []
     for name, projector in (given | {f"disturbed by {size:.0e}": P + size * noise for size in sizes}).items():
         forms = [form(case.keys, case.residuals, projector, 1.0, case.past) for form in (reference.alphaedit_paper, reference.alphaedit_code, reference.alphaedit_projected)]
         apart = [_order((form - forms[0]).norm() / forms[0].norm()) for form in forms[1:]]
-        rows.append({"projector": name, "P² − P": _order((projector @ projector - projector).norm() / projector.norm()), "released code − paper": apart[0], "projected keys − paper": apart[1]})
+        defect = _order((projector @ projector - projector).norm() / projector.norm())
+        rows.append({"projector": name, "P² − P": defect, "released code − paper": apart[0], "projected keys − paper": apart[1]})
     return pd.DataFrame(rows)
 
 
@@ -201,5 +203,6 @@ def judge(records: pd.DataFrame, searched: pd.DataFrame, names: Sequence[str] = 
     fine = bool((pd.concat([records.ratio, searched.ratio]) < TIMES_ROUNDING).all())  # not a number is not fine
     missing = [name for name in names if name not in set(records.method)]
     count = f"{len(records)} random comparisons of {records.method.nunique()} methods and {len(searched) // 2} searches"
-    decided = f"no difference above {TIMES_ROUNDING:g} times rounding in {count}" if fine else f"a difference of {max(records.ratio.max(), searched.ratio.max()):.0e} times rounding in {count}"
+    worst = f"no difference above {TIMES_ROUNDING:g}" if fine else f"a difference of {max(records.ratio.max(), searched.ratio.max()):.0e}"
+    decided = f"{worst} times rounding in {count}"
     return {"holds": False if not fine else None if missing else True, "decided_by": decided + (f"; not compared: {', '.join(missing)}" if missing else "")}

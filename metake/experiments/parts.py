@@ -94,5 +94,6 @@ def kept(model: str = "tiny", names: Sequence[str] = tuple(methods.METHODS), bat
             last = editor.finish(lm, state)
         metric = state.metrics[editor.layers[-1]]
         past = len(metric.past) if isinstance(metric, Conditioned) else "as a matrix" if isinstance(metric, Dense) else 0
-        rows.append({"method": name, "edits": state.edits, "keys remembered a layer": past, "copies of weights": len(state.original), "sums of updates": len(state.totals), "acts at the end": last is not None})
+        row = {"method": name, "edits": state.edits, "keys remembered a layer": past, "copies of weights": len(state.original)}
+        rows.append(row | {"sums of updates": len(state.totals), "acts at the end": last is not None})
     return pd.DataFrame(rows)

@@ -16,11 +16,14 @@ import pandas as pd
 
 from metake import report
 from metake.errors import ParameterError, near_misses
+from metake.experiments.ablation import ablation
 from metake.experiments.case_study import case_study
 from metake.experiments.comparison import comparison
 from metake.experiments.dispersion import association_dispersion
 from metake.experiments.operators import operators
+from metake.experiments.proxy_fidelity import proxy_fidelity
 from metake.experiments.quickstart import quickstart
+from metake.experiments.realized_residual import realized_residual
 from metake.experiments.run_time import PLAIN, run_time
 from metake.experiments.streams import streams
 from metake.machine import default_device, versions
@@ -30,7 +33,7 @@ from metake.runs import read_cases
 
 LONG = ("streams",)  # hours on a CPU: only if `only` names them
 STUDIED = ("memit", "alphaedit", "metake", "sphere", "blue", "rect", "prune", "pmet", "rome")
-STREAMED = ("memit", "memit_seq", "prune", "rect", "alphaedit", "blue", "sphere", "metake")
+STREAMED = ("alphaedit", "metake", "memit", "blue", "sphere", "memit_seq", "prune", "rect")
 
 
 def record(
@@ -38,8 +41,8 @@ def record(
     counterfact: str | None = None,
     zsre: str | None = None,
     text: str = "embedded",
-    edits: int = 50,
-    batch: int = 10,
+    edits: int = 100,
+    batch: int = 100,
     seeds: Sequence[int] = (0,),
     only: Sequence[str] | None = None,
     tokens: int | None = 100_000,
@@ -61,18 +64,19 @@ def record(
         # MEMIT's batch is AlphaEdit's but for the solve
         "bench": lambda: run_time(**common, methods_=("alphaedit", "metake", PLAIN), data=data["CounterFact"], edits=100, literal=3),
         "case_study": lambda: case_study(**common, methods=STUDIED, data=data["CounterFact"], edits=20, length=100),
+        "ablation": lambda: ablation(**common, edits=min(edits, 50), data=data, seeds=seeds),
+        "realized": lambda: realized_residual(**common, edits=edits, data={"ZsRE": data["ZsRE"]}, seeds=seeds),
+        "proxy": lambda: proxy_fidelity(**common, edits=100, data=data["CounterFact"], out=runs / "proxy"),
         "streams": lambda: streams(**common, methods=STREAMED, edits=1000, batch=20, every=100, data=data["CounterFact"], out=runs / "streams"),
     }
-    for name in only or ():
-        if name not in parts:
-            raise ParameterError(near_misses(name, parts, "recording"))
+    if unknown := [name for name in only or () if name not in parts]:
+        raise ParameterError(near_misses(unknown[0], parts, "recording"))
     for name, make in parts.items():
         target = f"{name}-{Path(model).name}"
         there = (report.project_root() / "results" / f"{target}.jsonl").is_file()
         if name in only if only else not (there or name in LONG):
             start, origin = time.perf_counter(), _provenance(model, data, text, tokens)
-            frame = make()
-            report.write_recorded(target, frame, origin | _settings(frame, time.perf_counter() - start))
+            report.write_recorded(target, frame := make(), origin | _settings(frame, time.perf_counter() - start))
             yield f"wrote results/{target}.jsonl"
         else:
             yield f"{'kept' if there else 'left out'} results/{target}.jsonl"

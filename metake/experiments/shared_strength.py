@@ -96,9 +96,9 @@ def _contradicts(request: Request, law: Law, a: Tensor, ends: tuple[Tensor, Tens
 
 def summary(records: pd.DataFrame) -> pd.DataFrame:
     """Per law and kind of pair: pairs, pairs that are feasible one by one, traps among all and among these, λ tried, wrong."""
-    grouped = records.assign(feasible_traps=records.trap & records.feasible, nests=records.nested & records.feasible).groupby(["law", "decreasing", "own"], sort=False)
-    found = grouped.agg(pairs=("trap", "size"), feasible=("feasible", "sum"), traps=("trap", "sum"), feasible_traps=("feasible_traps", "sum"), nested=("nests", "sum"), tried=("tried", "sum"), wrong=("wrong", "sum"))
-    return found.reset_index()
+    counts = {"feasible": "feasible", "traps": "trap", "feasible_traps": "both", "nested": "nests", "tried": "tried", "wrong": "wrong"}
+    grouped = records.assign(both=records.trap & records.feasible, nests=records.nested & records.feasible).groupby(["law", "decreasing", "own"], sort=False)
+    return grouped.agg(pairs=("trap", "size"), **{name: (column, "sum") for name, column in counts.items()}).reset_index()
 
 
 def example() -> pd.DataFrame:
@@ -119,24 +119,27 @@ def diagnosed(model: str = "tiny", requests: int = 40, text: str = "embedded", s
         editor = methods.method(name, model, seed=seed)
         found = diagnose(lm, asked, editor, statistics(lm, text, layers=editor.layers))
         beta = pd.Series([d.attenuation for d in found])
-        rows.append({"method": name, "requests": len(found), "empty": sum(not d.feasible for d in found), "least β": beta.min(), "median β": beta.median(), "largest β": beta.max()})
+        empty = sum(not d.feasible for d in found)
+        rows.append({"method": name, "requests": len(found), "empty": empty, "least β": beta.min(), "median β": beta.median(), "largest β": beta.max()})
     return pd.DataFrame(rows)
 
 
 def plans_on_model(
-    model: str = "tiny", requests: int = 8, strengths: Sequence[float] = (0.0625, 1.0, 16.0, 256.0, 4096.0), text: str = "embedded", seed: int = 0
+    model: str = "tiny", requests: int = 6, strengths: Sequence[float] = (0.0625, 1.0, 16.0, 256.0, 4096.0), text: str = "embedded", seed: int = 0, finer: float = 1.0
 ) -> pd.DataFrame:
     """What λ_KL does to real plans: Stage I of the same requests at each λ_KL, with the interval of each under both metrics.
 
     Norms are shares of ‖h‖, τ = ε = 0.25 ‖h‖ as in `diagnose`. The clamp and the early stop, which shorten plans too, are
-    off. One row per method, request and λ_KL: method, id, kl_weight, gamma, beta, planned, lower, upper, feasible, served.
+    off. finer: Stage I takes steps so many times shorter, and 0.4 · finer times as many. One row per method, request and λ_KL:
+    method, id, kl_weight, gamma, beta, planned, lower, upper, feasible, served.
     """
     lm, asked, rows = load(model), [c.request for c in facts(limit=requests)], []
     editors = {name: methods.method(name, model, seed=seed) for name in ("memit", "alphaedit")}
     states = {name: editor.init(lm, statistics(lm, text, layers=editor.layers)) for name, editor in editors.items()}
     editor, contexts, planned = editors["alphaedit"], states["alphaedit"].contexts, {}
+    base = replace(editor.target, steps=round(editor.target.steps * max(1, 0.4 * finer)), step_size=editor.target.step_size / finer)
     for strength in strengths:  # Stage I does not see the metric: one plan for both
-        rule = replace(editor.target, kl_weight=strength, clamp=1e9, stop_below=0.0)
+        rule = replace(base, kl_weight=strength, clamp=1e9, stop_below=0.0)
         targets = optimize_targets(lm, asked, contexts, editor.layers[-1], rule)
         planned[strength] = (targets.planned.norm(dim=1) / targets.anchor.norm(dim=1)).tolist()
     for name, state in states.items():

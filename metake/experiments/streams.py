@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import pandas as pd
 from metake import methods as known
 from metake.editor import Editor, EditorState
 from metake.errors import ParameterError, ProvenanceError
-from metake.evaluation import evaluate
+from metake.evaluation import NAMES, CaseScore, evaluate
 from metake.model import LanguageModel, load
 from metake.report.comparison import signed
 from metake.report.style import style
@@ -38,7 +39,7 @@ def revised(cases: Sequence[EditCase], seed: int) -> Cases:
     """The same facts edited once more, each to another object of its relation: CounterFact cases, ids ending in +1, +2, …
 
     Objects of a relation: what the given cases with the same prompt hold true or write. The new one is none that the fact
-    had before, and its probes ask for it alone, against each of those; neighbors are asked for their own object against
+    had before, and its probes ask for it alone, against each of those (`streams` wants it to beat them all); neighbors are asked for their own object against
     it. A fact whose relation has no such object left is passed over. Generation prompts lose their reference.
     Raises ParameterError if no fact can be revised, or the cases do not say what was true before (ZsRE).
     """
@@ -153,8 +154,21 @@ def _measure(lm: LanguageModel, done: Sequence[EditCase], batch: int, sample: in
     drawn = sorted(force.values(), key=lambda c: random.Random(f"{seed}/{c.request.text}").random())[:sample]
     groups = dict(zip(GROUPS, (drawn, done[:batch], done[(len(done) - 1) // batch * batch :]), strict=True))
     asked = list({c.request.text: c for group in groups.values() for c in group}.values())
-    scores = {row["id"]: {m: round(row[m], 4) if m in row else None for m in METRICS} for row in evaluate(lm, asked).records()}
+    scores = {c.request.id: _scores(c, found) for c, found in zip(asked, evaluate(lm, asked).cases, strict=True)}
     return [{"group": name, "id": names[c.request.text]} | scores[c.request.id] for name, group in groups.items() for c in group]
+
+
+def _scores(case: EditCase, found: CaseScore) -> dict[str, float | None]:
+    """The family's metrics of one case; but a prompt that names several rivals succeeds only if the target beats them all.
+
+    A mean over rivals would credit an unedited model: it ranks one counterfactual object above another half of the time.
+    """
+    probes = [p for p in case.probes if p.kind in NAMES]
+    outcomes: dict[str, dict[Any, float]] = {name: {} for name in NAMES.values()}
+    for place, (probe, scored) in enumerate(zip(probes, found.probes, strict=True)):
+        prompts, key = outcomes[NAMES[probe.kind]], place if probe.kind == "neighborhood" else probe.prompt
+        prompts[key] = min(scored.score, prompts.get(key, 1.0))
+    return {name: round(fmean(prompts.values()), 4) if prompts else None for name, prompts in outcomes.items()}
 
 
 class _Points:

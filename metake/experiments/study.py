@@ -60,7 +60,9 @@ def study(
             batch = _Batch(lm, given, cases, evaluate(lm, cases), {})
             for method, editor in editors.items():
                 rows += [{"dataset": name, "seed": seed, "method": method} | row for row in _one(batch, editor)]
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    frame.attrs["settings"] = {"edits": edits, "seeds": list(seeds)}
+    return frame
 
 
 def _one(batch: _Batch, editor: Editor) -> list[dict[str, Any]]:

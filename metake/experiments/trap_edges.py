@@ -92,11 +92,11 @@ def _multipliers(seed: int) -> dict[str, bool]:
 
 
 def batch_trap(model: str = "tiny", requests: int = 20, text: str = "embedded", seed: int = 0) -> pd.DataFrame:
-    """Which ellipsoid the editor itself has: what a batch leaves unwritten of plans R is R(I − B), so A = (I − B)² on combinations of requests.
+    """Which ellipsoid the editor itself has: a batch leaves R(I − B) of plans R unwritten, so A = (I − B)² on combinations of requests.
 
     For one request A = (1−β)² I, a ball. Plans are really written: along the combination that is written best and the one
     that is written worst, with τ at the middle of (δ/√λmax, δ/√λmin) and a little under it, δ = 1. Per method: requests, √κ,
-    alone = √κ of the first request alone, from_tau and to_tau = where a shared λ is trapped, served_in and served_under = λ that serve both.
+    √κ of the first request alone, from_tau and to_tau = where a shared λ is trapped, served_in and served_under = λ that serve both.
     """
     lm, asked, rows = load(model), [c.request for c in facts(limit=requests)], []
     for name in ("memit", "alphaedit"):
@@ -110,7 +110,8 @@ def batch_trap(model: str = "tiny", requests: int = 20, text: str = "embedded", 
         found = {"in": (inner * outer) ** 0.5, "under": inner * (1 - STEP)}
         served = {where: sum(_serves(keys, metric, operator, tau, x * (inner * tau) ** -0.5) for x in GRID) for where, tau in found.items()}
         single = [_left(keys[:1], residual[None], metric).norm().item() for residual in torch.eye(4).to(keys)]
-        rows.append({"method": name, "requests": len(asked), "√κ": outer / inner, "√κ of one request": max(single) / min(single), "from_tau": inner, "to_tau": outer, **{f"served_{k}": v for k, v in served.items()}})
+        row = {"method": name, "requests": len(asked), "√κ": outer / inner, "√κ of one request": max(single) / min(single)}
+        rows.append(row | {"from_tau": inner, "to_tau": outer, **{f"served_{k}": v for k, v in served.items()}})
     return pd.DataFrame(rows)
 
 
@@ -140,7 +141,8 @@ def drawn(kappa: float = 16.0, tau: float = 2.0) -> tuple[pd.DataFrame, pd.DataF
         progress, safety = (m.item() for m in trap.margins(strength))
         for name, axis in (("easy", 0), ("hard", 1)):
             moved = displacement(-torch.eye(2, dtype=torch.float64)[axis], trap.hessian, strength)
-            rows.append({"strength": strength, "request": name, "x": moved[0].item(), "y": moved[1].item(), "ball": moved.norm().item(), "progress": progress >= 1 - SLACK, "safe": safety >= 1 - SLACK})
+            place = {"x": moved[0].item(), "y": moved[1].item(), "ball": moved.norm().item()}
+            rows.append({"strength": strength, "request": name, **place, "progress": progress >= 1 - SLACK, "safe": safety >= 1 - SLACK})
     outlines = [pd.DataFrame({"curve": name, "x": xy[0].numpy(), "y": xy[1].numpy()}) for name, xy in curves.items()]
     return pd.concat(outlines, ignore_index=True), pd.DataFrame(rows)
 

@@ -15,6 +15,7 @@ from metake.report.interactive import beta_plane, beta_to_drag
 from metake.report.operators import if_recorded, recorded_or, refined_minus_base, source
 from metake.report.plots import attenuation_curve, before_after, dispersion, stage_bars
 from metake.report.proxy import proxy_certificates, proxy_cosines, proxy_descent
+from metake.report.realized import realized_curves
 from metake.report.requirement import ball_and_ellipsoid, feasible_plans, real_plans, suppression
 from metake.report.shown import Verdict, provenance, table, verdict
 from metake.report.streams import stream_curves
@@ -22,6 +23,6 @@ from metake.report.style import METHOD_STYLE, Style, style
 
 __all__ = [
     "METHOD_STYLE", "Figure", "Style", "Verdict", "agreement", "artifact_name", "attenuation_curve", "ball_and_ellipsoid", "before_after", "beta_plane", "beta_to_drag", "comparison_dots", "comparison_table", "coupling_step", "descent", "dispersion",
-    "feasible_plans", "figures_dir", "forest", "generations", "if_recorded", "last_layer", "option_effects", "paper", "project_root", "provenance", "proxy_certificates", "proxy_cosines", "proxy_descent", "real_plans", "recorded", "recorded_or", "refined_minus_base", "source", "stage_bars", "stream_curves", "style", "suppression", "table",
+    "feasible_plans", "figures_dir", "forest", "generations", "if_recorded", "last_layer", "option_effects", "paper", "project_root", "provenance", "proxy_certificates", "proxy_cosines", "proxy_descent", "real_plans", "realized_curves", "recorded", "recorded_or", "refined_minus_base", "source", "stage_bars", "stream_curves", "style", "suppression", "table",
     "target_shares", "tradeoff", "verdict", "write_recorded",
 ]  # fmt: skip

@@ -9,9 +9,11 @@ import pandas as pd
 
 from metake.report.figure import Figure
 from metake.report.plots import _log_axis, _require, _soft
-from metake.report.style import style
+from metake.report.style import FALLBACK, Style
 
-ANCHORS = {"sum": ("memit", "the literal anchor ‖v − v_init‖²"), "relative": ("metake", "the anchor relative to ‖v_init‖²")}
+COLORS, MARKERS, LINES = FALLBACK[0], ("s", "o", "^", "D"), ("-", "--", "-.", ":")
+ANCHORS = {"sum": Style(COLORS[1], "s", "--", "literal anchor"), "relative": Style(COLORS[0], "o", "-", "anchor relative to ‖v‖²")}
+WHOLE, AHEAD = Style(COLORS[2], "^", "-", "whole edit"), Style(COLORS[0], "o", "-", "look-ahead")
 
 
 def coupling_step(records: pd.DataFrame, plane: pd.DataFrame, model: str | None = None, name: str = "necessity") -> Figure:
@@ -27,21 +29,21 @@ def coupling_step(records: pd.DataFrame, plane: pd.DataFrame, model: str | None 
         left = axes[0, 0]
         left.axhline(1, color=_soft(0.5), linewidth=1)
         for anchor, group in shares.groupby("anchor", sort=False):
-            look, words = style(ANCHORS[anchor][0]), ANCHORS[anchor][1]
+            look = ANCHORS[anchor]
             for i, (_, own) in enumerate(group.groupby("id", sort=False)):
-                left.plot(own.eta, own.share, color=look.color, marker=look.marker, markersize=4, linestyle=look.line, linewidth=1.2, label=words if not i else None)
-        left.set(xscale="log", ylim=(0, 1.4), xlabel="step η along −c", ylabel="F(v_iso − ηc) / F(v_iso)", title="A step along −c, each request")
+                left.plot(own.eta, own.share, color=look.color, marker=look.marker, markersize=4, linestyle=look.line, linewidth=1.2, label=look.name if not i else None)
+        left.set(xscale="log", ylim=(0, 1.4), xlabel="step η", ylabel="F after the step / F before", title="From the isolated target along −c")
         _log_axis(left.xaxis)
-        left.legend(loc="lower left", handlelength=1.6)
+        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, handlelength=1.6)
         _draw_plane(axes[0, 1], plane)
 
     best = shares.groupby(["anchor", "id"], sort=False).share.min().reset_index()
-    summary = best.groupby("anchor", sort=False).share.agg(["min", "median", "max"]).reset_index().rename(columns={"anchor": "least F over F(v_iso), anchor"})
+    summary = best.groupby("anchor", sort=False).share.agg(["min", "median", "max"]).reset_index().rename(columns={"anchor": "lowest F after / before, by anchor"})
     alt = f"""The outer loss after the whole edit, over its value at the isolated target, against the step along minus c, {records.id.nunique()} requests with two anchors.
         Every curve starts below one; the least is {shares.share.min():.2f}, and long steps under the literal anchor rise above one.
         Second panel: contours of the loss on a plane through the isolated target, which does not lie at the lowest point."""
     data = pd.concat([shares.assign(kind="step"), plane.assign(kind="plane")], ignore_index=True)
-    return Figure(draw, data, name, alt, model, summary, (8.8, 3.8), ncols=2)
+    return Figure(draw, data, name, alt, model, summary, (8.8, 4.1), ncols=2)
 
 
 def _draw_plane(axes: Any, plane: pd.DataFrame) -> None:
@@ -51,15 +53,14 @@ def _draw_plane(axes: Any, plane: pd.DataFrame) -> None:
     shades = mpl.colors.LinearSegmentedColormap.from_list("ink", [_soft(0.85), _soft(0.25)])
     lines = axes.contour(grid.columns, grid.index, grid.to_numpy(), levels=levels, cmap=shades, linewidths=1.1)
     axes.clabel(lines, levels[::2], fmt=lambda value: f"{value:.2g}", fontsize=8)
-    least = plane.loc[plane.loss.idxmin()]
-    iso, best = style("alphaedit"), style("metake")
-    axes.annotate("", (0.45 * grid.columns.max(), 0), (0, 0), arrowprops={"arrowstyle": "-|>", "color": best.color, "linewidth": 2, "shrinkA": 0})
-    axes.plot(0, 0, color=iso.color, marker=iso.marker, markersize=9, linestyle="", label="v_iso, stationary in isolation")
-    axes.plot(least.down, least.along, color=best.color, marker=best.marker, markersize=8, linestyle="", label="lowest F on this grid")
-    axes.annotate("−c", (0.45 * grid.columns.max(), 0), xytext=(4, 4), textcoords="offset points", color=best.color, fontweight="bold")
+    least, end = plane.loc[plane.loss.idxmin()], 0.45 * grid.columns.max()
+    axes.annotate("", (end, 0), (0, 0), arrowprops={"arrowstyle": "-|>", "color": AHEAD.color, "linewidth": 2, "shrinkA": 0})
+    axes.annotate("−c", (end, 0), xytext=(3, 5), textcoords="offset points", color=AHEAD.color, fontweight="bold")
+    axes.plot(0, 0, color=WHOLE.color, marker="D", markersize=8, linestyle="", label="isolated target")
+    axes.plot(least.down, least.along, color=COLORS[1], marker="*", markersize=13, linestyle="", label="lowest F on the grid")
     axes.set(xlabel="along −c", ylabel="along the plan r", title="F after the whole edit, one request")
     axes.grid(False)
-    axes.legend(loc="upper right", fontsize=8.5, handletextpad=0.3, framealpha=0.0)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, handletextpad=0.3)
 
 
 def descent(falls: pd.DataFrame, iterates: pd.DataFrame, floor: pd.DataFrame, model: str | None = None, name: str = "convergence") -> Figure:
@@ -78,15 +79,14 @@ def descent(falls: pd.DataFrame, iterates: pd.DataFrame, floor: pd.DataFrame, mo
         left.axhline(0, color=_soft(0.4), linewidth=1)
         left.axvline(2, color=_soft(0.4), linewidth=1, linestyle=":")
         for anchor, own in falls.groupby("anchor", sort=False):
-            look = style(ANCHORS[anchor][0])
-            left.scatter(own["product"], own.share, color=look.color, marker=look.marker, s=22, alpha=0.75, linewidth=0, zorder=3, label=f"{anchor}")
-        left.set(xlabel="ηL", ylabel="fall of F_VL over η‖∇F_VL‖²", title="Every step", ylim=(-0.8, 1.25))
-        left.legend(loc="lower left", handletextpad=0.4, title="anchor", title_fontsize=9)
+            look = ANCHORS[anchor]
+            left.scatter(own["product"], own.share, color=look.color, marker=look.marker, s=22, alpha=0.75, linewidth=0, zorder=3, label=look.name)
+        left.set(xlabel="η L", ylabel="fall of the loss / η‖gradient‖²", title="Every step of the look-ahead", ylim=(-1.0, 1.1))
+        left.legend(loc="lower left", handletextpad=0.4)
         _draw_runs(middle, iterates)
-        look, whole = style("metake"), style("alphaedit")
         right.plot(floor["T"], floor.bound, color=_soft(0.8), label="bound of Corollary 2")
-        right.plot(floor["T"], floor["least whole"], color=whole.color, marker=whole.marker, linestyle=whole.line, markersize=5, label="‖∇F‖, whole edit")
-        right.plot(floor["T"], floor["least look-ahead"], color=look.color, marker=look.marker, linestyle=look.line, markersize=4, label="‖∇F_VL‖, look-ahead")
+        right.plot(floor["T"], floor["least whole"], color=WHOLE.color, marker=WHOLE.marker, linestyle=WHOLE.line, markersize=5, label="gradient of the whole edit")
+        right.plot(floor["T"], floor["least look-ahead"], color=AHEAD.color, marker=AHEAD.marker, linestyle=AHEAD.line, markersize=4, label="gradient of the look-ahead")
         right.set(yscale="log", xlabel="steps T", title="Smallest gradient so far")
         right.legend(loc="lower left", fontsize=9)
 
@@ -102,18 +102,20 @@ def descent(falls: pd.DataFrame, iterates: pd.DataFrame, floor: pd.DataFrame, mo
 def _draw_runs(axes: Any, iterates: pd.DataFrame) -> None:
     """F_VL of the runs with the anchor under which the model's own curvature shows."""
     own = iterates[iterates.anchor == "relative"]
-    looks = [("memit", "-"), ("alphaedit", "--"), ("metake", "-"), ("blue", "-."), ("sphere", ":"), ("pmet", "--")]
-    for (factor, run), (method, line) in zip(own.groupby("factor"), looks, strict=False):
-        axes.plot(run.step, run.loss, color=style(method).color, linestyle=line, marker=style(method).marker, markersize=3.5, linewidth=1.3, label=f"{factor:.1f}")
-    axes.set(yscale="log", xlabel="step", title="F_VL, relative anchor")
+    factors = sorted(own.factor.unique())
+    for i, factor in enumerate(factors):
+        run, tint = own[own.factor == factor], mpl.colors.to_rgba(AHEAD.color, 0.35 + 0.65 * i / max(1, len(factors) - 1))
+        axes.plot(run.step, run.loss, color=tint, linestyle=LINES[i % 4], marker=(*MARKERS, "P", "X")[i % 6], markersize=4, linewidth=1.3, label=f"{factor:.1f}")
+    axes.set(yscale="log", xlabel="step", title="Look-ahead loss, relative anchor")
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True))
     _log_axis(axes.yaxis)
-    axes.legend(title="ηL", title_fontsize=9, fontsize=8.5, ncols=2, handlelength=1.8, columnspacing=1.0)
+    axes.legend(title="η L", title_fontsize=9, fontsize=8.5, ncols=2, handlelength=1.8, columnspacing=1.0)
 
 
 def last_layer(lemmas: pd.DataFrame, instances: pd.DataFrame, drifts: pd.DataFrame, real: pd.DataFrame, model: str | None = None, name: str = "dominance") -> Figure:
     """Left: ‖M_l − M_L‖ against Lemma 4's bound; right: ‖g − ĝ‖/‖ĝ‖ against q; random instances, and what the model gives.
 
-    lemmas: gates apart, paper, mean value; instances: q, error, lower; drifts: gates apart, mean value; real: q, error.
+    lemmas: gates apart, paper, mean value; instances: q, error, lower; drifts: gates apart, mean value; real: proxy, q, error.
     """
     _require(lemmas, "gates apart", "paper", "mean value")
     _require(instances, "q", "error", "lower")
@@ -121,15 +123,19 @@ def last_layer(lemmas: pd.DataFrame, instances: pd.DataFrame, drifts: pd.DataFra
 
     def draw(axes: Any) -> None:
         left, right = axes[0]
-        paper_look, own_look, model_look = style("memit"), style("blue"), style("metake")
-        left.scatter(paper.paper, paper["gates apart"], color=paper_look.color, marker=paper_look.marker, s=14, alpha=0.7, linewidth=0, label="the paper's bound, where Δ < λ")
-        left.scatter(lemmas["mean value"], lemmas["gates apart"], color=own_look.color, marker=own_look.marker, s=18, alpha=0.6, linewidth=0, label="mean-value bound, always")
-        left.scatter(drifts["mean value"], drifts["gates apart"], color=model_look.color, marker=model_look.marker, s=34, linewidth=0, label="mean-value bound, real layers")
-        right.scatter(instances[instances.lower].q, instances[instances.lower].error, color=own_look.color, marker="o", s=14, alpha=0.6, linewidth=0, label="F falls along −ĝ")
-        right.scatter(instances[~instances.lower].q, instances[~instances.lower].error, color=style("alphaedit").color, marker="x", s=26, linewidth=1.4, label="F rises")
-        right.scatter(real.q, real.error, color=model_look.color, marker=model_look.marker, s=34, linewidth=0, label="real requests")
+        colors = dict(zip(("paper", "own", "rise", "model"), COLORS, strict=True))
+        left.scatter(paper.paper, paper["gates apart"], color=colors["paper"], marker="s", s=14, alpha=0.7, linewidth=0, label="the paper's bound, where Δ < λ")
+        left.scatter(lemmas["mean value"], lemmas["gates apart"], color=colors["own"], marker="P", s=18, alpha=0.6, linewidth=0, label="mean-value bound, always")
+        left.scatter(drifts["mean value"], drifts["gates apart"], color=colors["model"], marker="D", s=34, linewidth=0, label="mean-value bound, real layers")
+        right.scatter(instances[instances.lower].q, instances[instances.lower].error, color=colors["paper"], marker="o", s=14, alpha=0.6, linewidth=0, label="F falls along −ĝ")
+        right.scatter(instances[~instances.lower].q, instances[~instances.lower].error, color=colors["own"], marker="x", s=26, linewidth=1.4, label="F rises")
+        for proxy, marker in (("one G", "D"), ("Algorithm 1", "^")):
+            own = real[real.proxy == proxy]
+            right.scatter(own.q, own.error, color=colors["rise" if marker == "D" else "model"], marker=marker, s=38, linewidth=0, zorder=4, label=f"real, {proxy}")
         right.axvline(1, color=_soft(0.5), linewidth=1, linestyle=":")
-        for axes_, names, title in ((left, ("bound", "‖M_l − M_L‖"), "Lemma 4: drift of the gates"), (right, ("q", "‖g − ĝ‖ / ‖ĝ‖"), "Theorem 3: error of the proxy")):
+        left.set(xscale="log", yscale="log")
+        left.set_ylim(top=3e4)
+        for axes_, names, title in ((left, ("bound", "distance of two gates"), "Lemma 4: drift of the gates"), (right, ("q", "‖g − ĝ‖ / ‖ĝ‖"), "Theorem 3: error of the proxy")):
             axes_.set(xscale="log", yscale="log", xlabel=names[0], ylabel=names[1], title=title)
             low, high = max(axes_.get_xlim()[0], axes_.get_ylim()[0]), min(axes_.get_xlim()[1], axes_.get_ylim()[1])
             axes_.plot([low, high], [low, high], color=_soft(0.8), linewidth=1.4, zorder=1)
@@ -137,8 +143,8 @@ def last_layer(lemmas: pd.DataFrame, instances: pd.DataFrame, drifts: pd.DataFra
 
     worst = {"Lemma 4, the paper's": (paper["gates apart"] / paper.paper).max(), "Lemma 4, mean value": (lemmas["gates apart"] / lemmas["mean value"]).max(), "Theorem 3": (instances.error / instances.q).max()}
     rows = [{"quantity": key, "instances": n, "largest left over right side": value} for (key, value), n in zip(worst.items(), (len(paper), len(lemmas), len(instances)), strict=True)]
-    alt = f"""Two logarithmic scatter plots with the diagonal where a bound is attained; no point lies above it. First: the drift of gates against its bounds; the {len(drifts)} real points lie far to the
+    alt = f"""Two logarithmic scatter plots with the diagonal where a bound is attained; no random instance lies above it. First: the drift of gates against its bounds; the {len(drifts)} real points lie far to the
         right, at bounds of {drifts["mean value"].min():.2g} and more. Second: the proxy's error against q; {(~instances.lower).sum()} instances whose loss rises all have q of at least one,
-        and the {len(real)} real requests have q from {real.q.min():.2g} to {real.q.max():.2g}."""
+        and the real requests have q from {real.q.min():.2g} to {real.q.max():.2g}."""
     data = pd.concat([lemmas.assign(kind="lemma 4"), instances.assign(kind="theorem"), drifts.assign(kind="real drift"), real.assign(kind="real request")], ignore_index=True)
     return Figure(draw, data, name, alt, model, pd.DataFrame(rows), (8.8, 4.0), ncols=2)

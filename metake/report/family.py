@@ -85,7 +85,8 @@ def option_effects(scores: pd.DataFrame, model: str | None = None, name: str = "
                 panel.plot(row.default, place, color=look.color, **RING, zorder=3)
                 panel.plot(row.option, place, color=look.color, **DISC, zorder=3)
                 text = f"{row.difference:+.1f}".replace("-", "−") if round(row.difference, 1) else "0.0"
-                panel.annotate(text, (1, place), (33, 0), ("axes fraction", "data"), "offset points", ha="right", va="center", fontsize=9, fontweight="bold" if clear[row.Index] else "normal")
+                weight = {"fontweight": "bold" if clear[row.Index] else "normal"}
+                panel.annotate(text, (1, place), (33, 0), ("axes fraction", "data"), "offset points", ha="right", va="center", fontsize=9, **weight)
             panel.set(xlim=(-6, 106), xticks=(0, 50, 100), title=f"{metric.capitalize()}, %", ylim=(len(methods) - 0.4, -0.6))
             panel.set(yticks=range(len(methods)), yticklabels=[style(m).name for m in methods])
             panel.tick_params(axis="y", length=0)

@@ -70,10 +70,14 @@ def _draw_plane(axes: Any, records: pd.DataFrame, scene: Mapping[str, Any], meth
 
 def _level(unit: list[list[float]], squared: float) -> tuple[list[float], list[float]]:
     """The curve kᵀ unit k = squared, a point per degree; what has no end is cut far outside."""
-    turns = [math.radians(i) for i in range(361)]
-    sizes = [unit[0][0] * math.cos(t) ** 2 + 2 * unit[0][1] * math.cos(t) * math.sin(t) + unit[1][1] * math.sin(t) ** 2 for t in turns]
-    reach = [min(math.sqrt(squared / max(s, 1e-12)), 1e3) for s in sizes]
-    return [r * math.cos(t) for r, t in zip(reach, turns, strict=True)], [r * math.sin(t) for r, t in zip(reach, turns, strict=True)]
+    x, y = [], []
+    for turn in map(math.radians, range(361)):
+        along, across = math.cos(turn), math.sin(turn)
+        size = unit[0][0] * along**2 + 2 * unit[0][1] * along * across + unit[1][1] * across**2
+        reach = min(math.sqrt(squared / max(size, 1e-12)), 1e3)
+        x.append(reach * along)
+        y.append(reach * across)
+    return x, y
 
 
 def _draw_intervals(axes: Any, records: pd.DataFrame, methods: list[str]) -> None:

@@ -29,13 +29,12 @@ def _points(records: pd.DataFrame) -> list[str]:
     return [p for p in POINTS if p in set(records.point)]
 
 
-def _lanes(values: pd.Series, middle: float, half: float = 0.11) -> tuple[list[float], list[float]]:
-    """Places of a strip: sorted values, spread evenly over a lane."""
-    ordered = sorted(values)
-    return ordered, [middle + half * (2 * (i * 0.618034 % 1) - 1) for i in range(len(ordered))]
-
-
-def _median(axes: Any, values: pd.Series, row: float) -> None:
+def _strip(axes: Any, values: pd.Series, row: float, look: Style, filled: bool) -> None:
+    """One mark a value, sorted and spread evenly over a lane, and their median."""
+    ordered = sorted(values.dropna())
+    lanes = [row + 0.11 * (2 * (i * 0.618034 % 1) - 1) for i in range(len(ordered))]
+    face = look.color if filled else "none"
+    axes.scatter(ordered, lanes, s=25, marker=look.marker, facecolor=face, edgecolor=look.color, linewidth=1.1, alpha=0.85, zorder=3)
     axes.plot([values.median()] * 2, [row - 0.17, row + 0.17], color=_soft(1), linewidth=2.2, solid_capstyle="butt", zorder=5)
 
 
@@ -54,14 +53,15 @@ def proxy_cosines(records: pd.DataFrame, model: str | None = None, name: str = "
     """
     _require(records, "point", "cosine", "down_cosine")
     points = _points(records)
-    summary = pd.DataFrame([{"point": p} | {f"{c} {q}": getattr(own[c], q)() for c in ("cosine", "down_cosine") for q in ("min", "median", "max")} for p in points for own in [records[records.point == p]]])
+    kinds = ["cosine", "down_cosine"]
+    summary = records.melt(["request", "point"], kinds, "gradients", "cosine of").replace({"cosine": "whole", "down_cosine": "without anchor"})
+    summary = summary.groupby(["point", "gradients"], sort=False)["cosine of"].agg(["min", "median", "max"]).reset_index()
 
     def draw(axes: Any) -> None:
         for row, point in enumerate(points):
             own, look = records[records.point == point], POINTS[point]
-            for column, offset, face in (("cosine", -0.2, look.color), ("down_cosine", 0.2, "none")):
-                axes.scatter(*_lanes(own[column].dropna(), row + offset), s=26, marker=look.marker, facecolor=face, edgecolor=look.color, linewidth=1.1, alpha=0.85, zorder=3)
-                _median(axes, own[column], row + offset)
+            for column, offset, filled in (("cosine", -0.2, True), ("down_cosine", 0.2, False)):
+                _strip(axes, own[column], row + offset, look, filled)
         _rows(axes, [POINTS[p].name for p in points])
         axes.set(xlim=(-1.04, 1.04), xlabel="cosine of exact and proxy gradient")
         axes.scatter([], [], s=26, color=_soft(0.9), label="g and ĝ, anchor included")
@@ -69,8 +69,10 @@ def proxy_cosines(records: pd.DataFrame, model: str | None = None, name: str = "
         axes.plot([], [], color=_soft(1), linewidth=2.2, label="median")
         axes.legend(loc="lower center", bbox_to_anchor=(0.42, 1.0), ncols=3, handletextpad=0.4, columnspacing=1.2)
 
-    said = "; ".join(f"{POINTS[r.point].name}: median {r.cosine:.2f}, without the anchor {r.down_cosine:.2f}" for r in records.groupby("point", sort=False)[["cosine", "down_cosine"]].median().reset_index().itertuples())
-    return Figure(draw, records[["request", "point", "cosine", "down_cosine"]], name, f"Cosine of exact and proxy hypergradient of each edit. {said}.", model, summary, (7.4, 0.9 + 0.75 * len(points)), digits=2)
+    medians = records.groupby("point", sort=False)[kinds].median()
+    said = "; ".join(f"{POINTS[p].name}: median {m.cosine:.2f}, without the anchor {m.down_cosine:.2f}" for p, m in medians.iterrows())
+    alt = f"Cosine of exact and proxy hypergradient of each edit. {said}."
+    return Figure(draw, records[["request", "point", *kinds]], name, alt, model, summary, (7.4, 0.9 + 0.75 * len(points)), digits=2)
 
 
 def proxy_descent(records: pd.DataFrame, model: str | None = None, name: str = "proxy_descent") -> Figure:
@@ -87,13 +89,12 @@ def proxy_descent(records: pd.DataFrame, model: str | None = None, name: str = "
     def panel(axes: Any, point: str) -> None:
         own = records[records.point == point]
         for row, (direction, look) in enumerate(DIRECTIONS.items()):
-            for column, face, offset in ((direction, look.color, -0.17), (f"equal_{direction}", "none", 0.17)):
-                if column in own:
-                    alone = f"equal_{direction}" not in own
-                    axes.scatter(*_lanes(own[column].dropna(), row + offset * (not alone), 0.1), s=24, marker=look.marker, facecolor=face, edgecolor=look.color, linewidth=1.1, alpha=0.85, zorder=3)
-                    _median(axes, own[column], row + offset * (not alone))
+            both = f"equal_{direction}" in own
+            _strip(axes, own[direction], row - 0.18 * both, look, True)
+            if both:
+                _strip(axes, own[f"equal_{direction}"], row + 0.18, look, False)
         axes.set_title(POINTS[point].name)
-        axes.set_xlabel("basis points of F")
+        axes.set_xlabel("reduction of F, basis points")
 
     def draw(axes: Any) -> None:
         for i, point in enumerate(points):
@@ -105,8 +106,10 @@ def proxy_descent(records: pd.DataFrame, model: str | None = None, name: str = "
         last.scatter([], [], s=24, facecolor="none", edgecolor=_soft(0.9), label="same length as g")
         last.figure.legend(loc="outside lower center", ncols=2, handletextpad=0.4)
 
-    said = "; ".join(f"{POINTS[p].name}: " + ", ".join(f"{look.name} {records.loc[records.point == p, d].median():.3g}" for d, look in DIRECTIONS.items()) for p in points)
-    return Figure(draw, tall, name, f"Median reduction of the outer loss in basis points by one step. {said}.", model, summary, (1.4 + 2.25 * len(points), 3.3), digits=2, ncols=len(points), sharey=True)
+    medians = records.groupby("point", sort=False)[list(DIRECTIONS)].median()
+    said = "; ".join(f"{POINTS[p].name}: " + ", ".join(f"{look.name} {medians.loc[p, d]:.3g}" for d, look in DIRECTIONS.items()) for p in points)
+    alt = f"Median reduction of the outer loss in basis points by one step. {said}."
+    return Figure(draw, tall, name, alt, model, summary, (1.4 + 2.25 * len(points), 3.3), digits=2, ncols=len(points), sharey=True)
 
 
 def _region(axes: Any) -> None:
@@ -144,23 +147,26 @@ def proxy_certificates(cases: pd.DataFrame, records: pd.DataFrame, model: str | 
 
     def draw(axes: Any) -> None:
         left, right = axes[0]
-        for point in ("random", *points):
-            here, own = (left if point == "random" else right), data[data.point == point]
-            look = POINTS.get(point, Style(_soft(0.55), ".", "-", "descends"))
-            falls = own[own.alignment > 0]
-            rises = own.drop(falls.index)
-            small = point == "random"
-            here.scatter(falls.x, falls.y, s=9 if small else 34, color=look.color, marker=look.marker, linewidth=0, alpha=0.6 if small else 0.9, label=look.name, zorder=2)
-            if small:
-                here.scatter(rises.x, rises.y, s=12, color="#b0487a", marker="x", linewidth=0.9, label="does not descend", zorder=3)
-            else:
-                here.scatter(rises.x, rises.y, s=34, facecolor="none", edgecolor=look.color, marker=look.marker, linewidth=1.3, zorder=3)
+        random = data[data.point == "random"]
+        falls = random.alignment > 0
+        left.scatter(random.x[falls], random.y[falls], s=9, color=_soft(0.55), marker=".", linewidth=0, label="descends", zorder=2)
+        left.scatter(random.x[~falls], random.y[~falls], s=12, color="#b0487a", marker="x", linewidth=0.9, label="does not descend", zorder=3)
+        for point in points:
+            _edits(right, data[data.point == point], POINTS[point])
         right.scatter([], [], s=34, facecolor="none", edgecolor=_soft(0.9), label="hollow: does not descend")
-        for here, title in ((left, "Random gradients"), (right, "Edits of the model")):
+        for here, title, scale in ((left, "Random gradients", 1.6), (right, "Edits of the model", 1)):
             _region(here)
             here.set_title(title)
-            here.legend(loc="upper center", bbox_to_anchor=(0.5, -0.19), ncols=2, fontsize=8.5, handletextpad=0.3, columnspacing=1, markerscale=1 if here is right else 1.6)
+            here.legend(loc="upper center", bbox_to_anchor=(0.5, -0.19), ncols=2, fontsize=8.5, handletextpad=0.3, columnspacing=1, markerscale=scale)
         right.set_ylabel("")
 
     said = "; ".join(f"{r.point}: {r.certified} of {r.n} certified, {r.descends} descend" for r in summary.itertuples())
-    return Figure(draw, data, name, f"Proxy gap against the threshold that Theorem 2 allows; below the diagonal a case is certified. {said}.", model, summary, (8.6, 4.2), ncols=2)
+    alt = f"Proxy gap against the threshold that Theorem 2 allows; below the diagonal a case is certified. {said}."
+    return Figure(draw, data, name, alt, model, summary, (8.6, 4.2), ncols=2)
+
+
+def _edits(axes: Any, own: pd.DataFrame, look: Style) -> None:
+    falls = own.alignment > 0
+    axes.scatter([], [], s=34, color=look.color, marker=look.marker, label=look.name)
+    faces = [look.color if f else "none" for f in falls]
+    axes.scatter(own.x, own.y, s=34, facecolor=faces, edgecolor=look.color, marker=look.marker, linewidth=1.2, alpha=0.9, zorder=3)

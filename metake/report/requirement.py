@@ -48,22 +48,18 @@ def feasible_plans(region: pd.DataFrame, plans: pd.DataFrame, intervals: pd.Data
         left, right = axes[0]
         fits = region[region.lower <= region.upper]
         left.fill_between(fits.beta, fits.lower, fits.upper, color=GOOD, alpha=0.16, linewidth=0)
-        left.plot(region.beta, region.lower, color=FIRST, linestyle="--")
-        left.plot(region.beta, region.upper, color=SECOND, linestyle="-")
-        edge = fits.beta.min()
-        left.axvline(edge, color=_soft(0.6), linewidth=1, linestyle=":")
-        left.annotate("τ/(τ+ε)", (edge, 0.53), (4, 0), textcoords="offset points", fontsize=9)
-        left.annotate("τ/β", (0.085, 14), fontsize=10.5, color=FIRST, fontweight="bold")
-        left.annotate("ε/(1−β)", (0.79, 7.2), fontsize=10.5, color=SECOND, fontweight="bold", ha="right")
+        left.plot(region.beta, region.lower, color=FIRST, linestyle="--", label="τ/β")
+        left.plot(region.beta, region.upper, color=SECOND, linestyle="-", label="ε/(1−β)")
+        left.axvline(fits.beta.min(), color=_soft(0.6), linewidth=1.2, linestyle=":", label="β = τ/(τ+ε)")
         _outcomes(left, plans, "beta", "norm")
         left.set(yscale="log", xlim=(0, 1), ylim=(0.45, 22), xlabel="share β that is written", ylabel="norm of the plan ‖r‖, in units of τ = ε", title="Plans that were written")
         _log_axis(left.yaxis)
-        _key(left)
+        _key(left, 3)
         _draw_intervals(right, intervals)
 
     told = "; ".join(f"{outcome}: {count}" for outcome, count in summary.to_numpy())
     spans = "; ".join(f"{r.pair}, {r.request}: λ from {r.first:.2g} to {r.last:.2g}" for r in intervals.itertuples())
-    alt = f"""Left: norm of a plan against β with the feasible region between τ/β and ε/(1−β), which is empty left of β = τ/(τ+ε) = {region[region.lower <= region.upper].beta.min():.2g};
+    alt = f"""Left: norm of a plan against β with the feasible region between τ/β and ε/(1−β), empty left of β = {region[region.lower <= region.upper].beta.min():.2g};
         {len(plans)} plans lie on the side of each curve that their outcome demands ({told}). Right: admissible λ of two pairs of requests. {spans}."""
     data = pd.concat([region.assign(kind="region"), plans.assign(kind="plan"), intervals.assign(kind="interval")], ignore_index=True)
     return Figure(draw, data, name, alt, None, summary, (9.4, 4.5), ncols=2, width_ratios=(5, 4))
@@ -82,7 +78,8 @@ def _draw_intervals(axes: Any, intervals: pd.DataFrame) -> None:
     axes.fill_betweenx((-0.45, 1.45), high["last"], low["first"], facecolor="none", edgecolor=_soft(0.75), hatch="////", linewidth=0, zorder=4)
     axes.annotate("any λ here fails both", ((high["last"] * low["first"]) ** 0.5, 1.47), (0, -2), textcoords="offset points", ha="center", va="top", fontsize=8.5)
     labels = [f"{r.request}, a = {r.a:g}" for r in rows.itertuples()]
-    axes.set(xscale="log", xlim=(0.04, 9), ylim=(4.1, -0.7), yticks=[0, 1, 2.5, 3.5], yticklabels=labels, xlabel="KL weight λ that all requests share", title="λ that a request can use")
+    axes.set(ylim=(4.1, -0.7), yticks=[0, 1, 2.5, 3.5], yticklabels=labels)
+    axes.set(xscale="log", xlim=(0.04, 9), xlabel="KL weight λ that all requests share", title="λ that a request can use")
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     _log_axis(axes.xaxis)
@@ -106,14 +103,15 @@ def real_plans(records: pd.DataFrame, region: pd.DataFrame, model: str | None = 
             own, look = records[records.method == method], style(method)
             sizes = 10 + 9 * own.kl_weight.map(weights.index)
             left.scatter(own.beta, own.planned, s=sizes, facecolor="none", edgecolor=look.color, marker=look.marker, linewidth=1.1, label=look.name, zorder=3)
-        left.set(yscale="log", xlim=(0, 1), ylim=(low, high), xlabel="share β that is written", ylabel="norm of the plan ‖r‖ / ‖h‖", title="Real requests (larger mark: larger λ_KL)")
+        left.set(yscale="log", xlim=(0, 1), ylim=(low, high), xlabel="share β that is written", ylabel="norm of the plan ‖r‖ / ‖h‖")
+        left.set(title=r"Real requests (larger mark: larger $\lambda_{KL}$)")
         _key(left, 3)
         for _, group in once.groupby("id", sort=False):
             right.plot(group.kl_weight, group.planned, color=_soft(0.45), linewidth=1.1, marker=".", markersize=5)
         start = once[once.kl_weight == weights[0]].planned.median()
         right.plot(weights, [start * weights[0] / w for w in weights], color=FIRST, linestyle="--", label="a/λ")
         right.plot([], [], color=_soft(0.45), marker=".", label="one real request")
-        right.set(xscale="log", yscale="log", ylim=(low, high), xlabel="KL weight λ_KL", title="What λ_KL does to a plan")
+        right.set(xscale="log", yscale="log", ylim=(low, high), xlabel=r"KL weight $\lambda_{KL}$", title=r"What $\lambda_{KL}$ does to a plan")
         _key(right)
         _log_axis(left.yaxis)
         _log_axis(right.yaxis)
@@ -121,7 +119,8 @@ def real_plans(records: pd.DataFrame, region: pd.DataFrame, model: str | None = 
     median = once.groupby("kl_weight").planned.median()
     summary = median.rename("median plan").reset_index()
     alt = f"""Left: {once.id.nunique()} real requests under {" and ".join(style(m).name for m in methods)}: norm of the planned residual against β, with the feasible region.
-        Right: the same norms against λ_KL; the median falls from {median.iloc[0]:.2g} at {weights[0]:g} to {median.iloc[-1]:.2g} at {weights[-1]:g}, while a/λ would fall {weights[-1] / weights[0]:.2g} times."""
+        Right: the same norms against λ_KL; the median falls from {median.iloc[0]:.2g} at {weights[0]:g} to {median.iloc[-1]:.2g} at {weights[-1]:g},
+        while a/λ would fall {weights[-1] / weights[0]:.2g} times."""
     data = pd.concat([records.assign(kind="plan"), region.assign(kind="region")], ignore_index=True)
     return Figure(draw, data, name, alt, model, summary, (9.4, 4.3), ncols=2, width_ratios=(5, 4))
 
@@ -145,11 +144,11 @@ def suppression(limits: pd.DataFrame, spectrum: pd.DataFrame, model: str | None 
             if outside:
                 left.annotate(f"limit {own['limit'].iloc[0]:.2g}", (own.floor.iloc[-1], own.beta.iloc[-1]), (0, -6), textcoords="offset points", ha="right", va="top", fontsize=8.5)
         left.plot([], [], color=_soft(0.7), linestyle=":", linewidth=1.3, label="bound (25)")
-        left.set(xscale="log", yscale="log", xlabel="smallest protected eigenvalue $s_H$", ylabel="share β that is written", title="Energy outside H is written for ever")
+        left.set(xscale="log", yscale="log", xlabel="smallest protected eigenvalue $s_H$", ylabel="share β that is written", title="Protected eigenvalues grow")
         _key(left)
         for method in methods:
             own, look = spectrum[spectrum.method == method].sort_values("eigenvalue"), style(method)
-            shown = own.iloc[:: max(1, len(own) // 60)]
+            shown = own.iloc[sorted({*range(0, len(own), max(1, len(own) // 60)), *range(len(own) - 8, len(own))})]
             right.plot(shown.eigenvalue, shown.beta, color=look.color, linestyle=look.line, marker=look.marker, markersize=3.2, linewidth=1.2, label=look.name)
         _draw_energy(right, spectrum[spectrum.method == methods[0]])
         right.set(xscale="log", ylim=(-0.03, 1.03), xlabel="eigenvalue of C of the direction", ylabel="share β that is written", title="A key along each eigen-direction")
@@ -158,7 +157,8 @@ def suppression(limits: pd.DataFrame, spectrum: pd.DataFrame, model: str | None 
     ends = "; ".join(f"{100 * o:g} % outside: β = {limits[limits.outside == o].beta.iloc[-1]:.2g} at s_H = {limits.floor.max():.0e}" for o, *_ in looks)
     spans = spectrum.groupby("method", sort=False).beta.agg(["min", "median", "max"])
     told = "; ".join(f"{style(m).name} from {max(r['min'], 0):.2g} to {r['max']:.2g}" for m, r in spans.iterrows())
-    alt = f"Left: share β against the protected eigenvalue. {ends}. Right: β of a key along each eigen-direction of a layer against its eigenvalue, and the share of real keys' energy there. {told}."
+    alt = f"""Left: share β against the protected eigenvalue. {ends}. Right: β of a key along each eigen-direction of a layer against its eigenvalue,
+        and the share of real keys' energy there. {told}."""
     data = pd.concat([limits.assign(kind="limit"), spectrum.assign(kind="direction")], ignore_index=True)
     summary = limits.rename(columns={"floor": "s_H"})[limits.floor.isin((1.0, 1e4, 1e8))]
     return Figure(draw, data, name, alt, model, summary.astype({"s_H": "int64"}), (9.4, 4.4), ncols=2)
@@ -192,8 +192,9 @@ def ball_and_ellipsoid(outlines: pd.DataFrame, requests: pd.DataFrame, sweep: pd
             own = requests[requests.strength == strength]
             left.scatter(own.x, own.y, color=color, marker=marker, s=60, zorder=4, label=f"λ = {strength:g}")
             for row in own.itertuples():
-                word = ("progress" if row.progress else "no progress") if row.request == "easy" else ("safe" if row.safe else "unsafe")
-                left.annotate(word, (row.x, row.y), (6, 5), textcoords="offset points", fontsize=8.5, color=color)
+                word = ("progress" if row.progress else "short") if row.request == "easy" else ("safe" if row.safe else "unsafe")
+                low = row.request == "easy" and not row.progress  # else it would cross its neighbor's
+                left.annotate(word, (row.x, row.y), (-5, 4) if low else (6, 5), textcoords="offset points", fontsize=8.5, color=color, ha="right" if low else "left")
         left.set(aspect="equal", xlim=(-4.4, 4.4), ylim=(-4.4, 4.4), xlabel="easy direction $q_{min}$", ylabel="hard direction $q_{max}$", title="One λ for two requests")
         _key(left)
         _outcomes(right, sweep, "boundary", "strength", 12)
@@ -201,7 +202,8 @@ def ball_and_ellipsoid(outlines: pd.DataFrame, requests: pd.DataFrame, sweep: pd
         right.plot(ends, 1 / ends, color=FIRST, linestyle="--", linewidth=1.4)
         right.axhline(1, color=SECOND, linewidth=1.4)
         right.axvline(1, color=_soft(0.7), linewidth=1, linestyle=":")
-        right.set(xscale="log", yscale="log", xlabel="τ√λmax/δ   (45): over 1", ylabel="shared λ, in units of α√λmax/δ", title="Every λ, tried")
+        right.set(xscale="log", yscale="log", title="Every λ, tried")
+        right.set(xlabel=r"$\tau\sqrt{\lambda_{max}}\,/\,\delta$    (45) holds right of 1", ylabel=r"shared λ, in units of $\alpha\sqrt{\lambda_{max}}\,/\,\delta$")
         _log_axis(right.xaxis)
         _log_axis(right.yaxis)
         _key(right)
@@ -209,6 +211,7 @@ def ball_and_ellipsoid(outlines: pd.DataFrame, requests: pd.DataFrame, sweep: pd
     summary = _counted(sweep.assign(condition=np.where(sweep.boundary > 1, "(45) holds", "it does not")), "condition", "outcome")
     served = sweep[sweep.outcome == "both are served"]
     alt = f"""Left: an ellipse with the largest circle inside and the smallest around it; of two shared λ one leaves the hard request outside the ellipse,
-        the other leaves the easy request short of the progress τ. Right: {len(sweep)} pairs of τ√λmax/δ and λ; {len(served)} serve both requests, all with τ√λmax/δ up to {served.boundary.max():.2g}."""
+        the other leaves the easy request short of the progress τ. Right: {len(sweep)} pairs of τ√λmax/δ and λ;
+        {len(served)} serve both requests, all with τ√λmax/δ up to {served.boundary.max():.2g}."""
     data = pd.concat([outlines.assign(kind="outline"), requests.assign(kind="request"), sweep.assign(kind="sweep")], ignore_index=True)
     return Figure(draw, data, name, alt, None, summary, (9.4, 5.0), ncols=2)
