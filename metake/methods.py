@@ -81,7 +81,7 @@ def emmet(model: str, **changes: Any) -> Editor:
 
 
 def blue(model: str, **changes: Any) -> Editor:
-    """AlphaEdit-BLUE (Gu et al. 2025): only the first and last layer, each with targets of its own and the whole residual."""
+    """AlphaEdit-BLUE (Li et al. 2025): only the first and last layer, each with targets of its own and the whole residual."""
     numbers = recipe(model)
     parts = {"layers": numbers.blue_layers, "metric": null_space(numbers.threshold, numbers.blue_ridge)}
     return alphaedit(model, **{**parts, "own_targets": True, "allocation": whole, **changes})

@@ -228,7 +228,7 @@ PRUNE = replace(CONFIG, method="prune", edits=6, batch=2)
 def strong(*words, **changes):
     """`prune` with updates that are large beside a random model's weights, so that there is something to cap."""
     editor = method(*words, **changes)
-    return replace(editor, metric=inverse_covariance(0.05), target=replace(editor.target, steps=5, step_size=1.0, clamp=8.0, stop_below=0.0))
+    return replace(editor, metric=inverse_covariance(0.05), target=replace(editor.target, steps=5, step_size=4.0, clamp=30.0, stop_below=0.0))
 
 
 @pytest.fixture
