@@ -10,8 +10,8 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import metake as mk
 from metake import assets
@@ -49,10 +49,15 @@ def _edit(args: argparse.Namespace) -> None:
     print(mk.diagnose(lm, [request], editor, found))
     edit = editor.edit(lm, [request], found)
     print(compare(lm, edit, request))
-    for folder, save in ((args.out, edit.save), (args.peft, partial(edit.to_peft, rank=args.rank))):
-        if folder:
-            save(folder)
-            print(f"wrote {folder}")
+    if args.out:
+        edit.save(args.out)
+        _wrote(args.out)
+    if args.peft:
+        _wrote(args.peft, edit.to_peft(args.peft, args.rank), args.rank)
+
+
+def _wrote(out: str, lost: Mapping[str, float] = MappingProxyType({}), rank: int | None = None) -> None:
+    print(f"wrote {out}" + (f"; discarded energy {max(lost.values()):.2e}" if rank else ""))
 
 
 def _show(found: Evaluation) -> None:
@@ -79,7 +84,7 @@ def _export(args: argparse.Namespace) -> None:
     else:
         edit, lost = edit.compress(args.rank) if args.rank else (edit, {})
         edit.save(out)
-    print(f"wrote {out}" + (f"; discarded energy {max(lost.values()):.2e}" if args.rank else ""))
+    _wrote(out, lost, args.rank)
 
 
 def _diagnose(args: argparse.Namespace) -> None:

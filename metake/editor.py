@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -279,7 +279,7 @@ def norms(lm: LanguageModel, update: LayerUpdate, solved: Sequence[_Layer]) -> d
 def describe(value: Any) -> Any:
     """A method's parts as plain data, each dataclass with its name: what a record keeps of a recipe."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {"part": type(value).__name__} | {k: describe(getattr(value, k)) for k in value.__dataclass_fields__}
+        return {"part": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
     if callable(value):
         return getattr(value, "__name__", repr(value))
     return [describe(v) for v in value] if isinstance(value, tuple) else value

@@ -66,6 +66,8 @@ def test_texts_differ_by_the_edit_alone(lm, monkeypatch):
     texts = {m: g[["id", "asked", "text", "p_target", "entropy"]].reset_index(drop=True) for m, g in found.groupby("method")}
     pd.testing.assert_frame_equal(texts["memit"], texts["pre-edit"], check_exact=True)
     assert found.text.nunique() == 6 and not found.text.str.startswith(tuple(found.prompt)).any()
+    table = case_study.by_prompt(found)
+    assert table.groupby("asked").size().to_dict() == {case_study.EDITED: 2, case_study.OPEN: 2} and set(table.cases) == {3}
     other = case_study.case_study(**SETTINGS | {"methods": (), "seed": 0, "length": 100})
     longer = other.set_index(["id", "asked"]).text
     assert all(longer[r.id, r.asked].startswith(r.text.rstrip("�")) for r in found[found.method == "pre-edit"].itertuples()), "a longer text begins with the shorter"
@@ -107,14 +109,16 @@ def counted(**hits):
 
 
 @pytest.mark.parametrize(("hits", "holds"), [
-    ({"memit": 1, "alphaedit": 2, "metake": 19}, True), ({"memit": 19, "alphaedit": 2, "metake": 1}, False), ({"memit": 1, "alphaedit": 17, "metake": 19}, None),
-    ({"memit": 1, "rome": 20, "metake": 19}, True),
+    ({"memit": 1, "alphaedit": 2, "blue": 3, "sphere": 4, "metake": 19}, True), ({"memit": 19, "alphaedit": 2, "metake": 1}, False),
+    ({"memit": 1, "alphaedit": 17, "blue": 3, "sphere": 4, "metake": 19}, None), ({"memit": 1, "alphaedit": 2, "blue": 3, "metake": 19}, None),
+    ({"memit": 1, "alphaedit": 2, "blue": 3, "sphere": 4, "rome": 20, "metake": 19}, True),
 ])  # fmt: skip
 def test_the_claim_is_judged_by_the_intervals(hits, holds):
     found = counted(**hits)
     verdict = case_study.judge(found)
     assert verdict["holds"] is holds and "MetaKE" in verdict["decided_by"] and "20 cases" in verdict["decided_by"]
     assert found.set_index("method").target["metake"] == 5 * hits["metake"] and set(found.old_object) == {50}
+    assert ("SPHERE was not run" in verdict["decided_by"]) == ("sphere" not in hits)
     with pytest.raises(ParameterError, match="compares"):
         case_study.judge(found[found.method == "metake"])
 

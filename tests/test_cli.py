@@ -57,11 +57,41 @@ def ran(tmp_path_factory, session_cache):
 # What the commands do
 
 
-def test_methods_are_listed_with_equation_and_source(metake):
+def test_methods_are_listed_in_three_groups_with_equation_and_source(metake):
     code, out, err = metake("methods")
     assert code == 0 and not err
-    assert [line.split()[0] for line in out.splitlines()] == list(mk.METHODS)
-    assert all("Δ" in line or "`" in line for line in out.splitlines()) and "arXiv 2603.12677" in out
+    groups: dict = {}
+    for line in out.splitlines():
+        if line.startswith("  "):
+            name, _, text = line.strip().partition(" ")
+            groups[title][name] = text.strip()
+        else:
+            title = line
+            groups[title] = {}
+    assert list(map(list, groups.values())) == [list(mk.METHODS), list(mk.methods.OPERATORS), list(mk.methods.DIFFERENCES)]
+    assert all(title.endswith(":") for title in groups) and all(text for group in groups.values() for text in group.values())
+    methods, operators, differences = groups.values()
+    assert all("Δ" in text or "`" in text or "20" in text for text in methods.values()) and "arXiv 2603.12677" in methods["metake"]
+    assert all(f"`{name.partition('/')[2]}`" in text for name, text in operators.items())
+    assert differences["rect/original"].startswith("RECT's own code") and "by default: AlphaEdit's repository" in differences["rect/original"]
+    assert differences["prune/added-twice"].startswith("AlphaEdit's repository adds") and "by default: the capped change replaces" in differences["prune/added-twice"]
+
+
+@pytest.mark.parametrize("name", [*mk.METHODS, *mk.methods.OPERATORS, *mk.methods.DIFFERENCES])
+def test_every_listed_name_is_a_method_of_every_command(metake, monkeypatch, name):
+    seen = []
+    monkeypatch.setattr(cli, "run", lambda *given: seen.append(given) or mk.Evaluation(()))
+    assert metake("run", "--method", name, "--out", "o")[0] == 0 and seen[0][0].method == name
+
+
+def test_an_edit_that_is_dense_becomes_an_adapter_of_the_rank_asked_for(metake):
+    words = ("edit", "tiny", *FRANCE, "--method", "rect", "--text-tokens", "3000", "--peft", "lora")
+    code, out, err = metake(*words)
+    assert code == 2 and "are dense, an adapter is thin: pass rank" in err and not os.path.exists("lora")
+    code, out, err = metake(*words, "--rank", "4")
+    assert code == 0 and not err and json.loads(open("lora/adapter_config.json").read())["r"] == 4
+    lost = max(json.loads(open("lora/metake.json").read())["discarded_energy"].values())
+    assert 0 < lost < 1 and out.splitlines()[-1] == f"wrote lora; discarded energy {lost:.2e}"
 
 
 def test_edit_shows_saves_and_exports(metake):
@@ -202,6 +232,8 @@ MISSPELLED = {
     "edit tiny --promt x --subject a --target b": "Did you mean --prompt?",
     "stats --seed 3": "metake stats has no option '--seed'",
     "run --out a --method alphaedti": "unknown method 'alphaedti'. Did you mean 'alphaedit'",
+    "run --out a --method prune/aded-twice": "unknown method 'prune/aded-twice'. Did you mean 'prune/added-twice'",
+    "run --out a --method metake/spher": "Did you mean 'metake/sphere'",
     "edit tiny --prompt x --subject a --target b --method mmit": "Did you mean 'memit'",
     "run --out a --dtype float31": "Did you mean 'float32'",
     "export a --format pef": "unknown format 'pef'. Did you mean 'peft'",
@@ -346,7 +378,7 @@ def test_process_prints_its_result_and_nothing_else():
     out, err = edit.communicate(timeout=120)
     assert (edit.returncode, err) == (0, "") and len(out.splitlines()) == 4 and "\r" not in out and "\x1b" not in out
     out, err = greek.communicate(timeout=120)
-    assert (greek.returncode, err) == (0, "") and len(out.splitlines()) == len(mk.METHODS) and "?" in out
+    assert (greek.returncode, err) == (0, "") and len(out.splitlines()) == len(mk.methods.named()) + 3 and "?" in out
 
 
 def test_ctrl_c_stops_a_run_that_can_be_gone_on_with(ran, tmp_path):

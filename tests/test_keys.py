@@ -102,6 +102,35 @@ def test_keys_are_averaged_within_a_type_of_context_then_over_types():
     assert_literal(lm, (plain, KeyReader(lm, REQUESTS, MORE[:1], 1).read(1)[1]), 1, 1, MORE[:1])
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_flat_means_the_plain_key_and_what_the_mlp_puts_out(kind: str):
+    """ROME's and PMET's reads: k̄ over all contexts alike, the plain prompt's k, and the written module's output with its bias."""
+    lm = random_model(kind)
+    with edited_step_by_step(lm) as edit:
+        reader = KeyReader(lm, REQUESTS, MORE, last=2, flat=True, site="mlp")
+        for layer in (0, 1, 2):
+            found = reader.read(layer)
+            rows = [[reference.at_lookup(lm, t, r.subject, layer).key for t in reference.templates(r, MORE)] for r in REQUESTS]
+            assert (found.keys - torch.stack([sum(row) / len(MORE) for row in rows])).abs().max() <= 1e-12
+            assert (found.plain - torch.stack([row[0] for row in rows])).abs().max() <= 1e-12
+            assert (found.current.T - reference.states(lm, REQUESTS, 2, "mlp")).abs().max() <= 1e-12
+            edit(layer)
+        assert (found.current.T - reference.states(lm, REQUESTS, 2, "mlp")).abs().max() > 1e-3, "an output does not follow its weight"
+
+
+@pytest.mark.parametrize("tokens", [1, 8192])
+def test_current_values_of_another_layer_than_the_last(tokens: int):
+    """BLUE: each layer's own, on the model that the layers before have changed; MetaKE's gate is read there before."""
+    lm = random_model("qwen3")
+    with edited_step_by_step(lm) as edit:
+        reader = KeyReader(lm, REQUESTS, CONTEXTS, last=3, tokens=tokens)
+        for layer in (0, 2, 3):
+            for found in (reader.read(layer), reader.read(layer, layer)):
+                assert (found.keys.T - reference.keys(lm, REQUESTS, CONTEXTS, layer)).abs().max() <= 1e-12
+            assert (found.current.T - reference.states(lm, REQUESTS, layer)).abs().max() <= 1e-12
+            edit(layer)
+
+
 def test_what_follows_the_subject_plays_no_part():
     """Rows are cut there: a prompt that goes on differently has the same key, one that begins differently has not."""
     lm = random_model("qwen3")

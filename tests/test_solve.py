@@ -98,6 +98,48 @@ def test_rome_writes_its_one_request_exactly(p: Problem):
 
 
 @quick
+@given(problems(least=1, most=1), st.integers(0, 10**6))
+def test_rome_is_exact_at_the_plain_key_with_another_mean(p: Problem, seed: int):
+    """k̄ is averaged over contexts, k is the plain prompt's: (W + Δ) k = v, along C⁻¹k̄; without covariance along k̄."""
+    k, R = p.keys[:, 0] + 0.3 * torch.randn(len(p.keys), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), p.residuals[:, 0]
+    for metric, C in ((InverseCovariance(p.full), p.full.covariance), (Isotropic(len(k)), reference.eye(len(k)))):
+        if abs(p.keys[:, 0] @ torch.linalg.solve(C, k)) < 1e-3 * (p.keys[:, 0] @ torch.linalg.solve(C, p.keys[:, 0])).sqrt() * (k @ torch.linalg.solve(C, k)).sqrt():
+            continue  # nearly orthogonal: nothing to be exact with
+        found = solve(p.keys.T, p.residuals.T, metric, 0, k[None])
+        assert_close(p.residuals @ found.gate, reference.rome(p.keys[:, 0], R, C, k), 1e-9)
+        assert_close(p.residuals @ found.gate @ k, R, 1e-9)
+        assert_close(found.realization, torch.ones(1, 1, dtype=torch.float64), 1e-9)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.7])
+def test_a_gate_for_other_keys_than_it_writes_along(noise: float):
+    """M = (νI + KᵀQK*)⁻¹KᵀQ by its definition; K* = K is the gate itself; differentiable in both."""
+    p = problem(n=3)
+    at = p.keys + 0.2 * torch.randn(p.keys.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    metric, Q = InverseCovariance(p.full), torch.linalg.inv(p.full.covariance)
+    found = solve(p.keys.T, p.residuals.T, metric, noise, at.T)
+    assert_close(found.gate, torch.linalg.inv(noise * reference.eye(3) + p.keys.T @ Q @ at) @ p.keys.T @ Q)
+    assert_close(found.realization, found.gate @ at)
+    assert_close(found.realized.T, p.residuals @ found.gate @ at)
+    assert_close(gate(p.keys.T, metric, noise, p.keys.T), gate(p.keys.T, metric, noise))
+    assert torch.autograd.gradcheck(lambda keys, at: gate(keys, metric, noise, at), (p.keys.T.clone().requires_grad_(), at.T.clone().requires_grad_()))
+
+
+def test_a_plain_key_that_the_mean_does_not_see_is_refused():
+    k = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    with pytest.raises(StatisticsError, match="1 keys do not determine an exact write"):
+        gate(k, Isotropic(3), 0, torch.tensor([[0.0, 2.0, 1.0]], dtype=torch.float64))
+    with pytest.raises(StatisticsError, match="2 keys do not determine an exact write"):
+        gate(k.repeat(2, 1), Isotropic(3), 0, k.repeat(2, 1))
+
+
+@quick
+@given(problems())
+def test_pmet_inverts_what_memit_solves(p: Problem):
+    assert_close(written(p, InverseCovariance(p.full, p.ridge)), reference.pmet(p.keys, p.residuals, p.full.covariance, p.ridge))
+
+
+@quick
 @given(problems())
 def test_emmet(p: Problem):
     C = p.full.covariance

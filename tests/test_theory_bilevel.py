@@ -23,8 +23,10 @@ def generator(seed):
 
 
 @pytest.fixture(scope="module")
-def layer():
-    return prepare("tiny", 2)
+def layer(session_cache):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAKE_CACHE", str(session_cache))
+        return prepare("tiny", 2, text_tokens=3000)
 
 
 # The search
@@ -168,11 +170,13 @@ def test_convergence_on_the_model(layer):
     assert runs[(runs.anchor == "sum") & ~runs.covered]["steps up"].item() == 6, "the literal anchor's parabola breaks beyond 2/L"
     stressed = convergence.stress(layer, iterates, trials=4)
     along = convergence.floor(layer, steps=8)
-    assert stressed["smallest fall"].item() >= 0.5 and along["look-ahead"].iloc[-1] < 0.3 * along.whole.iloc[-1]
+    worst = stressed.iloc[0]
+    assert worst["smallest fall"] >= worst.bound and (worst["L here / L"] > 1 or worst["smallest fall"] >= 0.5)
+    assert along["look-ahead"].iloc[-1] < 0.3 * along.whole.iloc[-1]
     instances, search = landscapes.convergence_check(24), landscapes.convergence_search(steps=20)
     assert convergence.judge(instances, search, runs, stressed, along)["holds"] is True
     for wrong in ((instances.assign(shortfall=1e-3), search, runs, stressed, along), (instances, search.assign(claimed=True), runs, stressed, along),
-                  (instances, search, runs.assign(bound=runs.bound + 0.3), stressed, along), (instances, search, runs, stressed.assign(**{"smallest fall": 0.4}), along),
+                  (instances, search, runs.assign(bound=runs.bound + 0.3), stressed, along), (instances, search, runs, stressed.assign(bound=0.9), along),
                   (instances, search, runs, stressed, along.assign(whole=100.0))):  # fmt: skip
         assert convergence.judge(*wrong)["holds"] is False
     assert (convergence.with_adam(layer).loss.diff() > 0).any()
@@ -234,7 +238,7 @@ def test_dominance_edges_fail():
 
 
 def test_dominance_on_the_model():
-    layer = prepare("tiny", 1, "metake_v1")
+    layer = prepare("tiny", 1, "metake_v1", text_tokens=3000)
     drifts, real = dominance.drift_on_model(layer), dominance.theorem_on_model(layer).set_index("proxy")
     assert list(drifts.layer) == list(layer.editor.layers[:-1]) and (drifts["gates apart"] <= drifts[["no condition", "mean value"]].min(axis=1)).all()
     assert (drifts["gates apart"] <= drifts.gates).all() and (drifts["any basis"] <= drifts.delta).all()

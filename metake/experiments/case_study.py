@@ -58,21 +58,26 @@ def case_study(
     require_prompts(cases)
     requests = [c.request for c in cases]
     rows = _written(lm, "pre-edit", cases, shown, seed, length)
-    restored = True
+    unedited, restored = _digests(lm), True
     for method in methods:
         editor = known.method(method, model, seed=seed)
         edit = editor.edit(lm, requests, statistics(lm, text, layers=editor.layers, tokens=text_tokens))
-        before = {module: lm.digest(module) for module in edit.modules}
         with edit.applied(lm):
             rows += _written(lm, method, cases, shown, seed, length)
-        restored &= all(lm.digest(module) == digest for module, digest in before.items())
+        restored &= _digests(lm) == unedited
     frame = pd.DataFrame(rows)
-    frame.attrs |= {"restored_exactly": restored, "settings": {"dataset": f"{Path(data).name} sha256:{source.digest[:16]}", "edits": edits, "batch": edits, "seed": seed, "length": length}}
+    settings = {"dataset": f"{Path(data).name} sha256:{source.digest[:16]}", "edits": edits, "batch": edits, "seed": seed, "length": length}
+    frame.attrs |= {"restored_exactly": restored, "settings": settings}
     return frame
 
 
+def _digests(lm: LanguageModel) -> list[str]:
+    return [lm.digest(lm.write_path(layer)) for layer in range(lm.depth)]
+
+
 def _written(lm: LanguageModel, method: str, cases: Sequence[EditCase], shown: int, seed: int, length: int) -> list[dict[str, Any]]:
-    asked = [(place, kind, prompt) for place, c in enumerate(cases) for kind, prompt in ((EDITED, c.request.text), (OPEN, next(p.prompt for p in c.probes if p.kind == "generation")))]
+    prompts = [{EDITED: c.request.text, OPEN: next(p.prompt for p in c.probes if p.kind == "generation")} for c in cases]
+    asked = [(place, kind, prompt) for place, both in enumerate(prompts) for kind, prompt in both.items()]
     if (longest := max(len(encode(lm.tokenizer, prompt)) for *_, prompt in asked)) >= length:
         raise ParameterError(f"length, prompt included, must exceed the longest prompt's {longest} tokens; found {length}")
     texts = sample(lm, [prompt for *_, prompt in asked], length, seed=seed, streams=[f"{cases[i].request.id}/{kind}" for i, kind, _ in asked])
@@ -111,6 +116,14 @@ def summarize(records: pd.DataFrame, asked: str = EDITED) -> pd.DataFrame:
     return frame
 
 
+def by_prompt(records: pd.DataFrame) -> pd.DataFrame:
+    """`summarize` after the edited and after the generation prompts, column `asked`."""
+    frame = pd.concat([summarize(records, asked).assign(asked=asked) for asked in (EDITED, OPEN)], ignore_index=True)
+    frame = frame[["asked", *(c for c in frame if c != "asked")]]
+    frame.attrs = dict(records.attrs)
+    return frame
+
+
 def wilson(hits: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of `count` cases; not of width zero where all or none hit."""
     if not 0 <= hits <= count or not count:
@@ -122,12 +135,12 @@ def wilson(hits: int, count: int, z: float = 1.959963984540054) -> tuple[float, 
 
 def judge(summary: pd.DataFrame, one: str = "metake", rivals: Sequence[str] = NAMED) -> dict[str, Any]:
     """MetaKE's continuations hold the new object more often than every other method's that the paper names: holds if its
-    interval lies above all others', does not hold if it lies below one; inconclusive if they overlap."""
+    interval lies above all others', does not hold if it lies below one; inconclusive if they overlap, or one was not run."""
     own = summary.set_index("method")
-    rivals = [r for r in rivals if r in own.index]
+    absent, rivals = [r for r in rivals if r not in own.index], [r for r in rivals if r in own.index]
     if one not in own.index or not rivals:
         raise ParameterError(f"the claim compares {one!r} with one of {', '.join(NAMED)}; found {', '.join(own.index)}")
     mine, others = own.loc[one], own.loc[rivals]
-    holds = False if (others.low > mine.high).any() else True if (others.high < mine.low).all() else None
-    parts = [f"{style(m).name} {own.target[m]:.0f} % [{own.low[m]:.0f}, {own.high[m]:.0f}]" for m in (one, *rivals)]
+    holds = False if (others.low > mine.high).any() else True if (others.high < mine.low).all() and not absent else None
+    parts = [f"{style(m).name} {own.target[m]:.0f} % [{own.low[m]:.0f}, {own.high[m]:.0f}]" for m in (one, *rivals)] + [f"{style(m).name} was not run" for m in absent]
     return {"holds": holds, "decided_by": f"continuations with the new object, {mine.cases:.0f} cases: " + ", ".join(parts)}

@@ -94,7 +94,8 @@ def convergence_check(trials: int = 160, seed: int = 0, dims: tuple[int, ...] = 
         whole = (slopes + delta * aside / aside.norm())[:-1].norm(dim=1).min().item()
         eigenvalues = torch.linalg.eigvalsh(landscape.stiffness)
         row = {"dim": len(start), "conditioning": (eigenvalues[-1] / eigenvalues[0]).item(), "waves": int((landscape.heights != 0).sum()), "product": product, "steps": steps}
-        row |= {"shortfall": short.max().item()} | {name: ratio(squared[:-1].min().sqrt().item(), whole, rate, delta) if product <= 1 else float("nan") for name, ratio in READINGS.items()}
+        proxy = squared[:-1].min().sqrt().item()
+        row |= {"shortfall": short.max().item()} | {name: ratio(proxy, whole, rate, delta) if product <= 1 else float("nan") for name, ratio in READINGS.items()}
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -205,9 +205,11 @@ def plane(layer: RealLayer, anchor: str = "relative", points: int = 15) -> pd.Da
 
 def judge(instances: pd.DataFrame, search: pd.DataFrame, real: pd.DataFrame, tolerance: float = 1e-6) -> dict:
     """Holds if neither random instances nor the search depart by more than `tolerance`, every coupled v_iso is improved, and every real one too."""
-    worst = max(instances[["unsolved", "implicit", "through"]].max().max(), (instances.slope - 1).abs().max(), search[["implicit", "through"]].max().max(), (search.slope + 1).max())
+    at_random = max(instances[["unsolved", "implicit", "through"]].max().max(), (instances.slope - 1).abs().max())
+    worst = max(at_random, search[["implicit", "through"]].max().max(), (search.slope + 1).max())
     improved = bool((instances.step > 0).all()) and bool((real.after < real.before).groupby([real.id, real.anchor]).any().all())
     told = f"largest relative departure {'below' if worst < tolerance else f'{worst:.0e}, not below'} 1e-6 in {len(instances)} random instances and the search"
     count = real.groupby(["id", "anchor"]).ngroups
     gained = (real.after < real.before).groupby([real.id, real.anchor]).any().sum()
-    return {"holds": bool(worst < tolerance and improved), "decided_by": f"{told}; moving along −c improves {int((instances.step > 0).sum())} of {len(instances)} isolated points at random and {gained} of {count} on the model"}
+    moved = f"moving along −c improves {int((instances.step > 0).sum())} of {len(instances)} isolated points at random and {gained} of {count} on the model"
+    return {"holds": bool(worst < tolerance and improved), "decided_by": f"{told}; {moved}"}

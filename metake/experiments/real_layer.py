@@ -51,13 +51,12 @@ class RealLayer(NamedTuple):
         return Downstream(self.lm, self.requests[own], replace(self.editor, refine=rule), self.state, targets), targets.value
 
 
-def prepare(model: str, count: int, method: str = "metake", offset: int = 0, text: str = "embedded", plain: bool = True) -> RealLayer:
-    """Embedded facts `offset` … on `model`, up to where the outer level starts. plain: prompts without sampled contexts."""
+def prepare(model: str, count: int, method: str = "metake", text: str = "embedded", text_tokens: int | None = None) -> RealLayer:
+    """The first embedded facts on `model`, up to where the outer level starts; keys of the plain prompt, without sampled contexts."""
     lm = load(model)
-    editor = methods.method(method, model)
-    editor = replace(editor, contexts=("{}",)) if plain else editor
-    state = editor.init(lm, statistics(lm, text, layers=editor.layers))
-    asked = [case.request for case in facts(limit=count, offset=offset)]
+    editor = replace(methods.method(method, model), contexts=("{}",))
+    state = editor.init(lm, statistics(lm, text, layers=editor.layers, tokens=text_tokens))
+    asked = [case.request for case in facts(limit=count)]
     layer = editor.layers[-1]
     keys = KeyReader(lm, asked, state.contexts, layer).read(layer).keys
     targets = optimize_targets(lm, asked, state.contexts, layer, editor.target)

@@ -87,7 +87,8 @@ def plan(lm: LanguageModel, cases: Cases, edits: int, batch: int, seed: int = 0)
     stream = stream[:edits]
     subjects = {c.request.subject for c in stream}
     untouched = {prompt: not any(s in prompt for s in subjects) for c in stream for prompt in (p.prompt for p in c.probes if p.kind == "neighborhood")}
-    return Cases([c._replace(probes=tuple(p for p in c.probes if untouched.get(p.prompt, True) or p.kind != "neighborhood")) for c in stream], cases.format, cases.source, cases.skipped)
+    stream = [c._replace(probes=tuple(p for p in c.probes if p.kind != "neighborhood" or untouched[p.prompt])) for c in stream]
+    return Cases(stream, cases.format, cases.source, cases.skipped)
 
 
 def streams(
@@ -266,9 +267,11 @@ def differences(records: pd.DataFrame, one: str = "metake", rivals: Sequence[str
 
 def judge(differences: pd.DataFrame) -> dict[str, Any]:
     """The paper's claim, stronger performance across edit counts and metrics than every method that it names: holds if the
-    level over all three metrics lies above each one's, interval and all; does not hold if it lies below one's; else inconclusive."""
+    level over all three metrics lies above each one's, interval and all; does not hold if it lies below one's; else, or if one
+    of them was not run, inconclusive."""
     own = differences[(differences.quantity == "level") & (differences.metric == "all three")]
     rounding = 1e-9  # points: equal curves are equal
-    holds = False if (own.high < -rounding).any() else True if (own.low > rounding).all() else None
+    holds = False if (own.high < -rounding).any() else True if (own.low > rounding).all() and set(NAMED) <= set(own.method) else None
     parts = [f"{style(r.method).name} {signed(r.difference)} [{signed(r.low)}, {signed(r.high)}]" for r in own.itertuples()]
+    parts += [f"{style(m).name} was not run" for m in NAMED if m not in set(own.method)]
     return {"holds": holds, "decided_by": "mean of efficacy, generalization and specificity over all edit counts, MetaKE minus the other, in points: " + "; ".join(parts)}
