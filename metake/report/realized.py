@@ -40,7 +40,7 @@ def realized_curves(bins: pd.DataFrame, records: pd.DataFrame, dataset: str, nam
         axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
 
     means = found.groupby(["reading", "method"], sort=False)["mean"].mean()
-    told = "; ".join(f"{SHOWN['reading'](reading)}: " + ", ".join(f"{style(m).name} {means[reading, m]:.2f}" for m in methods) for reading in readings)
+    told = "; ".join(f"{names.get(reading, reading)}: " + ", ".join(f"{style(m).name} {means[reading, m]:.2f}" for m in methods) for reading in readings)
     alt = f"Realized share of each planned residual against the request's association percentile, {dataset}. Means – {told}."
     summary = means.unstack("reading").reset_index()
     return Figure(draw, found, name, alt, model, summary, (7.6, 6.0), nrows=2, ncols=2, sharex=True, sharey=True)
