@@ -34,7 +34,7 @@ def binned(records: pd.DataFrame, bins: int = 13) -> pd.DataFrame:
     long = records.melt(["dataset", "method", "percentile"], list(READINGS), "reading", "value").dropna()
     long["bin"] = np.minimum((long.percentile * bins / 100).apply(np.ceil).astype(int), bins)
     found = long.groupby(["dataset", "reading", "method", "bin"], sort=False).agg(percentile=("percentile", "mean"), mean=("value", "mean"), error=("value", "sem"), requests=("value", "size"))
-    return labelled(found.reset_index(), records)
+    return labelled(found.reset_index().sort_values("bin", kind="stable"), records)
 
 
 def gains(records: pd.DataFrame, one: str = "metake", other: str = "alphaedit", draws: int = 4000, seed: int = 0) -> pd.DataFrame:
