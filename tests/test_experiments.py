@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from models import random_model
+from models import stand_in
 
 import metake as mk
 from metake import runs
@@ -22,16 +22,10 @@ from metake.statistics import statistics
 from metake.update import Edit
 
 
-def base(*_):
-    lm = random_model("gpt2")
-    lm.name, lm.origin = "tiny", {"origin": "test", "revision": "", "note": ""}
-    return lm
-
-
 @pytest.fixture(autouse=True)
 def _random_base(monkeypatch):
     for module in (attenuation, dispersion, quickstart, runs):
-        monkeypatch.setattr(module, "load", base)
+        monkeypatch.setattr(module, "load", stand_in)
     monkeypatch.setattr(attenuation, "statistics", partial(statistics, tokens=3000))
 
 
@@ -78,7 +72,7 @@ def test_attenuation_on_a_real_layer():
         assert group.eigenvalue.between(0, 1, inclusive="left").all() and group.eigenvalue.is_monotonic_decreasing
         assert group.eigenvalue.sum() == pytest.approx(singles[singles.method == method].in_batch.sum(), rel=1e-10), "the trace of B"
     editor = mk.methods.alphaedit("tiny", seed=0)
-    lm, requests = base(), [c.request for c in mk.facts(limit=6)]
+    lm, requests = stand_in(), [c.request for c in mk.facts(limit=6)]
     expected = mk.diagnose(lm, requests, editor, statistics(lm, layers=editor.layers, tokens=3000))
     assert singles[singles.method == "alphaedit"].gamma.tolist() == pytest.approx([d.association for d in expected], rel=1e-12)
 
@@ -89,7 +83,7 @@ def test_attenuation_on_a_real_layer():
 def test_dispersion_is_the_diagnosis_of_every_request():
     found = dispersion.association_dispersion(requests=5, text_tokens=3000)
     assert found.groupby(["dataset", "method"]).size().to_dict() == {(d, m): 5 for d in ("CounterFact format", "ZsRE format") for m in ("memit", "alphaedit")}
-    lm, editor = base(), mk.methods.memit("tiny", seed=0)
+    lm, editor = stand_in(), mk.methods.memit("tiny", seed=0)
     cases = runs.select(lm, mk.facts(format="zsre"), 5, 0)
     expected = mk.diagnose(lm, [c.request for c in cases], editor, statistics(lm, layers=editor.layers, tokens=3000))
     rows = found[(found.dataset == "ZsRE format") & (found.method == "memit")]
@@ -139,7 +133,7 @@ def compared(tmp_path_factory, session_cache):
     out = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METAKE_CACHE", str(session_cache))
-        patch.setattr(runs, "load", base)
+        patch.setattr(runs, "load", stand_in)
         return out, comparison.comparison(methods=("memit", "alphaedit"), edits=3, batch=2, seeds=(0, 1), text_tokens=3000, out=out)
 
 
@@ -152,8 +146,8 @@ def test_comparison_has_every_case_of_every_method_and_of_none(compared):
     for (dataset, seed), group in found.groupby(["dataset", "seed"]):
         ids = [list(rows.id) for _, rows in group.groupby("method")]
         assert ids[0] == ids[1] == ids[2] and len(set(ids[0])) == 3
-        cases = runs.select(base(), mk.facts(format="zsre" if "ZsRE" in dataset else "counterfact"), 3, seed)
-        assert group[group.method == "pre-edit"].specificity.tolist() == [r["specificity"] for r in mk.evaluate(base(), cases).records()]
+        cases = runs.select(stand_in(), mk.facts(format="zsre" if "ZsRE" in dataset else "counterfact"), 3, seed)
+        assert group[group.method == "pre-edit"].specificity.tolist() == [r["specificity"] for r in mk.evaluate(stand_in(), cases).records()]
     assert [(r["dataset"], r["method"], r["seed"]) for r in found.attrs["runs"]] == [(d, m, s) for d in ("CounterFact format", "ZsRE format") for s in (0, 1) for m in ("memit", "alphaedit")]
 
 
@@ -253,7 +247,7 @@ def test_many_intervals_together_have_the_confidence_of_one():
     assert operators.judge(refined(dict.fromkeys(operators.PAIRS, -0.05)))["holds"] is False
 
 
-def test_operators_are_compared_with_their_own_base():
+def test_operators_are_compared_with_their_own_stand_in():
     found = operators.differences(refined({"memit": 0.1, "sphere": -0.2}))
     assert dict(found.groupby("method").difference.mean().round(6)) == {"memit": 10, "sphere": -20}
     with pytest.raises(ParameterError, match="no base together with its refined twin"):
@@ -286,7 +280,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_code_in_the_documents_runs(page, monkeypatch, tmp_path):
     """Word for word, on a smaller model and fewer facts."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mk, "load", base)
+    monkeypatch.setattr(mk, "load", stand_in)
     monkeypatch.setattr(mk, "statistics", partial(statistics, tokens=3000))
     monkeypatch.setattr(mk, "facts", lambda limit: facts(limit=min(limit, 4)))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
@@ -326,7 +320,7 @@ def test_quickstart_reads_before_during_and_after(monkeypatch):
 
 
 def test_next_words_are_the_most_probable():
-    lm = base()
+    lm = stand_in()
     words = quickstart.next_words(lm, "The capital of France is", 4)
     p = torch.softmax(lm.model(torch.tensor([lm.tokenizer("The capital of France is")["input_ids"]])).logits[0, -1], -1).sort(descending=True)
     assert [w for w, _ in words] == [lm.tokenizer.decode(i) for i in p.indices[:4]]

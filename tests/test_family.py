@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from models import random_model
+from models import stand_in
 
 import metake as mk
 from metake import methods, report, runs
@@ -19,16 +19,10 @@ from metake.update import total
 REMEMBER = ("memit_seq", "alphaedit", "blue", "metake")  # and do nothing afterwards
 
 
-def base(*_):
-    lm = random_model("gpt2")
-    lm.name, lm.origin = "tiny", {"origin": "test", "revision": "", "note": ""}
-    return lm
-
-
 @pytest.fixture(autouse=True)
 def _random_base(monkeypatch):
     for module in (parts, sequential, differences, runs):
-        monkeypatch.setattr(module, "load", base)
+        monkeypatch.setattr(module, "load", stand_in)
     for module in (parts, sequential, differences):
         monkeypatch.setattr(module, "statistics", partial(statistics, tokens=3000))
 
@@ -162,7 +156,7 @@ def test_on_a_real_layer_only_fixed_targets_and_keys_agree():
 
 
 def test_the_parts_taken_together_are_the_pipelines_batch():
-    lm, asked = base(), [case.request for case in mk.facts(limit=3)]
+    lm, asked = stand_in(), [case.request for case in mk.facts(limit=3)]
     editor = methods.alphaedit("tiny", layers=(2,))
     given = statistics(lm, layers=(2,), tokens=3000)
     state = editor.init(lm, given)
