@@ -149,7 +149,8 @@ DIFFERENCES: dict[str, Difference] = {
         "AlphaEdit's repository, whose RECT rows later papers quote, keeps 40 % with ε = 1e-8", "code",
     ),
     "sphere/stored": Difference(
-        partial(sphere, post=(soften_principal(side="output"),)), "principal directions of the weight's rows, on the key side",
+        lambda model, **changes: sphere(model, **{"post": (replace(sphere(model).post[0], side=recipe(model).sphere_stored_side),), **changes}),
+        "principal directions of the weight's rows, on the key side",
         "the code takes the weight as it is stored: on GPT-2, whose weights are stored transposed, it softens the output side", "paper",
     ),
     "alphaedit/paper": Difference(

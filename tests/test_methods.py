@@ -8,6 +8,8 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
+from models import random_model
+from transformers.pytorch_utils import Conv1D
 
 import metake as mk
 from metake import methods
@@ -18,6 +20,8 @@ from metake.geometry import inverse_covariance, isotropic, null_space
 from metake.methods import ABLATIONS, DIFFERENCES, METHODS, OPERATORS, method, named
 from metake.postprocess import cap_spectrum, keep_largest, soften_principal
 from metake.recipes import models, recipe, source
+
+KINDS = {name: size["kind"] for name, size in tomllib.loads(files("metake").joinpath("data", "sizes.toml").read_text(encoding="utf-8")).items()}
 
 # What the released configurations say, typed off once more: layers, ROME's layer and BLUE's; v_lr, v_num_grad_steps,
 # clamp_norm_factor, v_weight_decay; mom2_update_weight; L2 of AlphaEdit and of BLUE; ROME's v_lr, steps, clamp, decay and
@@ -102,7 +106,8 @@ def test_every_name_builds_on_every_model(model: str):
     assert all(isinstance(editor, Editor) for editor in built.values())
     same = [(a, b) for a in built for b in built if a < b and built[a] == built[b]]
     allowed = {("alphaedit", "alphaedit/paper")} if recipe(model).threshold == 1e-2 and recipe(model).ridge == 1 else set()
-    assert set(same) <= allowed, "two names for one editor"
+    stored_as_used = recipe(model).sphere_stored_side == "key"  # then SPHERE's code does what its paper says
+    assert set(same) <= allowed | ({("sphere", "sphere/stored")} if stored_as_used else set()), "two names for one editor"
     for name in named():
         changed = method(name, model, seed=7, layers=(1,), contexts=("{}", "So. {}"))
         assert changed == replace(built[name], seed=7, layers=(1,), contexts=("{}", "So. {}"))
@@ -123,6 +128,12 @@ def test_every_number_has_a_source_that_exists(model: str):
     for name, key in found.sources.items():
         assert len(source(key)) > 20, name
     assert set(table["sources"]) == {v[1] for m in (*models(), "default") for k, v in table[m].items() if k != "names"} | {"metake_open"}, "a source that nothing cites"
+
+
+@pytest.mark.parametrize("model", sorted(KINDS.keys() & models()))
+def test_spheres_code_softens_the_output_side_only_where_weights_are_stored_transposed(model: str):
+    lm = random_model(KINDS[model])
+    assert recipe(model).sphere_stored_side == ("output" if isinstance(lm.write(0), Conv1D) else "key")
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
