@@ -129,7 +129,10 @@ class Editor:
 
         The record is the step's: its norms are of what was solved, before a finish.
         """
-        edit, state = self.step(lm, requests, self.init(lm, statistics))
+        return self.finished(lm, *self.step(lm, requests, self.init(lm, statistics)))
+
+    def finished(self, lm: LanguageModel, edit: Edit, state: EditorState) -> Edit:
+        """A first step's edit with what `finish` adds to it, before either is applied."""
         if not (last := self.finish(lm, state)):
             return edit
         pairs = zip((edit + last).updates, edit.updates, strict=True)  # what a rule makes of a thin update has no higher rank

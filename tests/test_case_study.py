@@ -14,6 +14,7 @@ from metake import report, runs
 from metake.errors import ParameterError
 from metake.experiments import case_study
 from metake.report.generations import whole_words
+from metake.targets import optimize_targets
 from metake.update import Edit, LayerUpdate
 
 SETTINGS = {"methods": ("memit", "alphaedit"), "edits": 3, "shown": 1, "text_tokens": 3000, "length": 90}
@@ -56,12 +57,32 @@ def test_rows_are_what_the_edited_model_gives(lm):
     assert open_prompts == [next(p.prompt for p in c.probes if p.kind == "generation") for c in cases]
 
 
+def test_what_finished_methods_wrote_is_kept(lm, monkeypatch, tmp_path):
+    """Another method joins without the others running again; another setting is another file."""
+    first = case_study.case_study(**SETTINGS, out=tmp_path)
+    pd.testing.assert_frame_equal(first, case_study.case_study(**SETTINGS), check_exact=True)
+    written = []
+    monkeypatch.setattr(case_study, "_written", lambda lm, method, cases, *_: written.append(method) or [dict.fromkeys(first, method)])
+    more = case_study.case_study(**SETTINGS | {"methods": ("memit", "rect", "alphaedit")}, out=tmp_path)
+    assert written == ["rect"] and more[more.method != "rect"].text.tolist() == first.text.tolist()
+    case_study.case_study(**SETTINGS | {"length": 91}, out=tmp_path)
+    assert written == ["rect", "pre-edit", "memit", "alphaedit"]
+
+
+def test_methods_that_plan_alike_share_stage_one(lm, monkeypatch):
+    planned = []
+    monkeypatch.setattr(runs, "optimize_targets", lambda lm, requests, *rest: planned.append(len(requests)) or optimize_targets(lm, requests, *rest))
+    case_study.case_study(**SETTINGS | {"methods": ("memit", "alphaedit", "sphere")})
+    assert planned == [3]
+
+
 def test_texts_differ_by_the_edit_alone(lm, monkeypatch):
     """A method that changes nothing writes what the unedited model writes."""
     path = lm.write_path(0)
     rows, columns = lm.shape(path)
     zero = Edit((LayerUpdate(path, torch.zeros(rows, 1, dtype=lm.dtype), torch.zeros(1, columns, dtype=lm.dtype)),))
-    monkeypatch.setattr(case_study.known, "method", lambda *_, **__: SimpleNamespace(layers=(0,), edit=lambda *_: zero))
+    still = SimpleNamespace(layers=(0,), init=lambda *_: None, plan_key=lambda _: None, step=lambda *_: (zero, None), finished=lambda lm, edit, _: edit)
+    monkeypatch.setattr(case_study.known, "method", lambda *_, **__: still)
     found = case_study.case_study(**SETTINGS | {"methods": ("memit",)})
     texts = {m: g[["id", "asked", "text", "p_target", "entropy"]].reset_index(drop=True) for m, g in found.groupby("method")}
     pd.testing.assert_frame_equal(texts["memit"], texts["pre-edit"], check_exact=True)

@@ -11,14 +11,16 @@ from typing import Any
 import pandas as pd
 
 from metake import methods as known
+from metake.editor import Editor, describe, digest_of
 from metake.errors import ParameterError
 from metake.evaluation import read, require_prompts
+from metake.experiments.kept import kept
 from metake.generation import sample
 from metake.model import LanguageModel, load
 from metake.report.generations import whole_words
 from metake.report.style import style
 from metake.requests import EditCase
-from metake.runs import read_cases, select
+from metake.runs import Unedited, read_cases, select
 from metake.statistics import statistics
 from metake.text_metrics import ngram_entropy
 from metake.tokens import encode
@@ -37,12 +39,14 @@ def case_study(
     text: str = "embedded",
     text_tokens: int | None = None,
     length: int = 40,
+    out: str | Path | None = None,
 ) -> pd.DataFrame:
     """One batch of edits by every method, each on the unedited model, and the continuations that it then writes.
 
     Each case is asked twice: its own prompt, as the paper does, and its first generation prompt. Random numbers depend on
     seed and case alone, so that methods differ by their edits only. length: tokens of a text, prompt included; shown: how
-    many cases a page prints, the first of the draw by `seed`, whatever came out.
+    many cases a page prints, the first of the draw by `seed`, whatever came out. Methods that plan alike share Stage I.
+    out: a folder that keeps what every finished method wrote; None: nothing is kept.
 
     Returns one row per method ("pre-edit" first), case and prompt: method, id, shown, asked, prompt, text (after the prompt),
     target, old, appears and old_appears (as a whole word, in any case), p_target and p_old after the edited prompt, success
@@ -57,13 +61,19 @@ def case_study(
     cases = select(lm, source, edits, seed)
     require_prompts(cases)
     requests = [c.request for c in cases]
-    rows = _written(lm, "pre-edit", cases, shown, seed, length)
-    unedited, restored = _digests(lm), True
+    told = (model, lm.digest(lm.write_path(0)), digest_of(requests), shown, seed, text, text_tokens, length)
+    rows = kept(out, ("pre-edit", *told), lambda: _written(lm, "pre-edit", cases, shown, seed, length))
+    unedited, restored, shared = _digests(lm), True, Unedited()
+
+    def edited(method: str, editor: Editor) -> list[dict[str, Any]]:
+        state = editor.init(lm, statistics(lm, text, layers=editor.layers, tokens=text_tokens))
+        edit = editor.finished(lm, *editor.step(lm, requests, state, shared.plan(lm, editor, state, requests)))
+        with edit.applied(lm):
+            return _written(lm, method, cases, shown, seed, length)
+
     for method in methods:
         editor = known.method(method, model, seed=seed)
-        edit = editor.edit(lm, requests, statistics(lm, text, layers=editor.layers, tokens=text_tokens))
-        with edit.applied(lm):
-            rows += _written(lm, method, cases, shown, seed, length)
+        rows += kept(out, (method, describe(editor), *told), lambda method=method, editor=editor: edited(method, editor))
         restored &= _digests(lm) == unedited
     frame = pd.DataFrame(rows)
     settings = {"dataset": f"{Path(data).name} sha256:{source.digest[:16]}", "edits": edits, "batch": edits, "seed": seed, "length": length}

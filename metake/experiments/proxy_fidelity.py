@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,13 @@ from metake import methods
 from metake.bilevel import refine
 from metake.editor import Editor, EditorState, describe, digest_of
 from metake.experiments.adversary import ascend
+from metake.experiments.kept import kept
 from metake.hypergradient import Downstream, Fidelity, fidelity
 from metake.model import LanguageModel, load
 from metake.progress import progress
 from metake.requests import EditRequest
 from metake.runs import read_cases, select
 from metake.statistics import statistics
-from metake.storage import write_file
 from metake.targets import Targets, optimize_targets
 
 DIMS = (2, 3, 8, 32)
@@ -168,11 +166,7 @@ def proxy_fidelity(
     rows = []
     for chunk in progress([requests[i : i + 10] for i in range(0, len(requests), 10)], "hypergradients"):
         told = (describe(editor), state.statistics_digest, state.contexts, lm.base(), lm.digest(lm.write_path(0)), digest_of(chunk))
-        kept = out and out / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.json"
-        found = json.loads(kept.read_text("utf-8")) if kept and kept.is_file() else _edits(lm, editor, state, chunk)
-        if kept:
-            write_file(kept, json.dumps(found))
-        rows += found
+        rows += kept(out, told, lambda chunk=chunk: _edits(lm, editor, state, chunk))
     frame = pd.DataFrame(rows)
     settings = {"edits": len(requests), "seed": seed, "step_size": editor.refine.step_size, "steps": editor.refine.steps}
     frame.attrs["settings"] = {"dataset": f"{Path(data).name} sha256:{source.digest[:16]}"} | settings

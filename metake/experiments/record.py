@@ -63,7 +63,7 @@ def record(
         "operators": lambda: operators(**sequences),
         # MEMIT's batch is AlphaEdit's but for the solve
         "bench": lambda: run_time(**common, methods_=("alphaedit", "metake", PLAIN), data=data["CounterFact"], edits=100, literal=3),
-        "case_study": lambda: case_study(**common, methods=STUDIED, data=data["CounterFact"], edits=20, length=100),
+        "case_study": lambda: case_study(**common, methods=STUDIED, data=data["CounterFact"], edits=20, length=100, out=runs / "case_study"),
         "ablation": lambda: ablation(**common, edits=min(edits, 50), data=data, seeds=seeds),
         "realized": lambda: realized_residual(**common, edits=edits, data={"ZsRE": data["ZsRE"]}, seeds=seeds),
         "proxy": lambda: proxy_fidelity(**common, edits=100, data=data["CounterFact"], out=runs / "proxy"),

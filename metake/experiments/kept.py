@@ -1,0 +1,24 @@
+"""Parts of a long experiment that are finished stay finished: their records, in one small file each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from metake.storage import write_file
+
+
+def kept(folder: str | Path | None, told: Any, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What `make` returns, records of plain data; read back if an earlier call kept them in `folder`. None: nothing is kept.
+
+    told: everything that the records depend on; its repr names the file, so that another model, seed or setting gets another.
+    """
+    if folder is None:
+        return make()
+    file = Path(folder) / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.json"
+    if not file.is_file():
+        write_file(file, json.dumps(make(), ensure_ascii=False))
+    return json.loads(file.read_text(encoding="utf-8"))
