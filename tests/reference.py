@@ -21,7 +21,7 @@ from torch.nn.functional import kl_div
 from transformers.pytorch_utils import Conv1D
 
 from metake.model import LanguageModel
-from metake.requests import EditRequest
+from metake.requests import EditCase, EditRequest
 
 CONTEXTS = ("{}", "I think that you are there. {}", "Because. {}")
 REQUESTS = (
@@ -450,3 +450,30 @@ def outer_loss(lm: LanguageModel, request: EditRequest, contexts: Sequence[str],
     p, q = (after, before) if rule.locality_direction == "post_pre" else (before, after)
     scale = {"sum": 1, "mean": len(v), "relative": (v_init**2).sum()}[rule.anchor_norm]
     return torch.stack([target_nll(lm, log_p, batch, request), (p.exp() * (p - q)).sum(), ((v - v_init) ** 2).sum() / scale])
+
+
+@torch.no_grad()
+def evaluation(lm: LanguageModel, case: EditCase) -> list[tuple[list[float], list[bool]]]:
+    """One case as released code evaluates it: all its rows in one padded batch, logits at every position.
+
+    Per probe: with a rival, a row for either object, the mean NLL of the target and of the rival, and which tokens of the
+    target are the arg-max; without, a row for every beginning of the answer, and which next token is the arg-max.
+    """
+    asked = [probe for probe in case.probes if probe.kind != "generation"]
+    answers = [[ids for s in (probe.target, probe.rival) if s is not None for ids in [lm.tokenizer(f" {s}", add_special_tokens=False)["input_ids"]]] for probe in asked]
+    starts = [
+        [""] + [lm.tokenizer.decode(ids[:j]) for j in range(1, len(ids))] if probe.rival is None else [f" {probe.target}", f" {probe.rival}"]
+        for probe, (ids, *_) in zip(asked, answers, strict=True)
+    ]
+    batch = padded(lm, [probe.prompt + start for probe, own in zip(asked, starts, strict=True) for start in own])
+    log_p, lengths = torch.log_softmax(lm.model(**batch).logits, -1), batch["attention_mask"].sum(1).tolist()
+    found, row = [], 0
+    for probe, ids, own in zip(asked, answers, starts, strict=True):
+        if probe.rival is None:
+            found.append(([], [log_p[row + j, lengths[row + j] - 1].argmax().item() == y for j, y in enumerate(ids[0])]))
+        else:
+            first = len(lm.tokenizer(probe.prompt)["input_ids"]) - 1
+            means = [-sum(log_p[row + i, first + j, y].item() for j, y in enumerate(tokens)) / len(tokens) for i, tokens in enumerate(ids)]
+            found.append((means, [log_p[row, first + j].argmax().item() == y for j, y in enumerate(ids[0])]))
+        row += len(own)
+    return found

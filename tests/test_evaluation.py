@@ -10,6 +10,7 @@ from statistics import fmean
 
 import numpy as np
 import pytest
+import reference
 import torch
 from models import random_model
 
@@ -137,6 +138,17 @@ def test_zsre_equals_growing_prefixes(kind):
         assert found[name] == pytest.approx(100 * fmean(row[name] for row in expected), abs=1e-10)
         whole = [row[name] == 1 for row in expected]
         assert found[f"{name}_accuracy"] == pytest.approx(100 * fmean(whole), abs=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cases", [counterfact_cases(COUNTERFACT), zsre_cases(ZSRE)], ids=["counterfact", "zsre"])
+def test_evaluation_equals_the_released_padded_batch_of_a_case(kind, cases):
+    """What the bench times as the literal evaluation."""
+    lm = model(kind)
+    for case, score in zip(cases, evaluate(lm, cases).cases, strict=True):
+        for (means, correct), probe in zip(reference.evaluation(lm, case), score.probes, strict=True):
+            assert tuple(correct) == probe.target.correct
+            assert means == pytest.approx([-r.log_p for r in (probe.target, probe.rival) if r] if means else [], abs=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)

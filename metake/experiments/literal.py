@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metake.editor import Editor, EditorState
 from metake.errors import ParameterError
-from metake.evaluation import evaluate
 from metake.geometry import InverseCovariance, KeyStatistics, NullSpace
 from metake.machine import synchronize
 from metake.model import LanguageModel
@@ -96,7 +95,8 @@ def parts(
 ) -> dict[str, list[Part]]:
     """Stages of the literal path on the given cases, to be multiplied up to a batch of `edits` requests.
 
-    targets, refinement, evaluation: request by request, × edits / cases; the refinement sees only these cases.
+    targets, refinement: request by request, × edits / cases; the refinement sees only these cases. evaluation: case by
+    case, all rows of a case padded together, logits at every position.
     keys: 2|L| passes over all contexts (before the writes; after them for the history) and |L| over plain prompts, each
     over all rows to the logits; one of either kind is timed. solve: |L| d×d systems in float64 with `edits` random keys.
     """
@@ -112,7 +112,7 @@ def parts(
         Part(lambda _: reference.key_pass(lm, asked, contexts[:1], last), count * share),
     ]
     found["solve"] = [Part(_solve(reference, lm, edits, editor, state, statistics), count)]
-    found["evaluation"] = [Part(lambda _: [evaluate(lm, [case]) for case in cases], share)]
+    found["evaluation"] = [Part(lambda _: [reference.evaluation(lm, case) for case in cases], share)]
     return found
 
 
