@@ -75,9 +75,12 @@ def labelled(frame: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def paired_differences(records: pd.DataFrame, one: str = "metake", other: str = "alphaedit", draws: int = 4000, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
-    """`one` minus `other` on the same cases, in percentage points, with a bootstrap interval over cases (default: of 95 %).
+def paired_differences(
+    records: pd.DataFrame, one: str = "metake", other: str = "alphaedit", draws: int = 4000, seed: int = 0, level: float = 0.95, metrics: Sequence[str] = METRICS[:3]
+) -> pd.DataFrame:
+    """`one` minus `other` on the same cases, with a bootstrap interval over cases (default: of 95 %).
 
+    metrics: columns of the records; those of `METRICS`, shares, in percentage points, others as they are.
     Raises ParameterError if one of the two is not among the records' methods.
     """
     for name in (one, other):
@@ -85,9 +88,9 @@ def paired_differences(records: pd.DataFrame, one: str = "metake", other: str = 
             raise ParameterError(near_misses(name, set(records.method), "method among the records"))
     generator, rows = np.random.default_rng(seed), []
     for dataset, group in records.groupby("dataset", sort=False):
-        for metric in METRICS[:3]:
+        for metric in metrics:
             sides = [group[group.method == m].set_index(["seed", "id"])[metric] for m in (one, other)]
-            difference = 100 * (sides[0] - sides[1]).dropna().to_numpy()
+            difference = (100 if metric in METRICS else 1) * (sides[0] - sides[1]).dropna().to_numpy()
             means = generator.choice(difference, (draws, len(difference))).mean(1)
             low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
             rows.append({"dataset": dataset, "metric": metric, "cases": len(difference), "difference": difference.mean(), "low": low, "high": high})
