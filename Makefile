@@ -13,7 +13,7 @@ RUNS := $(NOTEBOOKS:notebooks/%=$(BUILD)/notebooks-run/%)
 SOURCES := $(shell find metake results -type f ! -name '*.pyc' ! -path 'results/verdicts/*' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help book html test notebooks record fetch clean distclean
+.PHONY: help book html test browser pdf zip notebooks record fetch clean distclean
 
 help:  ## this list
 	@echo "make <target>"
@@ -28,7 +28,21 @@ html: $(STAMP)  ## only build the book, from the committed outputs; a warning is
 	@echo "The book: $(CURDIR)/$(BUILD)/html/index.html"
 
 test: $(STAMP)  ## unit, contract and notebook tests
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest tests notebooks --nbval -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest tests notebooks --ignore tests/browser --nbval -n 2 --dist loadfile
+
+browser: $(STAMP)  ## check every page of the built book in a headless Chromium (after `make html`)
+	METAKE_BROWSER=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser -n 2 --dist loadgroup
+
+pdf: $(STAMP)  ## the whole book as one PDF, printed by a headless Chromium
+	@rm -rf $(BUILD)/singlehtml $(BUILD)/.doctrees
+	$(BIN)/jupyter-book build . --builder singlehtml -W -n --keep-going --all
+	$(BIN)/python tools/print_book.py $(BUILD)/singlehtml $(BUILD)/metake-book.pdf
+	@echo "The PDF: $(CURDIR)/$(BUILD)/metake-book.pdf"
+
+zip: html  ## the built book as one archive that needs neither server nor network: unpack, open index.html
+	@rm -f $(BUILD)/metake-book.zip
+	cd $(BUILD) && $(CURDIR)/$(BIN)/python -m zipfile -c metake-book.zip html
+	@echo "The archive: $(CURDIR)/$(BUILD)/metake-book.zip"
 
 notebooks: $(STAMP)  ## run the notebooks again and keep the new outputs, figures and verdicts
 	$(BIN)/python tools/refresh.py

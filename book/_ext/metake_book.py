@@ -2,14 +2,17 @@
 
 * `{{ name }}` in prose takes its text from results/numbers.json; a name that is not there fails the build.
 * ```{verdicts}``` draws results/verdicts/*.json as a table; a page of a checked part without one, or with a stale one, fails the build.
+* Figures and tables of the notebooks get numbers, data and commands, pages their stamp: furniture.py, stamp.py.
 * MathJax comes from an installed package and Thebe is left out: a reader's browser asks nothing of the network.
 * A few roles and names in the finished pages are repaired, for readers who listen to them.
 """
 import importlib.util
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
+import furniture
 import yaml
 from docutils import nodes
 from sphinx import addnodes
@@ -25,6 +28,7 @@ LABELS = {"recomputed": "recomputed here", "recorded": "recorded"}
 REPAIRS = (
     ('<div role="list" class="citation-list">', '<div class="citation-list">'),
     (' role="doc-biblioentry"', ""),
+    ('-content" id="proof-content">', '-content">'),
     ('search-button__button pst-js-only" title="Search" aria-label="Search"', 'search-button__button pst-js-only" title="Search"'),
     ('<summary aria-label="Toggle hidden content">', "<summary>"),
     ('data-mode="light" title="Light"', 'data-mode="light"'),
@@ -33,6 +37,8 @@ REPAIRS = (
     ('<div class="sidebar-primary-items__start sidebar-primary__section">',
      '<div class="sidebar-primary-items__start sidebar-primary__section" role="navigation" aria-label="Book">'),
 )
+TWICE = re.compile(r'<p class="admonition-title" id="[^"]*">')  # the box around a theorem has the name already
+PUNCTUATED = re.compile(r'(<span class="math notranslate nohighlight">[^<]*</span>)([.,;:!?)\]’”]+)')  # never at the start of a line
 
 
 def numbers(app, config):
@@ -40,6 +46,16 @@ def numbers(app, config):
     file = Path(app.srcdir) / "results" / "numbers.json"
     if file.exists():
         config.myst_substitutions = {**json.loads(file.read_text("utf-8")), **config.myst_substitutions}
+
+
+def launch(app, config):
+    """Buttons that open a page in Binder or Colab, and links to its source: only where `metake_repository` names a public repository."""
+    if config.metake_repository:
+        config.html_theme_options |= {
+            "repository_url": config.metake_repository, "repository_branch": "main", "path_to_docs": "", "use_repository_button": True,
+            "use_issues_button": True, "launch_buttons": {"notebook_interface": "jupyterlab", "binderhub_url": "https://mybinder.org",
+                                                          "colab_url": "https://colab.research.google.com"},
+        }
 
 
 def checked_pages(root: Path) -> dict[str, str]:
@@ -140,12 +156,17 @@ def repair(app, error):
         text = page.read_text("utf-8")
         for wrong, right in REPAIRS:
             text = text.replace(wrong, right)
+        text = TWICE.sub('<p class="admonition-title">', text)
+        text = PUNCTUATED.sub(r'<span class="no-break">\1\2</span>', text)
         page.write_text(text, "utf-8")
 
 
 def setup(app):
     app.add_directive("verdicts", Verdicts)
+    furniture.setup(app)
+    app.add_config_value("metake_repository", "", "html", types=[str])
     app.connect("config-inited", numbers, priority=100)
+    app.connect("config-inited", launch, priority=100)
     app.connect("builder-inited", mathjax)
     app.connect("html-page-context", local_scripts, priority=900)
     app.connect("build-finished", repair)

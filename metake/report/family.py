@@ -64,7 +64,8 @@ def _cloud(axes: Any, row: int, own: pd.DataFrame, quantity: str, dims: list[int
     """One method's instances, spread over its row so that all are seen; the same place for every form of an instance."""
     look = style(own.method.iloc[0])
     spread = [row + 0.62 * (i * 0.618034 % 1) - 0.31 for i in range(len(own))]
-    axes.scatter(own[quantity].clip(lower=LEAST), spread, s=[_size(d, dims) for d in own.dim], color=look.color, marker=look.marker, alpha=0.55, linewidth=0, zorder=3)
+    sizes = [_size(d, dims) for d in own.dim]  # an image within the drawing: there are hundreds of marks
+    axes.scatter(own[quantity].clip(lower=LEAST), spread, s=sizes, color=look.color, marker=look.marker, alpha=0.55, linewidth=0, zorder=3, rasterized=True)
 
 
 def option_effects(scores: pd.DataFrame, model: str | None = None, name: str = "published_differences") -> Figure:

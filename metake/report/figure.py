@@ -62,7 +62,8 @@ class Figure(Shown):
         if summary is None:
             summary = data if len(data) <= 38 else data.describe().drop("std").reset_index(names="of all records")
         inline = "".join(f'<div class="only-{theme}">{svg[svg.index("<svg") :]}</div>' for theme, svg in drawings.items())
-        note = f'<p class="metake-note">{escape(model)} {badge(label, origin)}</p>'
+        told = "" if label == "recorded" and origin else f"{escape(model)} "  # a recording's badge names its model
+        note = f'<p class="metake-note">{told}{badge(label, origin)}</p>'
         text = f"Figure {name} [{LABELS[label]}]\n{plain(summary, digits)}"
         super().__init__(f'<div class="metake-figure">{CHOICE}{inline}{note}</div>', text)
         self.name, self.alt, self.data, self.summary, self.svg = name, alt, data, summary, drawings
@@ -74,7 +75,7 @@ def _render(draw: Callable[[Any], None], size: tuple[float, float], panels: dict
     with matplotlib.style.context(["default", RC | {"svg.hashsalt": salt}]):
         canvas = matplotlib.figure.Figure(figsize=size, layout="constrained")
         draw(canvas.subplots(squeeze=False, **panels) if panels else canvas.subplots())
-        canvas.savefig(svg, format="svg", metadata=NO_METADATA)
+        canvas.savefig(svg, format="svg", dpi=200, metadata=NO_METADATA)  # the resolution of what is drawn as an image within it
         canvas.set_layout_engine("none")  # it is laid out
         canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return svg.getvalue().decode(), png.getvalue()

@@ -1,0 +1,40 @@
+"""Print a one-page build of the book as PDF with a headless Chromium: python tools/print_book.py _build/singlehtml _build/metake-book.pdf
+
+The drawings of the light theme, every fold closed as on the screen; formulas are set before it prints.
+"""
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+CHROMIUM = os.environ.get("METAKE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MINUTES = 5 * 60_000
+
+
+def one_page(folder: Path) -> Path:
+    """The page that holds the whole book; the other pages of such a build are redirects and the search."""
+    return max(folder.rglob("*.html"), key=lambda page: page.stat().st_size)
+
+
+def print_book(folder: Path, out: Path) -> None:
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(color_scheme="light")
+        page.set_default_timeout(MINUTES)
+        page.goto(one_page(folder).resolve().as_uri())
+        page.wait_for_function("!window.MathJax || (window.MathJax.startup?.promise && window.MathJax.startup.promise.then(() => true))")
+        page.pdf(path=out, format="A4", outline=True, tagged=True, margin=dict.fromkeys(("top", "bottom", "left", "right"), "15mm"))
+        browser.close()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    given = parser.parse_args()
+    if CHROMIUM is None:
+        sys.exit("no Chromium on the path: apt-get install chromium, or name one in METAKE_CHROMIUM")
+    print_book(given.folder, given.out)
