@@ -20,11 +20,17 @@ from metake.experiments.ablation import ablation
 from metake.experiments.case_study import case_study
 from metake.experiments.comparison import comparison
 from metake.experiments.dispersion import association_dispersion
+from metake.experiments.gamma_beforehand import gamma_beforehand
+from metake.experiments.general_ability import general_ability
+from metake.experiments.hidden_states import hidden_states
+from metake.experiments.kl_strength import kl_strength
+from metake.experiments.open_readings import open_readings
 from metake.experiments.operators import operators
 from metake.experiments.proxy_fidelity import proxy_fidelity
 from metake.experiments.quickstart import quickstart
 from metake.experiments.realized_residual import realized_residual
 from metake.experiments.run_time import PLAIN, run_time
+from metake.experiments.sensitivity import sensitivity
 from metake.experiments.streams import streams
 from metake.machine import default_device, versions
 from metake.methods import METHODS
@@ -32,6 +38,7 @@ from metake.model import load
 from metake.runs import read_cases
 
 LONG = ("streams",)  # hours on a CPU: only if `only` names them
+TASKED = "general_ability"  # only if there is task data
 STUDIED = ("memit", "alphaedit", "metake", "sphere", "blue", "rect", "prune", "pmet", "rome")
 STREAMED = ("alphaedit", "metake", "memit", "blue", "sphere", "memit_seq", "prune", "rect")
 
@@ -46,40 +53,58 @@ def record(
     seeds: Sequence[int] = (0,),
     only: Sequence[str] | None = None,
     tokens: int | None = 100_000,
+    tasks: str | None = None,
 ) -> Iterator[str]:
     """Make the recordings of `model` that are missing, and say which; `only` makes the named ones again.
 
-    counterfact, zsre: files of records (default: the embedded facts); text, tokens: of the key statistics.
+    counterfact, zsre: files of records (default: the embedded facts); text, tokens: of the key statistics;
+    tasks: data of the general-ability tasks (`tasks.read_items`), without which that recording is left out.
     """
     data = {"CounterFact": counterfact or "facts", "ZsRE": zsre or "facts-zsre"}
     common: dict[str, Any] = {"model": model, "text": text, "text_tokens": tokens}
     runs = report.project_root() / "runs" / f"record-{Path(model).name}"  # of one folder: what one part has run, the other reads
+    parts = _parts(common, data, edits, batch, seeds, runs, tasks or "")
+    if unknown := [name for name in only or () if name not in parts]:
+        raise ParameterError(near_misses(unknown[0], parts, "recording"))
+    if TASKED in (only or ()) and not tasks:
+        raise ParameterError(f"the recording {TASKED!r} needs task data; name a folder of it: --tasks DIR")
+    for name, make in parts.items():
+        target = f"{name}-{Path(model).name}"
+        there = (report.project_root() / "results" / f"{target}.jsonl").is_file()
+        if name in only if only else not (there or name in LONG or (name == TASKED and not tasks)):
+            start, origin = time.perf_counter(), _provenance(model, data, text, tokens)
+            report.write_recorded(target, frame := make(), origin | _settings(frame, time.perf_counter() - start))
+            yield f"wrote results/{target}.jsonl"
+        else:
+            yield f"{'kept' if there else 'left out'} results/{target}.jsonl" + ("" if there or tasks or name != TASKED else ": no task data, name a folder of it with --tasks")
+
+
+def _parts(common: dict[str, Any], data: dict[str, str], edits: int, batch: int, seeds: Sequence[int], runs: Path, tasks: str) -> dict[str, Callable[[], pd.DataFrame]]:
+    """Every recording by name; runs: folder of what is finished."""
     sequences = common | {"data": data, "edits": edits, "batch": batch, "seeds": seeds, "out": runs}
-    parts: dict[str, Callable[[], pd.DataFrame]] = {
+    return {
         "quickstart": lambda: quickstart(**common),
         "dispersion": lambda: association_dispersion(**common, requests=700, data=data),
         # without fluency and consistency: sampling costs several times the edits on a CPU
         "comparison": lambda: comparison(**sequences, methods=list(METHODS)),
         "operators": lambda: operators(**sequences),
+        "hidden_states": lambda: hidden_states(**common, data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0], out=runs),
+        "gamma": lambda: gamma_beforehand(**sequences),
         # MEMIT's batch is AlphaEdit's but for the solve
         "bench": lambda: run_time(**common, methods_=("alphaedit", "metake", PLAIN), data=data["CounterFact"], edits=100, literal=3),
         "case_study": lambda: case_study(**common, methods=STUDIED, data=data["CounterFact"], edits=20, length=100, out=runs / "case_study"),
-        "ablation": lambda: ablation(**common, edits=min(edits, 50), data=data, seeds=seeds),
-        "realized": lambda: realized_residual(**common, edits=edits, data={"ZsRE": data["ZsRE"]}, seeds=seeds),
+        "ablation": lambda: ablation(**common, edits=min(edits, 50), data=data, seeds=seeds, out=runs / "study"),
+        "realized": lambda: realized_residual(**common, edits=edits, data={"ZsRE": data["ZsRE"]}, seeds=seeds, out=runs / "study"),
+        # half an hour on two cores: 26 refinements a request for choosing, 5 for testing
+        "open_readings": lambda: open_readings(**common, edits=4, seeds=(0, 1), test_edits=10, test_seeds=(2, 3), data=data, out=runs / "open_readings"),
+        # 7 λ_KL, each another Stage I: of 100 requests a fifth in each group, half an hour on two cores
+        "kl_strength": lambda: kl_strength(**common, pool=edits, data={"ZsRE": data["ZsRE"]}, seeds=seeds, out=runs / "study"),
+        "sensitivity": lambda: sensitivity(**common, edits=min(edits, 30), data=data, seeds=seeds, out=runs / "study"),  # 11 refinements
+        # half an hour of one core: a third of it for seven times 300 questions, the rest for Stage I
+        TASKED: lambda: general_ability(**common, edits=120, batch=40, every=60, tasks=tasks, tests=50, data=data["CounterFact"], seed=seeds[0], out=runs / TASKED),
         "proxy": lambda: proxy_fidelity(**common, edits=100, data=data["CounterFact"], out=runs / "proxy"),
         "streams": lambda: streams(**common, methods=STREAMED, edits=1000, batch=20, every=100, data=data["CounterFact"], out=runs / "streams"),
     }
-    if unknown := [name for name in only or () if name not in parts]:
-        raise ParameterError(near_misses(unknown[0], parts, "recording"))
-    for name, make in parts.items():
-        target = f"{name}-{Path(model).name}"
-        there = (report.project_root() / "results" / f"{target}.jsonl").is_file()
-        if name in only if only else not (there or name in LONG):
-            start, origin = time.perf_counter(), _provenance(model, data, text, tokens)
-            report.write_recorded(target, frame := make(), origin | _settings(frame, time.perf_counter() - start))
-            yield f"wrote results/{target}.jsonl"
-        else:
-            yield f"{'kept' if there else 'left out'} results/{target}.jsonl"
 
 
 def _settings(frame: pd.DataFrame, seconds: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import random
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +20,7 @@ from metake import methods as known
 from metake.editor import Editor, EditorState
 from metake.errors import ParameterError, ProvenanceError
 from metake.evaluation import NAMES, CaseScore, evaluate
+from metake.geometry import KeyStatistics
 from metake.model import LanguageModel, load
 from metake.report.comparison import signed
 from metake.report.style import style
@@ -124,21 +125,30 @@ def streams(
     with tempfile.TemporaryDirectory() as scratch:
         for method in ("pre-edit", *methods):
             folder = Path(out or scratch) / method.replace("/", "-")
-            points = _Points(folder, {"model": model, "method": method, "text": Path(text).name, "text_tokens": text_tokens} | settings | origin)
+            points = Points(folder, {"model": model, "method": method, "text": Path(text).name, "text_tokens": text_tokens} | settings | origin)
             if method == "pre-edit":
                 points.add(0, lambda: _measure(lm, stream, batch, sample, seed))
             elif missing := [n for n in sorted({*range(every, edits + 1, every), edits}) if not points.has(n)]:
                 editor = known.method(method, model, seed=seed)
                 given = statistics(lm, text, layers=editor.layers, tokens=text_tokens)
-                with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
-                    for number, (_, state) in enumerate(edit_sequence(lm, editor, [c.request for c in stream], given, batch), 1):
-                        if (done := min(number * batch, edits)) in missing:
-                            with _finished(lm, editor, state):
-                                points.add(done, lambda done=done: _measure(lm, stream[:done], batch, sample, seed))
+                for done in visit(lm, editor, stream, given, batch, missing):
+                    points.add(done, lambda done=done: _measure(lm, stream[:done], batch, sample, seed))
             rows += [{"method": method, "edits": at} | row for at, found in points.all() for row in found]
     frame = pd.DataFrame(rows)
     frame.attrs["settings"] = settings | origin
     return frame
+
+
+def visit(lm: LanguageModel, editor: Editor, stream: Sequence[EditCase], given: Mapping[int, KeyStatistics], batch: int, wanted: Sequence[int]) -> Iterator[int]:
+    """Edit along a stream in batches, and yield each wanted number of edits, the model being then as if the stream ended there.
+
+    `lm` is restored, bit for bit, when the iteration ends.
+    """
+    with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
+        for number, (_, state) in enumerate(edit_sequence(lm, editor, [c.request for c in stream], given, batch), 1):
+            if (done := min(number * batch, len(stream))) in wanted:
+                with _finished(lm, editor, state):
+                    yield done
 
 
 @contextlib.contextmanager
@@ -172,7 +182,7 @@ def _scores(case: EditCase, found: CaseScore) -> dict[str, float | None]:
     return {name: round(fmean(prompts.values()), 4) if prompts else None for name, prompts in outcomes.items()}
 
 
-class _Points:
+class Points:
     """The evaluated points of one method on disk: a file each, and the settings that they belong to."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
