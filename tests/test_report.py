@@ -330,6 +330,13 @@ def test_another_model_does_not_speak_for_the_page(project, monkeypatch):
     assert list(files(project / "build" / "verdicts")) == ["page-smollm2-135m.json"]
 
 
+def test_several_claims_of_one_page_have_a_verdict_each(project):
+    for part in ("", "figure3"):
+        report.verdict("page", "A page", f"claim {part}", True, "1", part=part)
+    kept = {name: json.loads(text) for name, text in files(project / "_build" / "verdicts").items()}
+    assert {name: found["page"] for name, found in kept.items()} == {"page.json": "page", "page-figure3.json": "page"}
+
+
 def test_outside_a_project_a_verdict_stays_in_the_working_folder(project):
     (project / "_config.yml").unlink()
     report.verdict("page", "A page", "claim", True, "1")

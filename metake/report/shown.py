@@ -125,18 +125,19 @@ class Verdict(Shown):
     verdict: str  # "holds", "does not hold" or "inconclusive"
 
 
-def verdict(page: str, title: str, claim: str, holds: bool | None, decided_by: str, label: str = "recomputed", model: str = DEFAULT) -> Verdict:
+def verdict(page: str, title: str, claim: str, holds: bool | None, decided_by: str, label: str = "recomputed", model: str = DEFAULT, part: str = "") -> Verdict:
     """The page's claim, whether it holds (None: inconclusive), and the number that decided it.
 
     Kept as <page>.json in the folder METAKE_VERDICTS, else in the run's own in _build/verdicts: only `make notebooks`, which
-    names the committed folder, speaks for the page. Other models than the default one go into the file's name.
+    names the committed folder, speaks for the page. Other models than the default one go into the file's name, and so does
+    part: which of several claims of one page this is.
     """
     found = [word for key, word in VERDICTS.items() if (holds is None) == (key is None) and (key is None or holds == key)]
     if len(found) != 1:
         raise ParameterError(f"the verdict of {page!r} must be True, False or None (inconclusive); found {holds!r}")
     if label not in ("recomputed", "recorded"):
         raise ParameterError(f"a verdict is recomputed or recorded; found {label!r}")
-    (word, tone), name = found[0], artifact_name(page, model)
+    (word, tone), name = found[0], artifact_name(f"{page}-{part}" if part else page, model)
     content = {"page": page, "title": title, "claim": claim, "verdict": word, "decided_by": decided_by, "label": label}
     write_file(own_folder("METAKE_VERDICTS", "verdicts") / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     html = (
