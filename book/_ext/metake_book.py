@@ -10,6 +10,7 @@ import importlib.util
 import json
 import re
 from collections import Counter
+from html import escape
 from pathlib import Path
 
 import furniture
@@ -126,7 +127,9 @@ class Verdicts(SphinxDirective):
         label = nodes.inline("", LABELS[verdict["label"]], classes=["label", f"label-{verdict['label']}"])
         link = addnodes.pending_xref("", nodes.inline("", verdict["title"]), refdomain="std", reftype="doc", refexplicit=True,
                                      refwarn=True, refdoc=self.env.docname, reftarget=f"/notebooks/{verdict['page']}")
-        return row([nodes.Text(verdict["claim"])], [badge(verdict["verdict"]), nodes.Text(f" {verdict['decided_by']} "), label], [link])
+        found = row([nodes.Text(verdict["claim"])], [badge(verdict["verdict"]), nodes.Text(" "), label], [link])
+        found[1] += nodes.raw("", f"<details><summary>decided by</summary><p>{escape(verdict['decided_by'])}</p></details>", format="html")
+        return found
 
 
 def mathjax(app):
