@@ -218,12 +218,13 @@ class Dense:
         return rows @ self.operator.to(rows.dtype)
 
     def condition(self, keys: Tensor) -> Dense:
-        """Q − QK (I + KᵀQK)⁻¹ KᵀQ as L⁻¹KᵀQ squared, which keeps it symmetric."""
+        """Q − QK (I + KᵀQK)⁻¹ KᵀQ as L⁻¹KᵀQ squared, symmetric to the last bit, which not every BLAS makes of a square."""
         flat = self.apply(keys)
         corner = flat @ keys.T
         corner.diagonal().add_(1.0)
         half = torch.linalg.solve_triangular(torch.linalg.cholesky(corner), flat, upper=False)
-        return Dense(self.operator - half.T @ half)
+        square = half.T @ half
+        return Dense(self.operator - (square + square.T) / 2)
 
 
 def condition(metric: Metric, keys: Tensor) -> Metric:
