@@ -22,6 +22,16 @@ def _private_cache(request, monkeypatch, session_cache):
 
 
 @pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """An empty project, in which the test runs: figures and verdicts go to its _build."""
+    (tmp_path / "_config.yml").touch()
+    monkeypatch.chdir(tmp_path)
+    for variable in ("METAKE_FIGURES", "METAKE_VERDICTS", "METAKE_RUN"):
+        monkeypatch.delenv(variable, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
 def empty_cache(tmp_path, monkeypatch) -> Path:
     """A cache folder of this test alone."""
     monkeypatch.setenv("METAKE_CACHE", str(tmp_path / "cache"))

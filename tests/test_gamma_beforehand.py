@@ -219,15 +219,6 @@ def test_without_failures_nothing_is_decided():
 # Drawings and recording
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    (tmp_path / "_config.yml").touch()
-    monkeypatch.chdir(tmp_path)
-    for variable in ("METAKE_FIGURES", "METAKE_RUN"):
-        monkeypatch.delenv(variable, raising=False)
-    return tmp_path
-
-
 def test_drawings_hold_their_numbers_and_name_what_is_too_few(project, mixed):
     records, predictions = mixed
     counts = module.failures(records)

@@ -211,15 +211,6 @@ def test_settings_that_make_no_map_are_refused():
 # Drawings and recording
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    (tmp_path / "_config.yml").touch()
-    monkeypatch.chdir(tmp_path)
-    for variable in ("METAKE_FIGURES", "METAKE_RUN"):
-        monkeypatch.delenv(variable, raising=False)
-    return tmp_path
-
-
 def test_drawings_hold_their_numbers(run, project):
     found, _ = run
     points, distances = hidden_states.points(found), hidden_states.distances(found)

@@ -10,7 +10,7 @@ import pytest
 from models import stand_in
 
 import metake as mk
-from metake import methods, report
+from metake import methods, report, runs
 from metake.diagnosis import diagnose
 from metake.errors import ParameterError
 from metake.experiments import kl_strength as kl
@@ -86,7 +86,7 @@ def test_the_weight_reaches_stage_one(records):
 
 
 def test_what_is_kept_is_not_computed_again(records, small, folder, monkeypatch):
-    monkeypatch.setattr(study, "optimize_targets", None)
+    monkeypatch.setattr(runs, "optimize_targets", None)
     pd.testing.assert_frame_equal(kl.kl_strength("tiny", **SIZES, out=folder), records)
 
 

@@ -49,13 +49,14 @@ def comparison(
                         run(config, folder, shared=shared)
                     summaries.append({"dataset": name, "method": method, "seed": seed, "folder": folder.name} | json.loads((folder / "summary.json").read_text(encoding="utf-8")))
                     for label, file in ([] if place else [("pre-edit", "before.jsonl")]) + [(method, "cases.jsonl")]:
-                        rows += [{"dataset": name, "method": label, "seed": seed} | row for row in _cases(folder / file)]
+                        rows += [{"dataset": name, "method": label, "seed": seed} | row for row in case_rows(folder / file)]
     frame = pd.DataFrame(rows)
     frame.attrs["runs"] = summaries
     return frame
 
 
-def _cases(file: Path) -> list[dict]:
+def case_rows(file: Path) -> list[dict]:
+    """What a run keeps of its cases (before.jsonl, cases.jsonl), a row each, without generations."""
     rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
     return [{k: v for k, v in row.items() if k != "generations"} for row in rows]
 

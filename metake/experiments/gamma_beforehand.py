@@ -19,7 +19,7 @@ from metake import methods
 from metake.diagnosis import diagnose
 from metake.errors import ProvenanceError
 from metake.evaluation import read
-from metake.experiments.comparison import PRIMARY, _cases, comparison, labelled
+from metake.experiments.comparison import PRIMARY, case_rows, comparison, labelled
 from metake.experiments.finished import finished
 from metake.keys import KeyReader
 from metake.report.style import style
@@ -88,7 +88,7 @@ def from_run(folder: str | Path) -> pd.DataFrame:
     diagnosed = [found for group in batches(requests, config.batch) for found in diagnose(lm, group, editor, state)]
     norms = KeyReader(lm, requests, editor.contexts, editor.layers[-1]).read(editor.layers[-1]).keys.norm(dim=1).tolist()
     readings = read(lm, [(request.text, request.target) for request in requests])
-    rows, scores = [], zip(_cases(Path(folder) / "before.jsonl"), _cases(Path(folder) / "cases.jsonl"), strict=True)
+    rows, scores = [], zip(case_rows(Path(folder) / "before.jsonl"), case_rows(Path(folder) / "cases.jsonl"), strict=True)
     for request, found, norm, reading, (before, after) in zip(requests, diagnosed, norms, readings, scores, strict=True):
         told = {"gamma": found.association, "beta": found.attenuation} | {name: getattr(found, name) for name in ("in_batch", "anchor", "lower", "upper", "feasible")}
         simple = {"target_log_p": reading.log_p, "subject_tokens": len(continuation(lm.tokenizer, request.subject)), "key_norm": norm}

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from metake import methods as known
 from metake.answers import LENGTH, answer
 from metake.errors import ParameterError, near_misses
-from metake.experiments.streams import Points, plan, visit
+from metake.experiments.comparison import labelled
+from metake.experiments.streams import along, plan
 from metake.model import LanguageModel, load
 from metake.report.comparison import signed
 from metake.report.style import style
 from metake.runs import read_cases
-from metake.statistics import statistics
 from metake.tasks import INVALID, MEASURES, READINGS, TASKS, Task, asked, measures, read_items, task
 
 KINDS = {"generated": "what the model writes", "probable": "the more probable of the answers to choose from"}
@@ -65,18 +64,8 @@ def general_ability(
     source = f"{Path(tasks).name} sha256:{_digest(questions, reading)[:16]}"
     settings = {"edits": edits, "batch": batch, "every": every, "seed": seed, "tests": tests, "reading": reading, "tasks": source}
     told = {"model": model, "text": Path(text).name, "text_tokens": text_tokens, "asked": [t.file for t in wanted], "stream_digest": stream.digest} | settings
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for method in (PRE, *methods):
-            points = Points(Path(out or scratch) / method.replace("/", "-"), {"method": method} | told)
-            if method == PRE:
-                points.add(0, lambda: _ask(lm, questions, reading))
-            elif missing := [n for n in sorted({*range(every, edits + 1, every), edits}) if not points.has(n)]:
-                editor = known.method(method, model, seed=seed)
-                given = statistics(lm, text, layers=editor.layers, tokens=text_tokens)
-                for done in visit(lm, editor, stream, given, batch, missing):
-                    points.add(done, lambda: _ask(lm, questions, reading))
-            rows += [{"method": method, "edits": at} | row for at, found in points.all() for row in found]
+        rows = list(along(lm, methods, stream, text, Path(out or scratch), told, lambda _: _ask(lm, questions, reading)))
     frame = pd.DataFrame(rows)
     frame.attrs["settings"] = settings
     return frame
@@ -127,7 +116,7 @@ def scores(records: pd.DataFrame) -> pd.DataFrame:
             counts = {"items": len(own), "correct": right, "incorrect": len(own) - right - invalid, "invalid": invalid}
             found = measures(own.label.to_list(), own[kind].to_list(), len(TASKS[name].classes))
             rows.append({"method": method, "edits": edits, "task": name, "kind": kind} | counts | {m: found[m][0] for m in MEASURES})
-    return _told(pd.DataFrame(rows), records)
+    return labelled(pd.DataFrame(rows), records)
 
 
 def paper_scores(records: pd.DataFrame, kind: str = "generated") -> pd.DataFrame:
@@ -141,7 +130,7 @@ def paper_scores(records: pd.DataFrame, kind: str = "generated") -> pd.DataFrame
         which = TASKS[row["task"]]
         told = {"title": f"{which.name}, {which.paper}", "score": row[which.paper], "guess": 0.0 if which.paper == "MCC" else 100 / len(which.classes)}
         rows.append({k: row[k] for k in ("method", "edits", "task")} | told | {"invalid": 100 * row["invalid"] / row["items"]})
-    return _told(pd.DataFrame(rows), records)
+    return labelled(pd.DataFrame(rows), records)
 
 
 def table(records: pd.DataFrame, kind: str = "generated") -> pd.DataFrame:
@@ -150,12 +139,7 @@ def table(records: pd.DataFrame, kind: str = "generated") -> pd.DataFrame:
     last = found[found.edits == found.groupby("method").edits.transform("max")]
     wide = last.pivot(index="method", columns="title", values="score")[list(dict.fromkeys(last.title))]
     wide = wide.assign(mean=wide.mean(axis=1), invalid=last.groupby("method").invalid.mean())
-    return _told(wide.loc[list(dict.fromkeys(last.method))].rename_axis(columns=None).reset_index(), records)
-
-
-def _told(frame: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
-    frame.attrs = dict(records.attrs)
-    return frame
+    return labelled(wide.loc[list(dict.fromkeys(last.method))].rename_axis(columns=None).reset_index(), records)
 
 
 def able(records: pd.DataFrame, kind: str = "generated", level: float = 0.05) -> list[str]:
@@ -218,7 +202,7 @@ def changes(records: pd.DataFrame, kind: str | None = None, names: Sequence[str]
         if method != "metake":
             between = dict(zip(between, (gap[0], *np.percentile(gap[1:], [tail, 100 - tail])), strict=True))
         rows.append(row | between)
-    return _told(pd.DataFrame(rows), records)
+    return labelled(pd.DataFrame(rows), records)
 
 
 def readable(records: pd.DataFrame) -> str:

@@ -121,22 +121,32 @@ def streams(
     stream = plan(lm, cases, edits, batch, seed)
     settings = {"edits": edits, "batch": batch, "every": every, "seed": seed, "sample": sample, "distinct": len({c.request.text for c in stream})}
     origin = {"dataset": f"{Path(data).name} sha256:{cases.digest[:16]}", "stream_digest": stream.digest}
-    rows = []
+    told = {"model": model, "text": Path(text).name, "text_tokens": text_tokens} | settings | origin
     with tempfile.TemporaryDirectory() as scratch:
-        for method in ("pre-edit", *methods):
-            folder = Path(out or scratch) / method.replace("/", "-")
-            points = Points(folder, {"model": model, "method": method, "text": Path(text).name, "text_tokens": text_tokens} | settings | origin)
-            if method == "pre-edit":
-                points.add(0, lambda: _measure(lm, stream, batch, sample, seed))
-            elif missing := [n for n in sorted({*range(every, edits + 1, every), edits}) if not points.has(n)]:
-                editor = known.method(method, model, seed=seed)
-                given = statistics(lm, text, layers=editor.layers, tokens=text_tokens)
-                for done in visit(lm, editor, stream, given, batch, missing):
-                    points.add(done, lambda done=done: _measure(lm, stream[:done], batch, sample, seed))
-            rows += [{"method": method, "edits": at} | row for at, found in points.all() for row in found]
+        rows = list(along(lm, methods, stream, text, Path(out or scratch), told, lambda done: _measure(lm, stream[: done or edits], batch, sample, seed)))
     frame = pd.DataFrame(rows)
     frame.attrs["settings"] = settings | origin
     return frame
+
+
+def along(
+    lm: LanguageModel, methods: Sequence[str], stream: Sequence[EditCase], text: str, folder: Path, told: Mapping[str, Any], measure: Callable[[int], list[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """`measure(edits made)` before editing ("pre-edit", 0) and along the stream of every method: its rows, with method and edits.
+
+    told: all that a point depends on, of it model, edits, batch, every, seed and text_tokens are read here; folder: every
+    point is kept there, and not measured again. Raises ParameterError if it holds points of other settings.
+    """
+    for method in ("pre-edit", *methods):
+        points = Points(folder / method.replace("/", "-"), {"method": method} | told)
+        if method == "pre-edit":
+            points.add(0, lambda: measure(0))
+        elif missing := [n for n in sorted({*range(told["every"], told["edits"] + 1, told["every"]), told["edits"]}) if not points.has(n)]:
+            editor = known.method(method, told["model"], seed=told["seed"])
+            given = statistics(lm, text, layers=editor.layers, tokens=told["text_tokens"])
+            for done in visit(lm, editor, stream, given, told["batch"], missing):
+                points.add(done, lambda done=done: measure(done))
+        yield from ({"method": method, "edits": at} | row for at, found in points.all() for row in found)
 
 
 def visit(lm: LanguageModel, editor: Editor, stream: Sequence[EditCase], given: Mapping[int, KeyStatistics], batch: int, wanted: Sequence[int]) -> Iterator[int]:

@@ -21,10 +21,10 @@ from metake.experiments.kept import kept
 from metake.keys import KeyReader
 from metake.model import LanguageModel, load
 from metake.requests import Cases, EditRequest
-from metake.runs import read_cases, select
+from metake.runs import Unedited, read_cases, select
 from metake.solve import association, attenuation
 from metake.statistics import Statistics, statistics
-from metake.targets import Targets, optimize_targets
+from metake.targets import Targets
 from metake.update import Edit
 
 FORMATS = {"CounterFact format": "facts", "ZsRE format": "facts-zsre"}
@@ -38,7 +38,7 @@ class Batch:
     statistics: Statistics
     cases: Cases
     before: Evaluation
-    plans: dict[Any, Targets] = field(default_factory=dict)
+    shared: Unedited = field(default_factory=Unedited)  # Stage I of the editors that plan alike
     whole: Batch | None = None  # a part of another batch takes its plans from there: requests are planned one by one
     places: tuple[int, ...] = ()
 
@@ -50,7 +50,7 @@ class Batch:
     def part(self, places: Sequence[int]) -> Batch:
         """The batch of the cases at these places alone."""
         cases = Cases([self.cases[i] for i in places], self.cases.format, self.cases.source)
-        return replace(self, cases=cases, before=Evaluation(tuple(self.before.cases[i] for i in places)), plans={}, whole=self, places=tuple(places))
+        return replace(self, cases=cases, before=Evaluation(tuple(self.before.cases[i] for i in places)), shared=Unedited(), whole=self, places=tuple(places))
 
     @property
     def requests(self) -> list[EditRequest]:
@@ -58,15 +58,12 @@ class Batch:
 
     def plan(self, editor: Editor, state: EditorState) -> Targets:
         """Stage I's targets, made once for all editors that plan alike. Raises ParameterError if this one plans in pieces."""
-        key = editor.plan_key(state)
-        if key is None:
+        if editor.plan_key(state) is None:
             raise ParameterError("a study compares editors with one plan a request; found one with its own targets at each layer, or one request at a time")
         if self.whole:
             found, own = self.whole.plan(editor, state), list(self.places)
             return replace(found, anchor=found.anchor[own], planned=found.planned[own], trace=tuple(found.trace[i] for i in own))
-        if key not in self.plans:
-            self.plans[key] = optimize_targets(self.lm, self.requests, state.contexts, editor.layers[-1], editor.target)
-        return self.plans[key]
+        return self.shared.plan(self.lm, editor, state, self.requests)
 
 
 def study(
