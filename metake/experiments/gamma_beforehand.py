@@ -177,8 +177,8 @@ def assessed(predictions: pd.DataFrame, draws: int = 2000, seed: int = 0) -> pd.
     """How good each predictor is on held-out requests: one row per data set, method, outcome and predictor.
 
     auroc, low, high: `concordance`, with a 95 % bootstrap interval over requests; brier: mean (p − fails)²; skill: 1 − brier / base rate's.
-    above, above_low, above_high: γ's AUROC minus this predictor's on the same draws, for all data sets, methods and outcomes
-    jointly at 95 % (Bonferroni); best: it is the baseline of the highest AUROC, which γ is held against. Where too few edits
+    above, above_low, above_high: γ's AUROC, nothing fitted, minus this predictor's on the same draws, for all data sets, methods
+    and outcomes jointly at 95 % (Bonferroni); best: it is the baseline of the highest AUROC, which γ is held against. Where too few edits
     fail for a prediction there is one row with the counts. What is assessed already passes through.
     """
     if "auroc" in predictions:
@@ -198,7 +198,7 @@ def assessed(predictions: pd.DataFrame, draws: int = 2000, seed: int = 0) -> pd.
         briers = {name: float(np.square(own.probability - fails).mean()) for name, own in by.items()}
         best = max(BASELINES, key=lambda name: areas[name][0])
         for name in by:
-            (low, high), above = np.nanpercentile(areas[name][1:], [2.5, 97.5]), areas[GAMMA] - areas[name]
+            (low, high), above = np.nanpercentile(areas[name][1:], [2.5, 97.5]), areas[RAW] - areas[name]
             above_low, above_high = np.nanpercentile(above[1:], [tail, 100 - tail])
             told = {"predictor": name, "auroc": areas[name][0], "low": low, "high": high, "brier": briers[name], "skill": 1 - briers[name] / briers[BASE]}
             rows.append(place | told | {"above": above[0], "above_low": above_low, "above_high": above_high, "best": name == best})
@@ -223,16 +223,20 @@ def reliability(predictions: pd.DataFrame, predictor: str = GAMMA, bins: int = 4
 
 
 def against_best(found: pd.DataFrame) -> pd.DataFrame:
-    """γ beside the best baseline, one row per data set, method and outcome with enough failures."""
-    gamma = found[(found.predictor == GAMMA) & found.auroc.notna()].set_index(["dataset", "method", "outcome"])
-    best = found[found.best].set_index(["dataset", "method", "outcome"])
-    told = gamma[["edits", "fail", "auroc", "low", "high", "brier", "skill"]].join(best[["predictor", "auroc", "above", "above_low", "above_high"]].rename(columns={"predictor": "best baseline", "auroc": "its auroc"}))
+    """γ beside the best baseline, one row per data set, method and outcome with enough failures.
+
+    auroc, low, high: of γ with nothing fitted, which no split of the requests can push below chance; brier, skill: of the
+    probabilities that are fitted to it.
+    """
+    place = ["dataset", "method", "outcome"]
+    gamma, fitted, best = (found[is_it & found.auroc.notna()].set_index(place) for is_it in (found.predictor == RAW, found.predictor == GAMMA, found.best))
+    told = gamma[["edits", "fail", "auroc", "low", "high"]].join(fitted[["brier", "skill"]]).join(best[["predictor", "auroc", "above", "above_low", "above_high"]].rename(columns={"predictor": "best baseline", "auroc": "its auroc"}))
     return labelled(told.reset_index(), found)
 
 
 def judge(found: pd.DataFrame, least: float = 0.6) -> dict[str, Any]:
-    """γ tells beforehand which edits fail, and better than simple baselines: holds if its AUROC is above the best baseline's
-    wherever enough edits fail, interval and all; does not hold if nowhere, and somewhere below it, or everywhere of no use (its
+    """γ tells beforehand which edits fail, and better than simple baselines: holds if its AUROC, nothing fitted, is above the best
+    baseline's wherever enough edits fail, interval and all; does not hold if nowhere, and somewhere below it, or everywhere of no use (its
     AUROC below `least`, interval and all); inconclusive otherwise, and if nowhere enough edits fail. found: `assessed`."""
     told = against_best(found)
     if told.empty:
@@ -242,5 +246,5 @@ def judge(found: pd.DataFrame, least: float = 0.6) -> dict[str, Any]:
     holds = True if above.all() else False if not above.any() and (below.any() or (told.high < least).all()) else None
     cells = len(found.drop_duplicates(["dataset", "method", "outcome"]))
     span = f"{told.auroc.median():.2f} (from {told.auroc.min():.2f} to {told.auroc.max():.2f})"
-    said = f"AUROC of γ, median where enough edits fail ({len(told)} of {cells} data sets, methods and outcomes): {span}; the best baseline's: {told['its auroc'].median():.2f}"
+    said = f"AUROC of γ as it is, median where enough edits fail ({len(told)} of {cells} data sets, methods and outcomes): {span}; the best baseline's: {told['its auroc'].median():.2f}"
     return {"holds": holds, "decided_by": f"{said}; γ is above it in {above.sum()} of {len(told)}, below in {below.sum()}, intervals excluding zero"}
