@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 CHROMIUM = os.environ.get("METAKE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MINUTES = 5 * 60_000
@@ -31,17 +31,15 @@ def one_page(folder: Path) -> Path:
     return shutil.copyfile(max(folder.rglob("*.html"), key=lambda page: page.stat().st_size), top)
 
 
-def print_book(folder: Path, out: Path) -> None:
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(color_scheme="light", viewport=PAPER)
-        page.set_default_timeout(MINUTES)
-        page.goto(one_page(folder).resolve().as_uri())
-        page.wait_for_function("!window.MathJax || (window.MathJax.startup?.promise && window.MathJax.startup.promise.then(() => true))")
-        page.emulate_media(media="print")
-        page.evaluate(FIT)
-        page.pdf(path=out, format="A4", outline=True, tagged=True, margin=dict.fromkeys(("top", "bottom", "left", "right"), "15mm"))
-        browser.close()
+def print_book(page: Page, folder: Path, out: Path) -> None:
+    """Open the book in an empty window and print it."""
+    page.set_default_timeout(MINUTES)
+    page.set_viewport_size(PAPER)
+    page.goto(one_page(folder).resolve().as_uri())
+    page.wait_for_function("!window.MathJax || (window.MathJax.startup?.promise && window.MathJax.startup.promise.then(() => true))")
+    page.emulate_media(media="print")
+    page.evaluate(FIT)
+    page.pdf(path=out, format="A4", outline=True, tagged=True, margin=dict.fromkeys(("top", "bottom", "left", "right"), "15mm"))
 
 
 if __name__ == "__main__":
@@ -51,4 +49,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if CHROMIUM is None:
         sys.exit("no Chromium on the path: apt-get install chromium, or name one in METAKE_CHROMIUM")
-    print_book(given.folder, given.out)
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        print_book(browser.new_page(color_scheme="light"), given.folder, given.out)
+        browser.close()

@@ -7,4 +7,6 @@ if (typeof Search !== "undefined") {
     const part = (id && page.getElementById(id)) || page.querySelector("article.bd-article");
     return part ? part.textContent.replace(/\s+/g, " ") : "";
   };
+  // Opened from the disk, a page may not read another one: the results stand without a quotation.
+  if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
 }
