@@ -12,6 +12,7 @@ import matplotlib.figure
 import matplotlib.style
 import pandas as pd
 
+from metake.report import hover
 from metake.report.files import DEFAULT, artifact_name, figures_dir, portable
 from metake.report.shown import LABELS, Shown, badge, plain
 from metake.storage import write_file
@@ -75,10 +76,12 @@ def _render(draw: Callable[[Any], None], size: tuple[float, float], panels: dict
     with matplotlib.style.context(["default", RC | {"svg.hashsalt": salt}]):
         canvas = matplotlib.figure.Figure(figsize=size, layout="constrained")
         draw(canvas.subplots(squeeze=False, **panels) if panels else canvas.subplots())
+        marks = hover.name_marks(canvas)
         canvas.savefig(svg, format="svg", dpi=200, metadata=NO_METADATA)  # the resolution of what is drawn as an image within it
+        drawing = hover.with_titles(svg.getvalue().decode(), canvas, marks)
         canvas.set_layout_engine("none")  # it is laid out
         canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    return svg.getvalue().decode(), png.getvalue()
+    return drawing, png.getvalue()
 
 
 def _themed(svg: str, theme: str, key: str, alt: str) -> str:

@@ -149,10 +149,10 @@ def before_after(records: pd.DataFrame, method: str = "metake", model: str | Non
     color = style(method).color
 
     def draw(axes: Any) -> None:
-        for i, (before, after) in enumerate(zip(records.before, records.after, strict=True)):
-            axes.barh(i - 0.19, before, height=0.34, color=style("pre-edit").color, label="" if i else "before the edit")
-            axes.barh(i + 0.19, after, height=0.34, color=color, label="" if i else "after")
-            for value, place in ((before, i - 0.19), (after, i + 0.19)):
+        for values, shift, own, label in ((records.before, -0.19, style("pre-edit").color, "before the edit"), (records.after, 0.19, color, "after")):
+            places = [i + shift for i in range(len(records))]
+            axes.barh(places, values, height=0.34, color=own, label=label)
+            for value, place in zip(values, places, strict=True):
                 _note(axes, f"{value:.3f}" if value >= 0.0005 else "< 0.001", value, place)
         axes.set(xlim=(0, 1.12), xticks=(0, 0.25, 0.5, 0.75, 1), xlabel="probability of the answer")
         axes.set(ylim=(len(records) - 0.4, -0.6), yticks=range(len(records)), yticklabels=labels)
