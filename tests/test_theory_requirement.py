@@ -239,7 +239,7 @@ def test_static_trap_search_comes_near_the_limits():
 def test_static_trap_ends_where_an_assumption_is_dropped_and_readings_differ():
     assert trap_edges.edges(20).as_foretold.all()
     read = trap_edges.readings(static_trap.trap_check(90)).set_index("reading").survives
-    assert read.sum() == 3 and read[[r for r in read.index if r.startswith("(45), τ >") or "and τ ≤" in r or "½‖u‖²" in r]].all()
+    assert read.sum() == 3 and read[[r for r in read.index if r.startswith("τ >") or "< τ ≤" in r or "½‖u‖²" in r]].all()
     swept = trap_edges.sweep(9)
     served = swept[swept.outcome == "both are served"]
     assert served.boundary.max() <= 1 + 1e-9 and len(served) > 5

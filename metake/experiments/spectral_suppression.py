@@ -39,7 +39,7 @@ def spectral_association(keys: Tensor, spectrum: Tensor, directions: Tensor, rid
 def suppression_bound(keys: Tensor, spectrum: Tensor, directions: Tensor, protected: Tensor, ridge: float | Tensor) -> Tensor:
     """γ ≤ ‖k‖² ((1−ε)/(s_H+λ) + ε/λ), (n,), with s_H = min of sᵢ in H and ε = the share of ‖k‖² outside H      (v1 eq. 25)
 
-    protected: (d,) bool, the set H; ε = 0 gives (26). Infinite where λ = 0 and some energy lies outside H.
+    protected: (d,) bool, the set H; ε = 0 gives the ideal case, v1 eq. 26. Infinite where λ = 0 and some energy lies outside H.
     """
     energy = (keys @ directions).square()
     inside, outside = energy[:, protected].sum(-1), energy[:, ~protected].sum(-1)
@@ -53,7 +53,7 @@ def _layer(spectrum: Tensor, directions: Tensor) -> KeyStatistics:
 
 
 def suppression_check(trials: int = 300, seed: int = 0, dims: tuple[int, ...] = (4, 16, 64)) -> pd.DataFrame:
-    """Random instances in float64: γ of the library against (24), what is really written against β r, and bound (25).
+    """Random instances in float64: γ of the library against its spectral form (v1 eq. 24), what is really written against β r, and the bound (v1 eq. 25).
 
     Swept: dimension, rank (directions of variance zero), conditioning to 1e6, scale of C (1e-3 to 1e3) and of the key, λ, how much of
     the key lies in the most used directions, and the set H. One row per instance: dim, rank, ridge, outside = ε, gamma, beta,
@@ -118,7 +118,7 @@ def _log_ratio(directions: Tensor, point: Tensor) -> Tensor:
 def limits(seed: int = 0, dim: int = 12, outside: Sequence[float] = (0.0, 1e-4, 1e-2), powers: int = 8) -> pd.DataFrame:
     """β as the protected half of the spectrum grows, s_H from 1 to 10^powers, of keys with a share ε of their energy outside it.
 
-    λ = 1, ‖k‖² = 10, the other half of the spectrum is 0.1. Columns: outside = ε, floor_at = s_H, beta, bound = what (25) allows for β, and
+    λ = 1, ‖k‖² = 10, the other half of the spectrum is 0.1. Columns: outside = ε, floor_at = s_H, beta, bound = what the bound allows for β, and
     limit = what is left as s_H → ∞: γ_out/(1+γ_out) of the energy outside, 0 for ε = 0.
     """
     generator, rows = torch.Generator().manual_seed(seed), []
@@ -137,7 +137,7 @@ def limits(seed: int = 0, dim: int = 12, outside: Sequence[float] = (0.0, 1e-4, 
 
 
 EDGES = {
-    "all energy in H (26)": "none", "energy outside H, judged by (26)": "some", "a small eigenvalue counted into H (25)": "some",
+    "all energy in H, ideal bound": "none", "energy outside H, judged by the ideal bound": "some", "a small eigenvalue counted into H": "some",
     "all energy in H: β → 0": "none", "1 % of the energy outside H: β → 0": "some", "λ = 0 and C singular: A can be inverted": "some",
 }  # fmt: skip
 """The theorem and its limit as stated, and where an assumption is dropped: how many instances should then break it."""
@@ -146,7 +146,7 @@ EDGES = {
 def edges(trials: int = 40, seed: int = 0, dim: int = 12) -> pd.DataFrame:
     """Columns: case, judged, wrong, foretold ("none" or "some" wrong), as_foretold.
 
-    A bound is broken if γ exceeds it by more than rounding; β → 0 is judged at s_H = 1e8, λ = 1, ‖k‖² = d, where (26) allows 1e-6.
+    A bound is broken if γ exceeds it by more than rounding; β → 0 is judged at s_H = 1e8, λ = 1, ‖k‖² = d, where the ideal bound allows 1e-6.
     """
     generator, wrong = torch.Generator().manual_seed(seed), dict.fromkeys(EDGES, 0)
     protected = torch.arange(dim) >= dim // 2
@@ -202,7 +202,7 @@ def spectrum_on_model(model: str = "tiny", requests: int = 40, text: str = "embe
     """The last edited layer: β of a key of typical length along each eigen-direction of C, and of real requests.
 
     Returns (one row per method and direction: method, eigenvalue of C, beta, energy = mean share of a real key's energy there;
-    one row per method, request and set H: method, id, share = the least energy that H must hold, size of H, gamma, bound of (25)).
+    one row per method, request and set H: method, id, share = the least energy that H must hold, size of H, gamma, bound).
     """
     lm, asked, rows, bounds = load(model), [c.request for c in facts(limit=requests)], [], []
     for name in ("memit", "metake_v1", "alphaedit"):
@@ -221,7 +221,7 @@ def spectrum_on_model(model: str = "tiny", requests: int = 40, text: str = "embe
 
 
 def _bounds(keys: Tensor, spectrum: Tensor, directions: Tensor, ridge: float, gamma: Tensor) -> list[dict]:
-    """(25) for the sets H of largest eigenvalues that hold at least half, 90 % and 99 % of a key's energy, and for all directions."""
+    """The bound for the sets H of largest eigenvalues that hold at least half, 90 % and 99 % of a key's energy, and for all directions."""
     rows = []
     energy = (keys @ directions).square().flip(1).cumsum(1) / keys.square().sum(1, keepdim=True)
     for i, share in ((i, s) for i in range(len(keys)) for s in (0.5, 0.9, 0.99, 1.0)):
@@ -240,17 +240,17 @@ def looseness(bounds: pd.DataFrame) -> pd.DataFrame:
 def departures(records: pd.DataFrame, tolerance: float = 1e-6) -> pd.DataFrame:
     """Per dimension: instances, whether the equations are met to `tolerance`, and how many exceed the bound; how near the nearest comes."""
     grouped = records.groupby("dim", as_index=False)
-    errors = {"(24), (23) and (35) met": grouped[["spectral_error", "share_error", "projector_error"]].max().iloc[:, 1:].max(axis=1) < tolerance}
+    errors = {"the three equations met": grouped[["spectral_error", "share_error", "projector_error"]].max().iloc[:, 1:].max(axis=1) < tolerance}
     found = grouped.size().rename(columns={"size": "instances"})
     return found.assign(**errors, above_the_bound=grouped.excess.agg(lambda e: int((e > SLACK).sum())).excess, nearest=grouped.excess.max().excess + 1)
 
 
 def judge(records: pd.DataFrame, searched: pd.DataFrame, dropped: pd.DataFrame, tolerance: float = 1e-6) -> dict:
-    """Holds if (24), (23), (35) are met to `tolerance`, nothing exceeds (25), no search does, and it fails where an assumption is dropped."""
+    """Holds if γ's spectral form, β and the projector's share (v1 eqs 24, 23, 35) are met to `tolerance`, nothing exceeds the bound (25), no search does, and it fails where an assumption is dropped."""
     error = records[["spectral_error", "share_error", "projector_error"]].max().max()
     over, broken, fails = int((records.excess > SLACK).sum()), int(searched.broken.sum()), bool(dropped.as_foretold.all())
-    told = f"largest relative departure from (23), (24), (35) {'below' if error < tolerance else 'above'} {tolerance:.0e} in {len(records)} random layers"
-    told += f"; bound (25) exceeded in {over} of them"
+    told = f"largest relative departure from γ's spectral form, β = γ/(1+γ) and the projector's share {'below' if error < tolerance else 'above'} {tolerance:.0e} in {len(records)} random layers"
+    told += f"; the bound exceeded in {over} of them"
     told += f" and in {broken} of {len(searched)} directed searches, which came to {searched.largest.max():.2f} of it"
     told += f"; dropped assumptions fail as foretold: {'yes' if fails else 'no'}"
     return {"holds": bool(error < tolerance) and not over and not broken and fails, "decided_by": told}

@@ -1,6 +1,6 @@
 """MetaKE v1 Theorem 2 and its Lemmas 1 and 2: a penalty that all requests share is a ball, what can be written is an ellipsoid (eqs 36–50).
 
-u is the displacement of a target from where Stage I begins. No part of the editor solves (38) in closed form, so the formulas stand
+u is the displacement of a target from where Stage I begins. No part of the editor solves its problem (v1 eq. 38) in closed form, so the formulas stand
 here; that a real batch has an ellipsoid at all is measured with the library's own solve (`trap_edges.batch_trap`).
 """
 
@@ -38,7 +38,7 @@ def radii(operator: Tensor, delta: float | Tensor) -> tuple[Tensor, Tensor]:
 def strengths(operator: Tensor, delta: float, tau: float, easy: float = 1.0, hard: float = 1.0) -> tuple[float, float]:
     """The λ that serve both requests: from α_hard √λmax / δ, safety of the hard one, to α_easy / τ, progress of the easy one.
 
-    Empty (the first is larger) iff τ/α_easy > δ/(α_hard √λmax): (45) where both gradients have one size α          (v1 eqs 49, 50)
+    Empty (the first is larger) iff τ/α_easy > δ/(α_hard √λmax): τ > δ/√λmax where both gradients have one size α          (v1 eqs 45, 49, 50)
     """
     return (hard / radii(operator, delta)[0]).item(), easy / tau
 
@@ -86,7 +86,7 @@ def penalty_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2, 
     generator, rows = torch.Generator().manual_seed(seed), []
     for trial in range(trials):
         dim, scale = dims[trial % len(dims)], uniform(generator, -3, 3)
-        rank = dim if trial % 2 else dim // 2  # a singular H: (38) is convex only
+        rank = dim if trial % 2 else dim // 2  # a singular H: the problem is convex only
         values, directions = torch.linalg.eigh(random_operator(generator, dim, uniform(generator, 0, 6), scale))
         hessian, gradient = (directions * values * (torch.arange(dim) < rank)) @ directions.T, torch.randn(dim, dtype=torch.float64, generator=generator)
         strength = scale * uniform(generator, -3, 3)
@@ -134,10 +134,10 @@ def ellipsoid_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2
 
 
 def trap_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2, 8, 32), grid: int = 61) -> pd.DataFrame:
-    """The two-request construction (46)–(50): λ over eight decades around both requirements, and next to each of them, is really tried.
+    """The two-request construction (v1 eqs 46–50): λ over eight decades around both requirements, and next to each of them, is really tried.
 
-    Every third instance lies within 1e-5 of the boundary τ = δ/√λmax. One row per instance: dim, kappa, boundary = τ√λmax/δ, trapped by
-    (45), served = a tried λ serves both, alone = the easy request's own displacement of size τ is feasible, wrong = trapped and served or
+    Every third instance lies within 1e-5 of the boundary τ = δ/√λmax. One row per instance: dim, kappa, boundary = τ√λmax/δ, trapped where
+    τ > δ/√λmax, served = a tried λ serves both, alone = the easy request's own displacement of size τ is feasible, wrong = trapped and served or
     neither, tried, best = the largest of min(progress, safety) over λ, whose foretold value is (τ√λmax/δ)^−½.
     """
     generator, rows = torch.Generator().manual_seed(seed), []
@@ -213,7 +213,7 @@ def judge(penalty: pd.DataFrame, ellipsoid: pd.DataFrame, trapped: pd.DataFrame,
     against = counted(penalty, ellipsoid, trapped, tolerance).groupby("statement").found.sum()
     broken, fails = int(searched.broken.sum()), bool(dropped.as_foretold.all())
     told = f"contradictions: {against['Lemma 1']} to Lemma 1 in {len(penalty)} quadratics, {against['Lemma 2']} to Lemma 2 in {len(ellipsoid)} ellipsoids, "
-    told += f"{against['Theorem 2']} to condition (45) in {len(trapped)} pairs of requests with {trapped.tried.sum()} λ tried"
+    told += f"{against['Theorem 2']} to the condition τ > δ/√λmax in {len(trapped)} pairs of requests with {trapped.tried.sum()} λ tried"
     told += f"; {broken} of {len(searched)} directed searches broke one"
     return {"holds": not (against.sum() or broken) and fails, "decided_by": f"{told}; dropped assumptions fail as foretold: {'yes' if fails else 'no'}"}
 
@@ -227,8 +227,8 @@ def counted(penalty: pd.DataFrame, ellipsoid: pd.DataFrame, trapped: pd.DataFram
         ("Lemma 2", "the inscribed ball sticks out, or the other is too small", ellipsoid.inside + ellipsoid.around > 0),
         ("Lemma 2", "either bound could be moved by a millionth", ~ellipsoid.tight),
         ("Lemma 2", "the ratio is not √κ", ellipsoid.ratio_error > tolerance),
-        ("Theorem 2", "(45) holds, and a λ serves both", trapped.served[trapped.trapped]),
-        ("Theorem 2", "(45) does not hold, and no λ serves both", ~trapped.served[~trapped.trapped]),
+        ("Theorem 2", "τ > δ/√λmax, and a λ serves both", trapped.served[trapped.trapped]),
+        ("Theorem 2", "τ ≤ δ/√λmax, and no λ serves both", ~trapped.served[~trapped.trapped]),
         ("Theorem 2", "the best λ meets another share than foretold", trapped.best_error > tolerance),
     ]
     return pd.DataFrame([{"statement": name, "contradiction": text, "instances": len(found), "found": int(found.sum())} for name, text, found in rows])

@@ -21,7 +21,7 @@ EDGES = {
     "gradients along no eigenvector: no λ serves both": "some", "H indefinite, λ too small: u* is the best in its ball (Lemma 1)": "some",
     "H indefinite, λ too small: the radius does not grow with λ (Lemma 1)": "some",
 }  # fmt: skip
-"""The statement, all under condition (45), and where an assumption is dropped: how many instances should then break it."""
+"""The statement, all where τ > δ/√λmax (v1 eq. 45), and where an assumption is dropped: how many instances should then break it."""
 
 
 def edges(trials: int = 60, seed: int = 0, dim: int = 6) -> pd.DataFrame:
@@ -69,11 +69,11 @@ def readings(records: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """
     trapped, flat = records[records.trapped], records[records.kappa > 1e3]
     counted = {
-        "(45), τ > δ/√λmax: no λ serves both, and some λ does otherwise": (records.served != records.trapped),
+        "τ > δ/√λmax: no λ serves both, and some λ does otherwise": (records.served != records.trapped),
         "κ ≫ 1 alone (here over 1000): no λ serves both": ~flat.served,
-        "(45) already means that no single request can be served": ~trapped.alone,
-        "(45) already means that sharing is to blame: the easy request alone can be served": trapped.alone,
-        "(45) and τ ≤ δ/√λmin: each can be served alone, no λ serves both": ~trapped[trapped.alone].served,
+        "it already means that no single request can be served": ~trapped.alone,
+        "it already means that sharing is to blame: the easy request alone can be served": trapped.alone,
+        "δ/√λmax < τ ≤ δ/√λmin: each can be served alone, no λ serves both": ~trapped[trapped.alone].served,
     }
     rows = [{"reading": name, "instances": len(found), "agrees": int(found.sum()), "survives": bool(found.all())} for name, found in counted.items()]
     for name, fits in _multipliers(seed).items():

@@ -143,7 +143,7 @@ def suppression(limits: pd.DataFrame, spectrum: pd.DataFrame, model: str | None 
             left.plot(own.floor, own.bound, color=color, linestyle=":", linewidth=1.3)
             if outside:
                 left.annotate(f"limit {own['limit'].iloc[0]:.2g}", (own.floor.iloc[-1], own.beta.iloc[-1]), (0, -6), textcoords="offset points", ha="right", va="top", fontsize=8.5)
-        left.plot([], [], color=_soft(0.7), linestyle=":", linewidth=1.3, label="bound (25)")
+        left.plot([], [], color=_soft(0.7), linestyle=":", linewidth=1.3, label="the bound on β")
         left.set(xscale="log", yscale="log", xlabel="smallest protected eigenvalue $s_H$", ylabel="share β that is written", title="Protected eigenvalues grow")
         _key(left)
         for method in methods:
@@ -203,12 +203,12 @@ def ball_and_ellipsoid(outlines: pd.DataFrame, requests: pd.DataFrame, sweep: pd
         right.axhline(1, color=SECOND, linewidth=1.4)
         right.axvline(1, color=_soft(0.7), linewidth=1, linestyle=":")
         right.set(xscale="log", yscale="log", title="Every λ, tried")
-        right.set(xlabel=r"$\tau\sqrt{\lambda_{max}}\,/\,\delta$    (45) holds right of 1", ylabel=r"shared λ, in units of $\alpha\sqrt{\lambda_{max}}\,/\,\delta$")
+        right.set(xlabel=r"$\tau\sqrt{\lambda_{max}}\,/\,\delta$; above 1 no λ can serve both", ylabel=r"shared λ, in units of $\alpha\sqrt{\lambda_{max}}\,/\,\delta$")
         _log_axis(right.xaxis)
         _log_axis(right.yaxis)
         _key(right)
 
-    summary = _counted(sweep.assign(condition=np.where(sweep.boundary > 1, "(45) holds", "it does not")), "condition", "outcome")
+    summary = _counted(sweep.assign(condition=np.where(sweep.boundary > 1, "τ > δ/√λmax", "τ ≤ δ/√λmax")), "condition", "outcome")
     served = sweep[sweep.outcome == "both are served"]
     alt = f"""Left: an ellipse with the largest circle inside and the smallest around it; of two shared λ one leaves the hard request outside the ellipse,
         the other leaves the easy request short of the progress τ. Right: {len(sweep)} pairs of τ√λmax/δ and λ;
