@@ -287,6 +287,11 @@ def test_tables_are_accessible():
     assert '<td class="num">97.12</td>' in html and '<td class="num">3e-16</td>' in html
 
 
+def test_a_column_of_sentences_is_told_apart():
+    html = report.table(pd.DataFrame({"name": ["a"], "claim": ["one sentence that fills several lines"], "n": [10**9]})).html
+    assert re.findall(r'<td class="([^"]+)"|<th scope="row" class="([^"]+)"', html) == [("", "text"), ("text long", ""), ("num", "")]
+
+
 def test_the_text_of_a_table_is_aligned_and_rounded():
     expected = ["Methods", "method  efficacy sd     n  ok   label", "MetaKE        97.12  1.00  yes  recomputed here", "<b>          <1e-09     –  no   reported in the paper"]
     assert face(report.table(frame(), "Methods"), "text/plain").splitlines() == expected

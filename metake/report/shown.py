@@ -22,6 +22,7 @@ STABLE = ("model", "model_digest", "dataset", "dataset_digest", "data", "data_di
 SHOWN = {"method": lambda v: style(v).name, "label": lambda v: LABELS.get(v, v), "dataset": lambda v: {"counterfact": "CounterFact", "zsre": "ZsRE"}.get(v, v)}
 NOISE = 1e-9  # digits below it are rounding errors, which differ between machines
 LINES = 40  # of a long text/plain
+LONG = 32  # characters of a cell that would be one word a line on a phone
 
 
 @dataclass
@@ -105,8 +106,9 @@ def table(frame: pd.DataFrame, caption: str = "", digits: int = 2, label: str | 
     mark = badge(label, origin.get("provenance")) if label else ""
     frame = frame if frame.index.names == [None] else frame.reset_index()
     frame = frame.set_axis([" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in frame.columns], axis=1)
-    kinds = ["num" if is_numeric(frame[c]) else "text" for c in frame]
-    cells = [[badge(v) for v in frame[c]] if c == "label" else [escape(t) for t in texts(frame[c], digits, noise=True)] for c in frame]
+    said = [texts(frame[c], digits, noise=True) for c in frame]
+    kinds = ["num" if is_numeric(frame[c]) else "text long" if max(map(len, own), default=0) > LONG else "text" for c, own in zip(frame, said, strict=True)]
+    cells = [[badge(v) for v in frame[c]] if c == "label" else [escape(t) for t in own] for c, own in zip(frame, said, strict=True)]
     rows = ""
     for row in zip(*cells, strict=True):
         first = "td" if kinds[0] == "num" else 'th scope="row"'
