@@ -189,7 +189,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _complain(message: str, code: int) -> int:
     sys.stderr.write(f"metake: {' '.join(message.split())}\n")
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -366,7 +366,7 @@ def test_reader_that_stops_early_is_no_error(monkeypatch, tmp_path):
 
 def start(*words, **environment):
     kept = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen([sys.executable, "-m", "metake.cli", *words], env=kept, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    return subprocess.Popen([sys.executable, "-m", "metake", *words], env=kept, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
 
 
 def test_process_prints_its_result_and_nothing_else():
