@@ -16,14 +16,14 @@ ROOT = Path(metake.__file__).parent
 # Each module may import only what stands before it. `report` stands low: it reads results, never a model.
 ORDER = """
 errors arguments storage machine geometry solve update postprocess recipes progress
-report.style report.files report.shown report.figure report.plots report.requirement report.comparison report.operators report.generations report.streams report.family report.interactive report.proxy report.bilevel_theory report.realized report.sweeps report.readings report.ability report.hidden_states report.gamma report
+report.style report.files report.shown report.hover report.figure report.plots report.requirement report.comparison report.operators report.generations report.streams report.family report.interactive report.proxy report.bilevel_theory report.realized report.sweeps report.readings report.ability report.hidden_states report.gamma report
 capture requests tokens facts fact_tasks tasks assets model generation objective prefixes keys text_metrics
 plant targets bilevel statistics
 editor methods diagnosis hypergradient
 evaluation answers harness runs
 experiments.parameters experiments.kept experiments.attenuation experiments.geometry_of_beta experiments.quickstart experiments.dispersion experiments.comparison experiments.operators
 experiments.sizes experiments.literal experiments.bench experiments.run_time experiments.streams experiments.case_study experiments.parts experiments.solves experiments.one_formula experiments.sequential experiments.differences experiments.adversary experiments.real_layer experiments.inner experiments.necessity experiments.landscapes experiments.convergence experiments.dominance experiments.editing_requirement experiments.shared_strength experiments.spectral_suppression experiments.static_trap experiments.trap_edges experiments.proxy_fidelity experiments.study experiments.ablation experiments.realized_residual experiments.kl_strength experiments.sensitivity experiments.readings experiments.open_readings experiments.general_ability experiments.finished experiments.hidden_states experiments.gamma_beforehand experiments.record experiments pages
-metake options cli
+metake options cli __main__
 """.split()
 FILE, FUNCTION, METHOD = 300, 40, 8  # lines: of a file; of a function and of a method's recipe, docstring not counted
 MUTABLE = ("dict", "list", "set", "defaultdict", "Counter", "deque", "OrderedDict")
