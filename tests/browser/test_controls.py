@@ -218,3 +218,9 @@ def test_without_javascript_figures_numbers_and_commands_are_there(chromium, add
 
 def test_every_notebook_of_the_book_is_a_page():
     assert {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")} == {p[10:-5] for p in pages() if p.startswith("notebooks/")}
+
+
+def test_a_mark_under_the_pointer_says_its_values(tab, address):
+    opened(tab, address, COMPARISON)
+    told = tab.locator(".metake-figure .only-light svg use > title").all_text_contents()
+    assert len(told) > 10 and any(re.fullmatch(r"MetaKE, [\d.]+", text) for text in told)
