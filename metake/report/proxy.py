@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib as mpl
 import pandas as pd
 
 from metake.report.figure import Figure
@@ -76,7 +77,7 @@ def proxy_cosines(records: pd.DataFrame, model: str | None = None, name: str = "
 
 
 def proxy_descent(records: pd.DataFrame, model: str | None = None, name: str = "proxy_descent") -> Figure:
-    """Reduction of the outer loss by one step along four directions, a panel per point; every panel has a scale of its own.
+    """Reduction of the outer loss by one step along four directions, a panel per point, symmetric logarithmic beyond ± 10 basis points.
 
     records: point, exact, proxy, key_only, none, equal_proxy, equal_key_only, in basis points; one row per edit and point.
     """
@@ -93,6 +94,10 @@ def proxy_descent(records: pd.DataFrame, model: str | None = None, name: str = "
             _strip(axes, own[direction], row - 0.18 * both, look, True)
             if both:
                 _strip(axes, own[f"equal_{direction}"], row + 0.18, look, False)
+        reach = max(abs(x) for x in axes.get_xlim())
+        ticks = [sign * 10.0**k for k in (1, 2, 3) for sign in (-1, 1) if 10.0**k < reach] + [0]
+        axes.set_xscale("symlog", linthresh=10, linscale=0.8)  # a few edits move a hundred times more than most
+        axes.xaxis.set(major_locator=mpl.ticker.FixedLocator(ticks), minor_locator=mpl.ticker.NullLocator(), major_formatter=lambda value, _: f"{value:g}".replace("-", "−"))
         axes.set_title(POINTS[point].name)
         axes.set_xlabel("reduction of F, basis points")
 
