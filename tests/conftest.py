@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
-import torch
 from models import CONFIGS, random_model
 
 
@@ -42,13 +40,3 @@ def empty_cache(tmp_path, monkeypatch) -> Path:
 def lm(request):
     """A fresh random model of every architecture row, float64."""
     return random_model(request.param)
-
-
-def fingerprint(model: torch.nn.Module) -> dict[str, str]:
-    """SHA-256 of every tensor of a model, NaN and signed zeros included."""
-    return {n: hashlib.sha256(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest() for n, t in model.state_dict().items()}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones included."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from conftest import fingerprint
 from models import random_model
+from same import fingerprint
 
 import metake as mk
 from metake import report, runs

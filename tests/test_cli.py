@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import contents
+from same import contents
 
 import metake as mk
 from metake import cli

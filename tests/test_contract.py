@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import contents, fingerprint
 from models import CONFIGS, random_model
+from same import contents, fingerprint
 
 import metake.editor
 from metake import (

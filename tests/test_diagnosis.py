@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import fingerprint
 from models import random_model
+from same import fingerprint
 
 import metake as mk
 from metake.errors import ParameterError, RequestError

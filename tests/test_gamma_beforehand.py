@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import fingerprint
 from models import stand_in
+from same import fingerprint
 from sklearn.metrics import roc_auc_score
 
 import metake as mk

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import fingerprint
+from same import fingerprint
 
 import metake as mk
 from metake import answers, report, tasks

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import fingerprint
 from models import stand_in
+from same import fingerprint
 from scipy.linalg import sqrtm
 
 from metake import report, runs

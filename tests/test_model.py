@@ -7,8 +7,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import fingerprint
 from models import random_model
+from same import fingerprint
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D

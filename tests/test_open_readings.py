@@ -8,8 +8,8 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import fingerprint
 from models import stand_in
+from same import fingerprint
 
 import metake as mk
 from metake import report

@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import reference
 import torch
-from conftest import fingerprint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import random_model
 from reference import CONTEXTS, REQUESTS
+from same import fingerprint
 from test_bilevel import text_statistics
 from torch import Tensor
 

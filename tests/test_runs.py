@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 import pytest
 import reference
 import torch
-from conftest import contents, fingerprint
 from models import random_model
+from same import contents, fingerprint
 
 import metake as mk
 from metake import runs

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import contents
 from models import random_model, small_tokenizer
+from same import contents
 
 import metake.update
 from metake import KeyStatistics, ParameterError, StatisticsError, statistics

@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import fingerprint
 from models import random_model
+from same import fingerprint
 
 import metake as mk
 from metake import report, runs

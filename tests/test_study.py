@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import fingerprint
+from same import fingerprint
 
 import metake as mk
 from metake.errors import ParameterError

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import contents, fingerprint
 from models import random_model
+from same import contents, fingerprint
 
 import metake.update
 from metake import ArchitectureError, Edit, EditRecord, LayerUpdate, ParameterError, ProvenanceError
