@@ -261,7 +261,7 @@ def test_a_page_runs_before_its_recording_is_made(project):
     assert report.recorded_or("operators-smollm2-135m", given).attrs["label"] == "recomputed" and not given.attrs
     path = report.write_recorded("operators-smollm2-135m", probes(), FACTS)
     assert report.recorded_or("operators-smollm2-135m", given).attrs["label"] == "recorded"
-    assert report.if_recorded("operators-smollm2-135m", len, lambda n: n + 1) == 3
+    assert report.if_recorded("operators-smollm2-135m", len, lambda n, by: n + by, by=1) == 3
     path.write_text("{}")
     with pytest.raises(ProvenanceError, match="damaged"):
         report.if_recorded("operators-smollm2-135m", len)

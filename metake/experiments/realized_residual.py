@@ -37,6 +37,12 @@ def binned(records: pd.DataFrame, bins: int = 13) -> pd.DataFrame:
     return labelled(found.reset_index().sort_values("bin", kind="stable"), records)
 
 
+def curves(records: pd.DataFrame, bins: int = 13) -> pd.DataFrame:
+    """What Figure 4 draws: the `binned` readings (kind "bin"), and of each request its own (kind "request")."""
+    requests = records.melt(["dataset", "method", "percentile"], list(READINGS), "reading", "mean").dropna()
+    return labelled(pd.concat([binned(records, bins).assign(kind="bin"), requests.assign(kind="request")], ignore_index=True), records)
+
+
 def gains(records: pd.DataFrame, one: str = "metake", other: str = "alphaedit", draws: int = 4000, seed: int = 0) -> pd.DataFrame:
     """Mean difference of β̂ between two methods on the same requests, per data set and reading, with a 95 % bootstrap interval."""
     generator, rows = np.random.default_rng(seed), []

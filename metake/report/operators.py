@@ -37,15 +37,18 @@ def recorded_or(name: str, records: pd.DataFrame) -> pd.DataFrame:
     return records
 
 
-def if_recorded(name: str, *steps: Callable[[Any], Any]) -> Any:
-    """The recording of this name, taken through the steps one after the other; without one, the command that makes it."""
+def if_recorded(name: str, *steps: Callable[..., Any], **last: Any) -> Any:
+    """The recording of this name, taken through the steps one after the other; without one, the command that makes it.
+
+    last: keyword arguments of the last step, such as the caption of a table.
+    """
     found = _found(name)
     if isinstance(found, ParameterError):
         text = "Not recorded yet. " + str(found)[str(found).index("Make it with") :]  # what else is recorded is no part of a page
         return Shown(f'<p class="metake-note">{escape(text)}</p>', text)
-    for step in steps:
+    for step in steps[:-1]:
         found = step(found)
-    return found
+    return steps[-1](found, **last)
 
 
 def _found(name: str) -> pd.DataFrame | ParameterError:
