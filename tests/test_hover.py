@@ -64,7 +64,18 @@ def test_points_outside_the_axes_and_gaps_shift_nothing():
 
 def test_of_too_many_marks_none_is_told():
     assert len(titles(lambda axes: axes.scatter(range(hover.MOST), range(hover.MOST)))) == hover.MOST
-    assert titles(lambda axes: axes.scatter(range(3 * hover.MOST), range(3 * hover.MOST))) == []
+    assert titles(lambda axes: axes.scatter(range(hover.MOST + 1), range(hover.MOST + 1))) == []
+
+    def draw(axes):
+        for start in (0, 10):
+            axes.scatter(range(hover.MOST - 9), range(hover.MOST - 9), label="cloud")
+            axes.plot([start, start + 1], [1, 2], marker="o", label="means")
+
+    assert [text.partition(",")[0] for text in titles(draw)] == ["means"] * 4, "of a drawing with clouds what is few, and no cloud in part"
+
+
+def test_remarks_under_an_axis_are_not_repeated():
+    assert titles(lambda axes: (axes.plot([1], [2], marker="o"), axes.set(xlabel="AUROC\none of them too one-sided", ylabel="y"))) == ["AUROC 1, y 2"]
 
 
 def test_lines_without_marks_and_marks_of_the_frame_stay_silent():

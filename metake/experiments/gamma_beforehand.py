@@ -51,7 +51,7 @@ def gamma_beforehand(
     model: str = "tiny",
     methods_: Sequence[str] = PRIMARY,
     data: dict[str, str] | None = None,
-    edits: int = 50,
+    edits: int = 40,
     batch: int | None = None,
     seeds: Sequence[int] = (0,),
     text: str = "embedded",

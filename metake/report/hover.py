@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
@@ -12,41 +13,54 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-MOST = 600
-"""Marks of a drawing that are told: of more, the titles would outweigh the drawing, and the CSV has the numbers."""
+MOST = 1000
+"""Marks of a drawing that are told, those of the smallest series first: of more, the titles would outweigh the drawing."""
 
 ELEMENT = re.compile(r'<g id="(?P<group>[^"]+)">|<use [^>]*?x="(?P<x>-?[\d.]+)" y="(?P<y>-?[\d.]+)"[^>]*?/>|<path [^>]*?/>')
 
 
-def name_marks(canvas: Figure) -> dict[str, tuple[Axes, str, tuple[Any, Any] | None]]:
-    """Give every artist of marks or bars an id in the drawing: id → its axes, its label, and a bar's place and value (x, y)."""
-    found: dict[str, tuple[Axes, str, tuple[Any, Any] | None]] = {}
+class Series(NamedTuple):
+    """What is told of an artist of marks, or of one bar."""
 
-    def add(artist: Any, axes: Axes, label: Any, value: tuple[Any, Any] | None = None) -> None:
-        artist.set_gid(f"mark_{len(found)}")
-        found[artist.get_gid()] = axes, "" if str(label).startswith("_") else str(label), value
-
-    for axes in canvas.axes:
-        for line in axes.lines:
-            if line.get_marker() not in ("None", "none", " ", "", None) and line.get_transform().contains_branch(axes.transData):
-                add(line, axes, line.get_label())
-        for collection in axes.collections:
-            if isinstance(collection, PathCollection) and not collection.get_rasterized():
-                add(collection, axes, collection.get_label())
-        for bars in (c for c in axes.containers if isinstance(c, BarContainer)):
-            for patch, value in zip(bars, bars.datavalues, strict=True):
-                middle = (patch.get_x() + patch.get_width() / 2, patch.get_y() + patch.get_height() / 2)
-                add(patch, axes, bars.get_label(), (value, middle[1]) if bars.orientation == "horizontal" else (middle[0], value))
-    return found
+    artist: Any
+    axes: Axes
+    label: str
+    count: int
+    value: tuple[Any, Any] | None = None  # of a bar: its place and value, (x, y)
 
 
-def with_titles(svg: str, canvas: Figure, marks: dict[str, tuple[Axes, str, tuple[Any, Any] | None]]) -> str:
+def name_marks(canvas: Figure) -> dict[str, Series]:
+    """Give the series of marks and the bars an id in the drawing, by which `with_titles` finds them again."""
+    found = [series for axes in canvas.axes for series in _series(axes)]
+    room = MOST
+    for count in sorted({series.count for series in found}):
+        room -= sum(series.count for series in found if series.count == count)
+        if room < 0:  # all of a size or none: a cloud is not told in part
+            found = [series for series in found if series.count < count]
+            break
+    for i, series in enumerate(found):
+        series.artist.set_gid(f"mark_{i}")
+    return {series.artist.get_gid(): series for series in found}
+
+
+def _series(axes: Axes) -> Iterator[Series]:
+    for line in axes.lines:
+        if line.get_marker() not in ("None", "none", " ", "", None) and line.get_transform().contains_branch(axes.transData):
+            yield Series(line, axes, line.get_label(), len(line.get_xdata()))
+    for cloud in axes.collections:
+        if isinstance(cloud, PathCollection) and not cloud.get_rasterized():
+            yield Series(cloud, axes, cloud.get_label(), len(cloud.get_offsets()))
+    for bars in (c for c in axes.containers if isinstance(c, BarContainer)):
+        for patch, value in zip(bars, bars.datavalues, strict=True):
+            middle = (patch.get_x() + patch.get_width() / 2, patch.get_y() + patch.get_height() / 2)
+            yield Series(patch, axes, bars.get_label(), 1, (value, middle[1]) if bars.orientation == "horizontal" else (middle[0], value))
+
+
+def with_titles(svg: str, canvas: Figure, marks: dict[str, Series]) -> str:
     """The drawing that `canvas` was just saved as, its marks with a title: label, and the values on both axes.
 
     A mark's values are read back from where it stands, so that they are those of the point under the pointer.
     """
-    if len(marks) > MOST or svg.count("<use ") > 2 * MOST:
-        return svg
     group, scale, height = "", canvas.dpi / 72, canvas.get_size_inches()[1] * 72
 
     def tell(match: re.Match) -> str:
@@ -54,12 +68,12 @@ def with_titles(svg: str, canvas: Figure, marks: dict[str, tuple[Axes, str, tupl
         whole, group = match.group(), match["group"] or group
         if match["group"] or group not in marks:
             return whole
-        axes, label, value = marks[group]
+        _, axes, label, _, value = marks[group]
         if value is None and match["x"] is None:  # the line between the marks, or the shape of a mark
             return whole
         x, y = value or axes.transData.inverted().transform(((float(match["x"]) * scale, (height - float(match["y"])) * scale)))
         read = sorted((_read(axes, "x", x), _read(axes, "y", y)), key=lambda found: not found[0])  # names before numbers
-        said = [text for text in (label, *(text for _, text in read)) if text]
+        said = [text for text in ("" if str(label).startswith("_") else str(label), *(text for _, text in read)) if text]
         return f"{whole[:-2]}><title>{escape(', '.join(said), quote=False)}</title></{'path' if value else 'use'}>"
 
     return ELEMENT.sub(tell, svg)
@@ -74,6 +88,6 @@ def _read(axes: Axes, which: str, value: float) -> tuple[bool, str]:
         if isinstance(axis.get_major_locator(), FixedLocator) and any(re.search("[a-zA-Zα-ωΑ-Ω]", name) for _, name in names):
             near, name = min(names)
             return True, name if near < 0.5 else ""
-    label = next((text for other in siblings if (text := getattr(other, f"get_{which}label")())), "")
+    label = next((text for other in siblings if (text := getattr(other, f"get_{which}label")())), "").partition("\n")[0]  # below it stand remarks
     least = 1e-6 * abs(axis.get_view_interval()[1] - axis.get_view_interval()[0])  # what the drawing's own rounding leaves of zero
-    return False, " ".join(f"{label} {0 if abs(value) < least and axis.get_scale() == 'linear' else value:.4g}".split())
+    return False, " ".join(f"{label} {0 if abs(value) < least and axis.get_scale() != 'log' else value:.4g}".split())
