@@ -184,6 +184,6 @@ def test_the_recording_needs_task_data(monkeypatch, tmp_path):
     with pytest.raises(ParameterError, match="--tasks DIR"):
         list(record.record("tiny", only=[record.TASKED]))
     assert list(record.record("tiny", tasks="some", seeds=(3,))) == ["wrote results/general_ability-tiny.jsonl"]
-    assert asked["tasks"] == "some" and asked["seed"] == 3 and asked["edits"] % asked["batch"] == 0
+    assert asked["tasks"] == "some" and asked["seed"] == 3 and asked["edits"] % asked["every"] == asked["every"] % asked["batch"] == 0
     assert list(record.record("tiny")) == ["kept results/general_ability-tiny.jsonl"]
     assert page.judge(report.recorded("general_ability-tiny"))["holds"] is False

@@ -101,7 +101,7 @@ def _parts(common: dict[str, Any], data: dict[str, str], edits: int, batch: int,
         "kl_strength": lambda: kl_strength(**common, pool=edits, data={"ZsRE": data["ZsRE"]}, seeds=seeds, out=runs / "study"),
         "sensitivity": lambda: sensitivity(**common, edits=min(edits, 30), data=data, seeds=seeds, out=runs / "study"),  # 11 refinements
         # half an hour of one core: a third of it for seven times 300 questions, the rest for Stage I
-        TASKED: lambda: general_ability(**common, edits=120, batch=40, every=60, tasks=tasks, tests=50, data=data["CounterFact"], seed=seeds[0], out=runs / TASKED),
+        TASKED: lambda: general_ability(**common, edits=120, batch=60, every=60, tasks=tasks, tests=50, data=data["CounterFact"], seed=seeds[0], out=runs / TASKED),
         "proxy": lambda: proxy_fidelity(**common, edits=100, data=data["CounterFact"], out=runs / "proxy"),
         "streams": lambda: streams(**common, methods=STREAMED, edits=1000, batch=20, every=100, data=data["CounterFact"], out=runs / "streams"),
     }
