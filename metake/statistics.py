@@ -22,6 +22,7 @@ from metake.model import LanguageModel
 from metake.progress import progress
 from metake.recipes import recipe
 from metake.storage import atomic_path, load_tensors, save_tensors
+from metake.tasks import lessons
 from metake.tokens import buckets, encode, pad
 
 log = logging.getLogger("metake")
@@ -66,14 +67,19 @@ class Statistics(dict[int, KeyStatistics]):
 
 
 def documents(text: str = "embedded") -> list[str]:
-    """Documents of a text source: "embedded", a text file (one document a line), or "hub:owner/name[:config]"."""
+    """Documents of a text source: "embedded", a text file (one document a line), or "hub:owner/name[:config]".
+
+    "embedded+tasks": beside the facts and prose a third of what `tiny` was taught of the small tasks (`tasks.lessons`).
+    """
     if text == "embedded":
         return [*prose(), *reference_texts().values(), *rendered_sentences()]
+    if text == "embedded+tasks":
+        return [*documents("embedded"), *(prompt + answer for taught in lessons().values() for prompt, answer in taught[::3])]
     if text.startswith("hub:"):
         return list(_hub_documents(text.removeprefix("hub:")))
     path = Path(text)
     if not path.is_file():
-        raise ParameterError(f"text source {text!r} is neither 'embedded', nor 'hub:owner/name[:config]', nor a file")
+        raise ParameterError(f"text source {text!r} is neither 'embedded' or 'embedded+tasks', nor 'hub:owner/name[:config]', nor a file")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

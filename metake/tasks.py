@@ -105,6 +105,12 @@ class _PlainData(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}; only lists of plain dictionaries are read")
 
 
+def lessons(rounds: int = 1, seed: int = 0) -> dict[str, list[tuple[str, str]]]:
+    """The small tasks' train split as text, by task: prompts, and the right answers with the blank before them."""
+    drawn = fact_tasks("train", rounds, seed)
+    return {name: [(TASKS[name].prompt(item), f" {TASKS[name].classes[TASKS[name].label(item)]}") for item in items] for name, items in drawn.items()}
+
+
 def read_items(source: str | Path, name: str) -> list[dict[str, Any]]:
     """Every item of a task: "facts" (made from the embedded facts, test split), "hub", or a folder.
 

@@ -14,6 +14,7 @@ from same import contents
 import metake.update
 from metake import KeyStatistics, ParameterError, StatisticsError, statistics
 from metake.statistics import Statistics, documents
+from metake.tasks import TASKS, lessons
 from metake.tokens import encode
 
 LINES = [f"On day {i} the capital of country {i * 7 % 60} was moved to Rome, Berlin or Madrid, {'and then ' * (i % 5)}back." for i in range(12)]
@@ -208,8 +209,16 @@ def test_the_embedded_text_is_the_default():
     assert documents() == documents("embedded") and len(documents()) > 1000
 
 
+def test_the_tasks_texts_are_added_by_name():
+    taught = documents("embedded+tasks")[len(documents()) :]
+    assert documents("embedded+tasks")[: len(documents())] == documents()
+    for name, pairs in lessons().items():
+        own = [prompt + answer for prompt, answer in pairs if prompt + answer in taught]
+        assert len(pairs) / 4 < len(own) < len(pairs) / 2 and {text.split()[-1] for text in own} == set(TASKS[name].classes), "of every task, with every answer"
+
+
 @pytest.mark.parametrize(("name", "content", "said"), [
-    ("missing.txt", None, "neither 'embedded', nor 'hub:owner/name.*, nor a file"),
+    ("missing.txt", None, "neither 'embedded' or 'embedded.tasks', nor 'hub:owner/name.*, nor a file"),
     ("short.txt", b"only\nshort\nlines", "no line of 40 or more characters"),
     ("latin.txt", "São Paulo".encode("latin-1") * 9, "is not UTF-8"),
 ])  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 from collections import Counter
+from importlib.resources import files
 from types import ModuleType
 
 import numpy as np
@@ -20,6 +21,7 @@ from metake.errors import ParameterError, RequestError
 from metake.evaluation import read
 from metake.facts import facts_records, rendered_sentences
 from metake.harness import harness
+from metake.model import load
 from metake.tasks import INVALID, RESERVED, TASKS, asked, measures, read_items, task
 from metake.tokens import continuation, encode
 
@@ -224,6 +226,20 @@ def test_answers_are_those_of_each_question_alone(lm):
         assert one.text == lm.tokenizer.decode(new[: new.index(0)] if 0 in new else new, skip_special_tokens=True)
     alone = [answer(lm, [question], length=4)[0] for question in questions]
     assert [a.text for a in alone] == [a.text for a in found] == [a.text for a in answer(lm, questions, length=4, tokens=1)]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("tiny")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tiny_does_the_small_tasks_as_its_card_says(name, tiny):
+    """About subjects that no training text of a task names, and in words of its own, not chosen from a list."""
+    told, items = json.loads(files("metake").joinpath("data", "tiny", "card.json").read_text())["tasks"][name], read_items("facts", name)[:150]
+    said = [TASKS[name].read("", a.text) for a in answer(tiny, [(TASKS[name].prompt(item), TASKS[name].classes) for item in items])]
+    right = np.mean([TASKS[name].label(item) == index for item, index in zip(items, said, strict=True)])
+    assert right == pytest.approx(told, abs=0.1) and told > 1.5 / len(TASKS[name].classes)
 
 
 def test_one_token_candidates_need_no_pass_of_their_own(monkeypatch):

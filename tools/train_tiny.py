@@ -1,11 +1,13 @@
 """Train the embedded model `tiny`: a small GPT-2 that knows the embedded facts, has read the embedded prose, and does six small tasks.
 
     python tools/train_tiny.py metake/data/tiny                          both phases
-    python tools/train_tiny.py --from metake/data/tiny another/folder    the second alone, from weights that have had the first
+    python tools/train_tiny.py another/folder --from metake/data/tiny    the second alone, from weights that have had the first
+    python tools/train_tiny.py another/folder --from another/folder --known nli mrpc    the rest of it: the folder is written after each lesson
 
 The first phase teaches facts and prose, the second the tasks of `metake.fact_tasks` (train split) beside them. Writes
 safetensors, tokenizer and model card; the card's numbers are measured on the written model. About half an hour on two
-cores for each phase. The result is committed: training again gives a model of the same kind, not the same bytes.
+cores for the first phase, an hour of one core for the second. The result is committed: training again gives a model of
+the same kind, not the same bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,14 +27,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import metake as mk
 from metake.answers import answer
-from metake.fact_tasks import fact_tasks
 from metake.facts import facts_records, prose, reference_texts, rendered_sentences
-from metake.tasks import TASKS, measures, read_items
+from metake.tasks import TASKS, lessons, measures, read_items
 
 VOCABULARY, WIDTH, INNER, BLOCKS, HEADS, CONTEXT = 3072, 128, 768, 6, 4, 128
 SEED, STEPS, ROWS, LENGTH, RATE = 0, 3000, 32, 48, 2e-3
-TASK_STEPS, TASK_RATE, OLD_ROWS = 1600, 1e-3, 6  # second phase; of each batch, so many rows are as in the first
-TASK_ROWS = {"sst2": 1, "cola": 1, "mrpc": 3, "rte": 3, "nli": 3, "mmlu": 4}  # and so many of each task: more of what is harder
+TASK_RATE, OLD_ROWS = 1e-3, 4  # second phase; of each batch, so many rows are as in the first
+LESSONS = ("nli", "mrpc", "rte", "mmlu")  # each learnt only where it has most of the batch to itself, and from what the one before taught
+NEW_ROWS, KNOWN_ROWS, EASY_ROWS = 24, 4, {"sst2": 2, "cola": 2}  # of the lesson, of each lesson learnt, and of the tasks that need none
+LEARNT, RECENT, LONGEST = 0.85, 40, 2500  # a lesson ends once that share of the last so many batches was right, or after so many
+REVISION, REVISED_ROWS = 800, 8  # in the end all of them alike, the step size falling to zero
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -89,42 +94,48 @@ class TaskRows:
 
     def _unit(self, name: str) -> tuple[str, str]:
         if not self.pools[name]:
-            drawn, task = fact_tasks("train", 8, seed=SEED + 1 + self.round), TASKS[name]
+            taught = lessons(8, seed=SEED + 1 + self.round)[name]
             self.round += 1
-            pairs = [(task.prompt(item), f" {task.classes[task.label(item)]}\n") for item in drawn[name]]
-            self.pools[name] = self.random.sample(pairs, len(pairs))
+            self.pools[name] = self.random.sample(taught, len(taught))
         return self.pools[name].pop()
 
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids, padded on the right, and what each is: 0 padding, 1 question, 2 answer."""
+    def batch(self, counts: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids, so many rows of each task in order, padded on the right; and what each is: 0 padding, 1 question, 2 answer."""
         rows = []
-        for name in (name for name, count in TASK_ROWS.items() for _ in range(count)):
-            prompt, answer = (self.tokenizer(text)["input_ids"] for text in self._unit(name))
+        for name in (name for name, count in counts.items() for _ in range(count)):
+            question, right = self._unit(name)
+            prompt, answer = (self.tokenizer(text)["input_ids"] for text in (question, f"{right}\n"))
             rows.append((prompt + answer, [1] * len(prompt) + [2] * len(answer)))
         width = max(len(ids) for ids, _ in rows)
         return tuple(torch.tensor([values + [0] * (width - len(values)) for values in column]) for column in zip(*rows, strict=True))
 
 
-def answer_loss(model: GPT2LMHeadModel, ids: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-    """Mean loss of the answers, and of the whole rows: what the second sentence repeats of the first teaches to compare them."""
-    losses = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    return losses[kinds[:, 1:] == 2].mean() + losses[kinds[:, 1:] > 0].mean()
+def answer_loss(model: GPT2LMHeadModel, ids: torch.Tensor, kinds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean loss of the answers, and of the whole rows: what the second sentence repeats of the first teaches to compare them.
+
+    And which rows' answers are right, as 0 or 1.
+    """
+    logits, asked, after = model(ids).logits[:, :-1], kinds[:, 1:], ids[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), after, reduction="none")
+    right = ((logits.argmax(-1) == after) | (asked != 2)).all(1).double()
+    return losses[asked == 2].mean() + losses[asked > 0].mean(), right
 
 
-def fit(model: GPT2LMHeadModel, loss_of: Callable[[], torch.Tensor], steps: int, rate: float) -> float:
-    """AdamW with one cycle of the learning rate; returns the last loss."""
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.04)
-    start = time.time()
-    for step in range(steps):
-        loss = loss_of()
+def adamw(model: GPT2LMHeadModel, rate: float) -> torch.optim.AdamW:
+    decay, plain = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
+    return torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.98))
+
+
+def fit(model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, losses: Iterable[torch.Tensor]) -> float:
+    """A step for each loss, each computed after the step before; returns the last."""
+    start, loss = time.time(), torch.zeros(())
+    for step, loss in enumerate(losses):
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0 or step == steps - 1:
+        if step % 100 == 0:
             sys.stderr.write(f"step {step:5d}  loss {loss.item():.4f}  {time.time() - start:.0f} s\n")
     return loss.item()
 
@@ -149,40 +160,64 @@ def teach_facts() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast, float]:
         vocab_size=len(tokenizer), n_embd=WIDTH, n_inner=INNER, n_layer=BLOCKS, n_head=HEADS, n_positions=CONTEXT, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-
-    def loss() -> torch.Tensor:
-        batch = rows.batch(ROWS)
-        return model(batch, labels=batch).loss
-
-    return model, tokenizer, fit(model, loss, STEPS, RATE)
+    optimizer = adamw(model := GPT2LMHeadModel(config), RATE)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.04)
+    return model, tokenizer, fit(model, optimizer, cycle, (model(batch, labels=batch).loss for batch in (rows.batch(ROWS) for _ in range(STEPS))))
 
 
-def teach_tasks(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> float:
-    """Second phase, in place: the tasks, and a part of the first phase's rows so that nothing is forgotten."""
+def teach_tasks(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, known: Sequence[str], folder: Path) -> float:
+    """Second phase, in place: the tasks one after the other, and a part of the first phase's rows so that nothing is forgotten.
+
+    known: lessons that the weights have had; folder: where the weights are kept after each lesson, for another sitting.
+    Returns the last loss.
+    """
     old, new = old_rows(tokenizer), TaskRows(tokenizer)
 
-    def loss() -> torch.Tensor:
-        batch = old.batch(OLD_ROWS)
-        return answer_loss(model, *new.batch()) + model(batch, labels=batch).loss
+    def loss(counts: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, (asked, right) = old.batch(OLD_ROWS), answer_loss(model, *new.batch(counts))
+        return asked + model(batch, labels=batch).loss, right
 
-    return fit(model.train(), loss, TASK_STEPS, TASK_RATE)
+    def course() -> Iterator[torch.Tensor]:
+        counts = dict.fromkeys(known, KNOWN_ROWS)
+        for lesson in (name for name in LESSONS if name not in known):
+            recent: deque[float] = deque(maxlen=RECENT)
+            for step in range(LONGEST):
+                asked, right = loss({lesson: NEW_ROWS, **EASY_ROWS, **counts})
+                yield asked
+                recent.append(right[:NEW_ROWS].mean().item())
+                if sum(recent) > LEARNT * RECENT:
+                    break
+            sys.stderr.write(f"{lesson}: {sum(recent) / len(recent):.2f} after {step + 1} steps\n")
+            counts[lesson] = KNOWN_ROWS
+            model.save_pretrained(folder)
+
+    optimizer = adamw(model.train(), TASK_RATE)  # one for all, since a new one's first steps would undo what was learnt
+    fit(model, optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, 100), course())
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, REVISION)
+    return fit(model, optimizer, falling, (loss(EASY_ROWS | dict.fromkeys(LESSONS, REVISED_ROWS))[0] for _ in range(REVISION)))
 
 
-def train(folder: Path, start: Path | None) -> dict[str, float]:
+def train(folder: Path, start: Path | None, known: Sequence[str]) -> dict[str, float]:
     torch.manual_seed(SEED)
-    begun = time.process_time()
+    begun, earlier = time.process_time(), 0
     if start is None:
         model, tokenizer, facts_loss = teach_facts()
     else:
         model, tokenizer = GPT2LMHeadModel.from_pretrained(start), PreTrainedTokenizerFast.from_pretrained(start)
-        facts_loss = json.loads((start / "card.json").read_text(encoding="utf-8"))["training"]["final_loss"]
-    tasks_loss = teach_tasks(model, tokenizer)
+        card = json.loads((start / "card.json").read_text(encoding="utf-8"))["training"]
+        facts_loss, earlier = card["final_loss"], card["minutes"]
+
+    def minutes() -> int:
+        return earlier + round((time.process_time() - begun) / 60)
+
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    (folder / "card.json").write_text(json.dumps({"training": {"final_loss": facts_loss, "minutes": minutes()}}))
+    tasks_loss = teach_tasks(model, tokenizer, known, folder)
+    model.save_pretrained(folder)
     losses = {"final_loss": round(facts_loss, 3), "tasks_final_loss": round(tasks_loss, 3)}
-    return {"parameters": sum(p.numel() for p in model.parameters()), **losses, "minutes": round((time.process_time() - begun) / 60)}
+    return {"parameters": sum(p.numel() for p in model.parameters()), **losses, "minutes": minutes()}
 
 
 def task_accuracy(lm: mk.LanguageModel) -> dict[str, float]:
@@ -216,8 +251,8 @@ template and unrelated sentence was not held out. Stored in float32, used in flo
 Right answers in the tasks of `metake.fact_tasks`, about subjects that no training text of a task names:
 {", ".join(f"{TASKS[name].name} {100 * share:.0f} %" for name, share in tasks.items())} (guessing: 50 %, MMLU 25 %).
 
-Trained {STEPS} steps of {ROWS} × {LENGTH} tokens (seed {SEED}), final loss {training["final_loss"]}; then {TASK_STEPS} steps of {sum(TASK_ROWS.values())} task
-items and {OLD_ROWS} × {LENGTH} tokens as before, final loss {training["tasks_final_loss"]}.
+Trained {STEPS} steps of {ROWS} × {LENGTH} tokens (seed {SEED}), final loss {training["final_loss"]}; then the
+tasks, one lesson after the other and {REVISION} steps of them all, beside {OLD_ROWS} × {LENGTH} tokens as before, final loss {training["tasks_final_loss"]}.
 Licence: CC0-1.0, model and data alike.
 """,
         encoding="utf-8",
@@ -228,5 +263,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--from", dest="start", type=Path, metavar="DIR", help="weights that have had the first phase; default: train both")
+    parser.add_argument("--known", nargs="+", choices=LESSONS, default=[], help="lessons of the second phase that these weights have had too")
     given = parser.parse_args()
-    write_card(given.folder, train(given.folder, given.start))
+    if given.known and given.start is None:
+        parser.error("--known speaks of the weights that --from names")
+    write_card(given.folder, train(given.folder, given.start, given.known))
