@@ -193,6 +193,8 @@ def teach_tasks(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, know
 
     optimizer = adamw(model.train(), TASK_RATE)  # one for all, since a new one's first steps would undo what was learnt
     fit(model, optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, 100), course())
+    for group in optimizer.param_groups:
+        group["lr"] = TASK_RATE
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, REVISION)
     return fit(model, optimizer, falling, (loss(EASY_ROWS | dict.fromkeys(LESSONS, REVISED_ROWS))[0] for _ in range(REVISION)))
 

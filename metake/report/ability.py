@@ -37,7 +37,10 @@ def ability_curves(found: pd.DataFrame, model: str | None = None, name: str = "g
                 looks = {"color": look.color, "marker": look.marker, "linestyle": look.line, "label": look.name}
                 here.plot(line.edits, line.score, markersize=7 - 2.5 * slim, linewidth=2.4 - 1.2 * slim, **looks)
             here.set(ylim=(lowest, 103), xlim=(-0.04 * end, 1.04 * end), title=f"{own.title.iloc[0]}, %")
-            here.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True, steps=(1, 2, 3, 5, 6, 10)))
+            if len(asked := sorted(own.edits.unique())) <= 5:
+                here.set_xticks(asked)
+            else:
+                here.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True, steps=(1, 2, 3, 5, 6, 10)))
         axes[-1, min(1, len(axes[0]) - 1)].set_xlabel("edits made so far; dotted: guessing")
         axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(methods)))
 
