@@ -26,7 +26,7 @@ def model_options(parser: argparse.ArgumentParser, positional: bool = False, met
     if method:
         parser.add_argument("--method", type=_method, default="metake", help="see: metake methods; default: %(default)s")
         parser.add_argument("--seed", type=_SEED, default=0, help="of the context templates and of what is drawn from the data; default: %(default)s")
-    parser.add_argument("--text", default="embedded", metavar="SOURCE", help="text of the key statistics: embedded, a text file, or hub:owner/name[:config]; default: %(default)s")
+    parser.add_argument("--text", default="embedded", metavar="SOURCE", help="text of the key statistics: embedded, embedded+tasks, a text file, or hub:owner/name[:config]; default: %(default)s")
     parser.add_argument("--text-tokens", type=_COUNT, metavar="N", help="use at most N tokens of it; default: all")
     parser.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help="float64, float32, bfloat16 or float16; default: float32, float64 for tiny")
     device_option(parser)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pickle
+import re
 import sys
 from collections import Counter
 from importlib.resources import files
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from models import random_model
+from safetensors.torch import load_file
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from metake import answers, fact_tasks, tasks
@@ -240,6 +244,23 @@ def test_tiny_does_the_small_tasks_as_its_card_says(name, tiny):
     said = [TASKS[name].read("", a.text) for a in answer(tiny, [(TASKS[name].prompt(item), TASKS[name].classes) for item in items])]
     right = np.mean([TASKS[name].label(item) == index for item, index in zip(items, said, strict=True)])
     assert right == pytest.approx(told, abs=0.1) and told > 1.5 / len(TASKS[name].classes)
+
+
+def test_training_goes_on_from_the_lessons_that_are_known(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("train_tiny", Path(__file__).parents[1] / "tools/train_tiny.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    for name, few in {"STEPS": 30, "ROWS": 2, "LONGEST": 2, "REVISION": 2, "NEW_ROWS": 2, "REVISED_ROWS": 1}.items():
+        monkeypatch.setattr(tool, name, few)
+    first = tool.train(tmp_path, None, ())
+    assert re.findall(r"(\w+): [\d.]+ after 2 steps", capsys.readouterr().err) == list(tool.LESSONS)
+    before = load_file(tmp_path / "model.safetensors")
+    again = tool.train(tmp_path, tmp_path, tool.LESSONS[:2])
+    assert re.findall(r"(\w+): [\d.]+ after 2 steps", capsys.readouterr().err) == list(tool.LESSONS[2:])
+    after = load_file(tmp_path / "model.safetensors")
+    assert again["final_loss"] == first["final_loss"] and all(torch.isfinite(t).all() for t in after.values())
+    moved = max((after[name] - before[name]).abs().max().item() for name in after)
+    assert 1e-4 < moved < 0.1, "it went on from what was there"
 
 
 def test_one_token_candidates_need_no_pass_of_their_own(monkeypatch):

@@ -6,7 +6,7 @@
 
 The first phase teaches facts and prose, the second the tasks of `metake.fact_tasks` (train split) beside them. Writes
 safetensors, tokenizer and model card; the card's numbers are measured on the written model. About half an hour on two
-cores for the first phase, an hour of one core for the second. The result is committed: training again gives a model of
+cores for the first phase, more than an hour of one core for the second. The result is committed: training again gives a model of
 the same kind, not the same bytes.
 """
 
