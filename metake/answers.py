@@ -14,7 +14,7 @@ from metake.evaluation import read
 from metake.machine import halving
 from metake.model import LanguageModel
 from metake.progress import progress
-from metake.tokens import Padded, buckets, continuation, encode
+from metake.tokens import Padded, continuation, encode
 
 LENGTH = 5  # tokens that are generated (methods of AlphaEdit's `glue_eval`)
 
@@ -50,7 +50,7 @@ def answer(lm: LanguageModel, questions: Sequence[tuple[str, Sequence[str]]], le
 def _written(lm: LanguageModel, rows: Sequence[tuple[int, ...]], length: int, tokens: int) -> list[tuple[str, Tensor]]:
     """Per row its continuation as text, and the log-probabilities of the first token after it."""
     found: list[tuple[str, Tensor]] = [("", torch.empty(0))] * len(rows)
-    for group in progress(list(buckets([len(row) for row in rows], tokens, waste=0.1)), "answer"):
+    for group in progress(lm.groups([len(row) for row in rows], tokens, length), "answer"):
         new, first = _continue(lm, [rows[i] for i in group], length)
         for i, ids, log_p in zip(group, new.tolist(), first.cpu(), strict=True):
             found[i] = (lm.tokenizer.decode(_until_end(lm, ids), skip_special_tokens=True), log_p)

@@ -26,7 +26,7 @@ from metake.prefixes import Prefixed, Split
 from metake.progress import progress
 from metake.requests import EditRequest
 from metake.targets import Targets
-from metake.tokens import Row, buckets, locality_rows, rewriting_rows, shared_beginnings
+from metake.tokens import Row, locality_rows, rewriting_rows, shared_beginnings
 
 CHOICES = {
     "optimizer": {"adam": torch.optim.Adam, "sgd": torch.optim.SGD},
@@ -110,7 +110,7 @@ def outer_objective(
     """F_VL as `refine` descends it, with what no step changes read once from the live model; arguments as there."""
     rows = rewriting_rows(lm.tokenizer, requests, contexts if rule.prompts == "contexts" else contexts[:1])
     rows += locality_rows(lm.tokenizer, requests, rule.locality_position)
-    parts = [_look_ahead(lm, *group, targets, gate, rule) for group in _groups(rows, rule.tokens)]
+    parts = [_look_ahead(lm, *group, targets, gate, rule) for group in _groups(lm, rows, rule.tokens)]
     work = torch.promote_types(lm.dtype, torch.float32)
     return OuterObjective(parts, targets.anchor.to(work), targets.value.to(work), targets.layer, rule)
 
@@ -157,10 +157,10 @@ def _descend(outer: OuterObjective, targets: Targets) -> Targets:
     return replace(targets, planned=targets.planned + (value.detach() - initial).double(), trace=trace)
 
 
-def _groups(rows: list[Row], tokens: int) -> list[tuple[list[Row], list[int]]]:
+def _groups(lm: LanguageModel, rows: list[Row], tokens: int) -> list[tuple[list[Row], list[int]]]:
     """Micro-batches: rows, and how much of each one's beginning is shared."""
     cuts = shared_beginnings([r.ids for r in rows], [r.lookup for r in rows])
-    groups = buckets([len(r.ids) - cut for r, cut in zip(rows, cuts, strict=True)], tokens)
+    groups = lm.groups([len(r.ids) - cut for r, cut in zip(rows, cuts, strict=True)], tokens)
     return [([rows[i] for i in group], [cuts[i] for i in group]) for group in groups]
 
 

@@ -21,7 +21,7 @@ from metake.model import LanguageModel
 from metake.progress import progress
 from metake.requests import EditCase, Probe
 from metake.text_metrics import consistency, fluency
-from metake.tokens import buckets, continuation, encode, pad
+from metake.tokens import continuation, encode, pad
 
 NAMES = {"efficacy": "efficacy", "paraphrase": "generalization", "neighborhood": "specificity"}
 
@@ -180,7 +180,7 @@ def _read(lm: LanguageModel, wanted: dict[tuple[int, ...], list[tuple[int, int, 
     """wanted: per row its questions (place in the answer, first position, continuation)."""
     rows = list(wanted)
     result: list[Reading | None] = [None] * count
-    for group in progress(list(buckets([len(r) for r in rows], tokens)), "evaluate"):
+    for group in progress(lm.groups([len(r) for r in rows], tokens), "evaluate"):
         asked = [(k, *question) for k, row in enumerate(group) for question in wanted[rows[row]]]
         where = [(k, first + j) for k, _, first, answer in asked for j in range(len(answer))]
         row, column = (torch.tensor(x, device=lm.device) for x in zip(*where, strict=True))

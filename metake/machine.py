@@ -56,6 +56,24 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def working_memory(device: torch.device) -> int:
+    """Bytes that one micro-batch may take: a quarter of what is free, on a CPU 2 GiB at most.
+
+    What is larger the CPU's allocator returns to the system after every step and gets again page by page, a tenth of
+    Stage I's time on smollm2-135m.
+    """
+    free = free_memory(device) // 4
+    return free if device.type == "cuda" else min(free, 2**31)
+
+
+def start_cost(device: torch.device) -> int:
+    """Tokens whose computation takes as long as starting one more pass over a model's blocks.
+
+    CPU: 30 were measured (smollm2-135m, forward and backward); a GPU waits for thousands of launches: an estimate.
+    """
+    return 512 if device.type == "cuda" else 32
+
+
 def halving(attempt: Callable[[int], T], tokens: int) -> T:
     """`attempt(tokens)`; after an out-of-memory error again with micro-batches half as large, down to one token (or row).
 

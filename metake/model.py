@@ -21,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from metake import assets
 from metake.capture import gathered, hidden, reading, resumed
 from metake.errors import ArchitectureError, ParameterError, RequestError, near_misses
-from metake.machine import default_device, free_memory, usable
+from metake.machine import default_device, start_cost, usable, working_memory
 from metake.progress import no_bars_in_pipes
-from metake.tokens import Padded
+from metake.tokens import Padded, buckets
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,14 +179,21 @@ class LanguageModel:
         return resumed(self.blocks, last, state, self.arity)
 
     def room(self, blocks: int, gradients: bool) -> int:
-        """Tokens of a micro-batch that a quarter of the free memory holds, in a pass over so many blocks: an estimate.
+        """Tokens of a micro-batch in a pass over so many blocks that fit in `machine.working_memory`: an estimate.
 
         A block keeps about 8 activations of the model's width and 4 of the MLP's for the backward pass; one token in
         four is scored, which takes three vectors of the vocabulary's size.
         """
         width, inner = self.shape(self.write_path(0))
         numbers = (8 * width + 4 * inner) * (blocks if gradients else 1) + 0.75 * self.model.config.vocab_size
-        return max(1, int(free_memory(self.device) / 4 / numbers / self.dtype.itemsize))
+        return max(1, int(working_memory(self.device) / numbers / self.dtype.itemsize))
+
+    def groups(self, sizes: Sequence[int | tuple[int, ...]], tokens: int, passes: int = 1) -> list[list[int]]:
+        """Rows in micro-batches of at most `tokens`, such that this device computes least; see `tokens.buckets`.
+
+        passes: forwards that every micro-batch makes, one after the other.
+        """
+        return list(buckets(sizes, tokens, passes * start_cost(self.device)))
 
     # -- weights ----------------------------------------------------------------------------------------------------
 

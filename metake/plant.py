@@ -17,7 +17,7 @@ from metake.capture import adding, moved, reading
 from metake.model import LanguageModel
 from metake.objective import Bucket
 from metake.prefixes import Cached, Prefixed, Split, as_cache, columns_before, rearranged
-from metake.tokens import Padded, Row, buckets, continued, pad, shared_beginnings
+from metake.tokens import Padded, Row, continued, pad, shared_beginnings
 
 SITES = {"block": ("block",), "mlp": ("write",), "mlp+attention": ("write", "attention")}
 """Site → the modules whose output a vector replaces, the written one first. Every architecture of the table adds its
@@ -42,10 +42,10 @@ def plants(lm: LanguageModel, rows: Sequence[Row], layer: int, site: str, tokens
     """Rows in micro-batches of at most `tokens`, ready for vectors at `site` of block `layer`."""
     done = _done(layer, site)
     cuts = shared_beginnings([r.ids for r in rows], [r.lookup for r in rows])
-    runs = list(buckets([len(r.ids) - cut for r, cut in zip(rows, cuts, strict=True)], tokens))
+    runs = lm.groups([len(r.ids) - cut for r, cut in zip(rows, cuts, strict=True)], tokens)
     pieces = [_constant(lm, [rows[i] for i in run], [cuts[i] for i in run], done) for run in runs]
     place = {row: k for k, row in enumerate(i for run in runs for i in run)}
-    groups = list(buckets([(len(r.ids) - r.lookup, r.lookup) for r in rows], tokens))
+    groups = lm.groups([(len(r.ids) - r.lookup, r.lookup) for r in rows], tokens)
     return _assemble(lm, [[rows[i] for i in group] for group in groups], [torch.tensor([place[i] for i in group], device=lm.device) for group in groups], pieces)
 
 
@@ -60,7 +60,7 @@ def anchors(lm: LanguageModel, rows: Sequence[Row], layer: int, site: str, token
     modules = {i: {"block": lm.block, "write": lm.write, "attention": lm.attention}[name](layer) for i, name in enumerate(SITES[site])}
     found = torch.zeros(len(modules), len(rows), lm.width, dtype=lm.dtype, device=lm.device)
     ids = [row.ids[: row.lookup + 1] for row in rows]
-    for group in buckets([len(row) for row in ids], tokens):
+    for group in lm.groups([len(row) for row in ids], tokens):
         with reading(outputs=modules, stop_after=lm.block(layer)) as seen:
             lm.run(pad([ids[i] for i in group], lm.device))
         last = torch.tensor([len(ids[i]) - 1 for i in group], device=lm.device)

@@ -23,7 +23,7 @@ from metake.progress import progress
 from metake.recipes import recipe
 from metake.storage import atomic_path, load_tensors, save_tensors
 from metake.tasks import lessons
-from metake.tokens import buckets, encode, pad
+from metake.tokens import encode, pad
 
 log = logging.getLogger("metake")
 
@@ -159,7 +159,7 @@ def _rows(lm: LanguageModel, found: list[str], tokens: int | None, context: int,
 @torch.no_grad()
 def _stream(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int], size: int) -> dict[int, KeyStatistics]:
     sums = {i: KeyStatistics.empty(lm.shape(lm.write_path(i))[1], lm.device) for i in layers}
-    for group in progress(list(buckets([len(r) for r in rows], size)), "statistics"):
+    for group in progress(lm.groups([len(r) for r in rows], size), "statistics"):
         batch = pad([rows[i] for i in group], lm.device)
         keys, _ = lm.read(batch, layers)
         real = batch.mask.bool()

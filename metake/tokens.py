@@ -6,6 +6,7 @@ Everything here is exact bookkeeping in absolute positions of one row; padding s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -163,24 +164,37 @@ def _agreement(one: Sequence[int], other: Sequence[int]) -> int:
     return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def buckets(sizes: Sequence[int | tuple[int, ...]], budget: int, waste: float = 0.05, spare: int = 64) -> Iterator[list[int]]:
+def buckets(sizes: Sequence[int | tuple[int, ...]], budget: int, start: int) -> Iterator[list[int]]:
     """Indices of rows of similar size, in groups whose padded rectangle holds at most `budget` tokens (at least one row).
 
-    A size may have several parts, each padded on its own: the first is what every step computes, and at most the share
-    `waste` of it may be padding, or `spare` tokens: a group of its own costs as much.
+    What is computed is least: minimize Σ over groups of (rows · widest + start)   over runs of rows in order of size
+    start: tokens whose computation takes as long as one more group. A size may have several parts, each padded on its own:
+    the first is what every step computes, the others count in the rectangle only.
     """
     parts = [s if isinstance(s, tuple) else (s,) for s in sizes]
-    group: list[int] = []
-    widest: tuple[int, ...] = ()
-    used = 0  # tokens of the group that every step computes, without padding
-    for i in sorted(range(len(sizes)), key=lambda i: (parts[i], i), reverse=True):
-        grown = tuple(map(max, widest or parts[i], parts[i]))
-        rows = len(group) + 1
-        if group and (sum(grown) * rows > budget or grown[0] * rows - used - parts[i][0] > max(waste * grown[0] * rows, spare)):
-            yield group
-            group, grown, used = [], parts[i], 0
-        group.append(i)
-        widest = grown
-        used += parts[i][0]
-    if group:
+    order = sorted(range(len(sizes)), key=lambda i: (parts[i], i), reverse=True)
+    for first, end in pairwise(_cheapest_cuts([parts[i][0] for i in order], budget, start)):
+        group: list[int] = []
+        widest = parts[order[first]]
+        for i in order[first:end]:
+            grown = tuple(map(max, widest, parts[i]))
+            if group and sum(grown) * (len(group) + 1) > budget:
+                yield group
+                group, grown = [], parts[i]
+            group.append(i)
+            widest = grown
         yield group
+
+
+def _cheapest_cuts(widths: Sequence[int], budget: int, start: int) -> list[int]:
+    """Where to cut rows of descending width, ends included: only between widths, by dynamic programming over the distinct ones."""
+    ends = [0, *(i for i in range(1, len(widths)) if widths[i] != widths[i - 1]), len(widths)] if widths else [0]
+    best: list[tuple[int, int]] = [(0, 0)]  # per end: least cost up to it, and where its last run begins
+    for k, end in enumerate(ends[1:], 1):
+        area = [widths[first] * (end - first) for first in ends[:k]]
+        best.append(min((best[j][0] + area[j] + start * -(-area[j] // budget), j) for j in range(k)))
+    cuts, k = [len(widths)], len(ends) - 1
+    while k:
+        k = best[k][1]
+        cuts.append(ends[k])
+    return cuts[::-1]

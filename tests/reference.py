@@ -241,13 +241,18 @@ def planted(lm: LanguageModel, site: str, layer: int) -> list[torch.nn.Module]:
     return [lm.model.get_submodule(path.format(layer)) for path in paths]
 
 
+def stage_one_texts(lm: LanguageModel, request: EditRequest, contexts: Sequence[str]) -> list[str]:
+    """The rewriting rows, then the one that watches for drift."""
+    return [*rewriting(lm, request, contexts), f"{request.subject} is a"]
+
+
 def stage_one(lm: LanguageModel, request: EditRequest, contexts: Sequence[str], layer: int, rule) -> tuple[Tensor, Tensor, list[float]]:
     """h, δ and the losses of one request: every row in full through the model, δ added by a hook at each lookup position.
 
     As the released code of the family computes it: the model's own logits of all rows and positions serve the KL, and the
     head is applied again to the last states of the rewriting rows for the likelihood. Of PMET's two vectors, the MLP's.
     """
-    texts = [*rewriting(lm, request, contexts), f"{request.subject} is a"]
+    texts = stage_one_texts(lm, request, contexts)
     positions = [lookup(lm, t, request.subject) for t in (*templates(request, contexts), "{} is a")]
     batch = padded(lm, texts)
     rows = {k: v[:-1] for k, v in batch.items()}
@@ -452,6 +457,21 @@ def outer_loss(lm: LanguageModel, request: EditRequest, contexts: Sequence[str],
     return torch.stack([target_nll(lm, log_p, batch, request), (p.exp() * (p - q)).sum(), ((v - v_init) ** 2).sum() / scale])
 
 
+def answer_ids(lm: LanguageModel, text: str) -> list[int]:
+    return lm.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+
+
+def probe_texts(lm: LanguageModel, case: EditCase) -> list[list[str]]:
+    """Per probe its rows: with a rival, the prompt with either object; without, with every beginning of the answer."""
+    found = []
+    for probe in case.probes:
+        if probe.kind != "generation":
+            ids = answer_ids(lm, probe.target)
+            starts = ["", *(lm.tokenizer.decode(ids[:j]) for j in range(1, len(ids)))] if probe.rival is None else [f" {probe.target}", f" {probe.rival}"]
+            found.append([probe.prompt + start for start in starts])
+    return found
+
+
 @torch.no_grad()
 def evaluation(lm: LanguageModel, case: EditCase) -> list[tuple[list[float], list[bool]]]:
     """One case as released code evaluates it: all its rows in one padded batch, logits at every position.
@@ -459,16 +479,12 @@ def evaluation(lm: LanguageModel, case: EditCase) -> list[tuple[list[float], lis
     Per probe: with a rival, a row for either object, the mean NLL of the target and of the rival, and which tokens of the
     target are the arg-max; without, a row for every beginning of the answer, and which next token is the arg-max.
     """
-    asked = [probe for probe in case.probes if probe.kind != "generation"]
-    answers = [[ids for s in (probe.target, probe.rival) if s is not None for ids in [lm.tokenizer(f" {s}", add_special_tokens=False)["input_ids"]]] for probe in asked]
-    starts = [
-        [""] + [lm.tokenizer.decode(ids[:j]) for j in range(1, len(ids))] if probe.rival is None else [f" {probe.target}", f" {probe.rival}"]
-        for probe, (ids, *_) in zip(asked, answers, strict=True)
-    ]
-    batch = padded(lm, [probe.prompt + start for probe, own in zip(asked, starts, strict=True) for start in own])
+    asked, texts = [probe for probe in case.probes if probe.kind != "generation"], probe_texts(lm, case)
+    answers = [[answer_ids(lm, s) for s in (probe.target, probe.rival) if s is not None] for probe in asked]
+    batch = padded(lm, [text for own in texts for text in own])
     log_p, lengths = torch.log_softmax(lm.model(**batch).logits, -1), batch["attention_mask"].sum(1).tolist()
     found, row = [], 0
-    for probe, ids, own in zip(asked, answers, starts, strict=True):
+    for probe, ids, own in zip(asked, answers, texts, strict=True):
         if probe.rival is None:
             found.append(([], [log_p[row + j, lengths[row + j] - 1].argmax().item() == y for j, y in enumerate(ids[0])]))
         else:

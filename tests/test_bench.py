@@ -89,6 +89,14 @@ def test_the_batched_key_pass_is_the_literal_one():
     torch.testing.assert_close((rows[:, 0] + rows[:, 1:].mean(1)) / 2, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_the_literal_path_is_multiplied_up_by_tokens():
+    lm = random_model("gpt2")
+    texts = [["a"], ["a a a", "a"], ["a a"]]
+    tokens = [reference.padded(lm, rows)["input_ids"].numel() for rows in texts]
+    assert tokens[1] > 2 * tokens[0], "padding counts"
+    assert literal._share(lm, reference, texts, 1) == pytest.approx(sum(tokens) / tokens[0]) and literal._share(lm, reference, texts, 3) == 1
+
+
 def test_literal_path_needs_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(literal, "FOLDER", tmp_path)
     monkeypatch.setattr(module, "load", lambda *_: pytest.fail("a model was loaded first"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import reference
@@ -14,7 +13,6 @@ from reference import CONTEXTS, REQUESTS, double_inside  # noqa: F401 (a fixture
 
 from metake.keys import KeyReader
 from metake.model import LanguageModel
-from metake.tokens import buckets
 
 pytestmark = pytest.mark.usefixtures("double_inside")
 MORE = (*CONTEXTS, "You know. {}", "Rome, Berlin and French. {}")
@@ -59,7 +57,7 @@ def test_keys_while_lower_layers_are_edited(kind: str, monkeypatch):
     """Every read equals full forwards through the edited model, and computes only the blocks the last edit reaches:
     once for the beginnings that rows share, once for the rows."""
     lm = random_model(kind)
-    monkeypatch.setattr("metake.keys.buckets", partial(buckets, waste=1.0))  # one bucket: blocks are counted
+    monkeypatch.setattr("metake.model.start_cost", lambda _: 10**6)  # one bucket: blocks are counted
     before = reference.keys(lm, REQUESTS, CONTEXTS, 3)
     with reference.unchanged(lm), edited_step_by_step(lm) as edit:
         reader = KeyReader(lm, REQUESTS, CONTEXTS, last=3)

@@ -99,12 +99,19 @@ def test_the_memory_at_hand_bounds_the_micro_batch(monkeypatch):
     lm.block(3).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0] * args[0].shape[1]))
     WORK["targets"](lm)
     plenty = max(seen)
-    one_token = machine.free_memory(lm.device) / lm.room(3, gradients=True)
-    monkeypatch.setattr("metake.model.free_memory", lambda _: 30 * one_token)
+    one_token = machine.working_memory(lm.device) / lm.room(3, gradients=True)
+    monkeypatch.setattr("metake.model.working_memory", lambda _: 30 * one_token)
     assert lm.room(3, gradients=True) == pytest.approx(30, abs=1) and lm.room(3, gradients=True) < lm.room(1, gradients=False)
     seen.clear()
     torch.testing.assert_close(WORK["targets"](lm), expected, rtol=1e-10, atol=1e-12)
     assert max(seen) <= 31 < plenty
+
+
+def test_working_memory_is_a_quarter_of_what_is_free_and_small_on_a_cpu(monkeypatch):
+    for free, on_cpu in ((2**30, 2**28), (2**40, 2**31)):
+        monkeypatch.setattr(machine, "free_memory", lambda _, free=free: free)
+        assert machine.working_memory(torch.device("cpu")) == on_cpu and machine.working_memory(torch.device("cuda")) == free // 4
+    assert machine.start_cost(torch.device("cuda")) > machine.start_cost(torch.device("cpu")) > 0
 
 
 def test_peak_and_free_memory_are_bytes_of_this_machine():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import reference
@@ -17,7 +17,6 @@ from metake.errors import NumericalError, ParameterError, RequestError
 from metake.model import LanguageModel
 from metake.requests import EditRequest
 from metake.targets import TargetRule, Targets, optimize_targets
-from metake.tokens import buckets
 
 pytestmark = pytest.mark.usefixtures("double_inside")
 LAYER = 1
@@ -277,7 +276,7 @@ def test_rows_that_begin_with_padding_stay_finite(dtype: torch.dtype, implementa
 
 def test_only_what_a_plan_can_still_change_is_computed(monkeypatch):
     """No block up to the plant after the first forward, no position before the subject's end, no finished request."""
-    monkeypatch.setattr("metake.plant.buckets", partial(buckets, waste=1.0))  # one bucket: rows are counted
+    monkeypatch.setattr("metake.model.start_cost", lambda _: 10**6)  # one bucket: rows are counted
     lm = small("qwen2")
     rule, seen = staggered(lm), {0: [], LAYER: [], LAYER + 1: []}
     handles = [
@@ -306,7 +305,7 @@ def test_zero_requests():
 
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_loss_that_is_not_finite_is_an_error_and_leaves_the_model_as_it_was(step: int, monkeypatch):
-    monkeypatch.setattr("metake.plant.buckets", partial(buckets, waste=1.0))  # one bucket: calls are counted
+    monkeypatch.setattr("metake.model.start_cost", lambda _: 10**6)  # one bucket: calls are counted
     lm, calls = random_model("gpt2"), []
 
     def spoil(_, __, output):

@@ -132,7 +132,7 @@ def _accelerated(job: _Job, evaluate: bool) -> dict[str, float]:
 
 def _literal(job: _Job, reference: ModuleType, count: int, evaluate: bool) -> dict[str, list[slow.Part]]:
     """The literal path's calls, each warmed up on one step."""
-    calls = slow.parts(reference, job.lm, job.cases[:count], len(job.cases), job.editor, job.state, job.statistics)
+    calls = slow.parts(reference, job.lm, job.cases, count, job.editor, job.state, job.statistics)
     calls = {name: parts for name, parts in calls.items() if evaluate or name != "evaluation"}
     for name in ("targets", "refinement", "keys"):
         for part in calls.get(name, ()):
@@ -211,7 +211,7 @@ def text(result: dict[str, Any]) -> str:
         f"peak memory: {result['peak_memory'] / 2**30:.2f} GiB",
     ]
     if result["literal_requests"]:
-        lines.append(f"literal: measured on {result['literal_requests']} of {result['edits']} requests, multiplied up linearly")
+        lines.append(f"literal: measured on {result['literal_requests']} of {result['edits']} requests, multiplied up by tokens")
     return "\n".join(lines)
 
 

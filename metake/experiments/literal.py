@@ -91,29 +91,37 @@ def load_reference(folder: Path | None = None) -> ModuleType:
 
 
 def parts(
-    reference: ModuleType, lm: LanguageModel, cases: Sequence[EditCase], edits: int, editor: Editor, state: EditorState, statistics: dict[int, KeyStatistics]
+    reference: ModuleType, lm: LanguageModel, cases: Sequence[EditCase], count: int, editor: Editor, state: EditorState, statistics: dict[int, KeyStatistics]
 ) -> dict[str, list[Part]]:
-    """Stages of the literal path on the given cases, to be multiplied up to a batch of `edits` requests.
+    """Stages of the literal path on the first `count` cases, to be multiplied up to the batch of all of them.
 
-    targets, refinement: request by request, × edits / cases; the refinement sees only these cases. evaluation: case by
-    case, all rows of a case padded together, logits at every position.
+    targets, refinement: request by request, the refinement sees only these cases. evaluation: case by case, all rows of a
+    case padded together, logits at every position. Each × padded tokens of all cases / of these: some are longer.
     keys: 2|L| passes over all contexts (before the writes; after them for the history) and |L| over plain prompts, each
-    over all rows to the logits; one of either kind is timed. solve: |L| d×d systems in float64 with `edits` random keys.
+    over all rows to the logits; one of either kind is timed. solve: |L| d×d systems in float64 with as many random keys.
     """
-    asked, layers, share = [c.request for c in cases], editor.layers, edits / len(cases)
-    last, contexts, count = layers[-1], state.contexts, len(layers)
+    asked, layers = [c.request for c in cases[:count]], editor.layers
+    share = _share(lm, reference, [reference.stage_one_texts(lm, c.request, state.contexts) for c in cases], count)
+    probes = _share(lm, reference, [[text for own in reference.probe_texts(lm, c) for text in own] for c in cases], count)
+    last, contexts = layers[-1], state.contexts
     found = {"targets": [Part(lambda steps: _targets(reference, lm, asked, contexts, last, replace(editor.target, steps=steps)), share, editor.target.steps)]}
     if editor.refine:
         planned = _targets(reference, lm, asked[:1], contexts, last, replace(editor.target, steps=1))[0][0]
         rule = editor.refine
         found["refinement"] = [Part(lambda steps: _refinement(reference, lm, asked, contexts, last, planned, replace(rule, steps=steps)), share, rule.steps)]
     found["keys"] = [
-        Part(lambda _: reference.key_pass(lm, asked, contexts, last), 2 * count * share),
-        Part(lambda _: reference.key_pass(lm, asked, contexts[:1], last), count * share),
+        Part(lambda _: reference.key_pass(lm, asked, contexts, last), 2 * len(layers) * len(cases) / count),
+        Part(lambda _: reference.key_pass(lm, asked, contexts[:1], last), len(layers) * len(cases) / count),
     ]
-    found["solve"] = [Part(_solve(reference, lm, edits, editor, state, statistics), count)]
-    found["evaluation"] = [Part(lambda _: [reference.evaluation(lm, case) for case in cases], share)]
+    found["solve"] = [Part(_solve(reference, lm, len(cases), editor, state, statistics), len(layers))]
+    found["evaluation"] = [Part(lambda _: [reference.evaluation(lm, case) for case in cases[:count]], probes)]
     return found
+
+
+def _share(lm: LanguageModel, reference: ModuleType, texts: Sequence[Sequence[str]], count: int) -> float:
+    """How many times the first `count` batches of texts all of them are, by their tokens with padding."""
+    tokens = [reference.padded(lm, batch)["input_ids"].numel() for batch in texts]
+    return sum(tokens) / sum(tokens[:count])
 
 
 def seconds(lm: LanguageModel, stages: dict[str, list[Part]]) -> dict[str, float]:
