@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -366,7 +365,12 @@ def test_reader_that_stops_early_is_no_error(monkeypatch, tmp_path):
 
 def start(*words, **environment):
     kept = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen([sys.executable, "-m", "metake", *words], env=kept, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so would the child
+    try:
+        return subprocess.Popen([sys.executable, "-m", "metake", *words], env=kept, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def test_process_prints_its_result_and_nothing_else():
@@ -382,18 +386,14 @@ def test_process_prints_its_result_and_nothing_else():
     assert (greek.returncode, err) == (0, "") and len(out.splitlines()) == len(mk.methods.named()) + 3 and "?" in out
 
 
-def interrupted(out, *words, tries=4):
-    """Ctrl-C after the first batch of a run; once more, from the beginning, if the run was over before it arrived."""
-    for _ in range(tries):
-        shutil.rmtree(out, ignore_errors=True)
-        process, deadline = start(*words), time.time() + 120
-        os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # on a busy machine the run must not be over before we look
-        while not (out / "batches/0000").is_dir() and process.poll() is None and time.time() < deadline:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        found = process.communicate(timeout=120)
-        if process.returncode:
-            break
+def interrupted(out, *words):
+    """Ctrl-C after the first batch of a run."""
+    process, deadline = start(*words), time.time() + 120
+    os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # on a busy machine the run must not be over before we look
+    while not (out / "batches/0000").is_dir() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    found = process.communicate(timeout=120)
     return process.returncode, *found
 
 
