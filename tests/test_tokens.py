@@ -227,13 +227,21 @@ def test_beginnings_are_cut_where_others_have_the_same(rows, data, least):
 def test_buckets_partition_the_rows_within_the_budget(sizes, budget, pairs, start):
     given_sizes = sizes if pairs else [a + b for a, b in sizes]
     groups = list(buckets(given_sizes, budget, start))
+
+    def sizes_of(group):
+        return [sizes[i] if pairs else (given_sizes[i],) for i in group]
+
     assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
     for group in groups:
         rows = [([0] * (a + b), b) for a, b in (sizes[i] for i in group)]
         padded = continued([r[before:] for r, before in rows], [before for _, before in rows], "cpu").mask if pairs else pad([r for r, _ in rows], "cpu").ids
         assert padded.numel() <= budget or len(group) == 1
-    firsts = [[sizes[i][0] if pairs else given_sizes[i] for i in group] for group in groups]
+    firsts = [[size[0] for size in sizes_of(group)] for group in groups]
     assert all(min(a) >= max(b) for a, b in pairwise(firsts)), "rows of similar size run together"
+    for a, b in pairwise(groups):
+        if sizes_of(a)[-1][0] == sizes_of(b)[0][0]:  # of one width: only the budget parts them
+            widest = map(max, zip(*sizes_of([*a, b[0]]), strict=True))
+            assert sum(widest) * (len(a) + 1) > budget, "no group closes early"
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

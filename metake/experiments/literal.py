@@ -98,7 +98,7 @@ def parts(
     targets, refinement: request by request, the refinement sees only these cases. evaluation: case by case, all rows of a
     case padded together, logits at every position. Each × padded tokens of all cases / of these: some are longer.
     keys: 2|L| passes over all contexts (before the writes; after them for the history) and |L| over plain prompts, each
-    over all rows to the logits; one of either kind is timed. solve: |L| d×d systems in float64 with as many random keys.
+    over all rows to the logits; one of either kind is timed, × rows. solve: |L| d×d systems in float64 with as many random keys.
     """
     asked, layers = [c.request for c in cases[:count]], editor.layers
     share = _share(lm, reference, [reference.stage_one_texts(lm, c.request, state.contexts) for c in cases], count)
