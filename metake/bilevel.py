@@ -26,7 +26,7 @@ from metake.prefixes import Prefixed, Split
 from metake.progress import progress
 from metake.requests import EditRequest
 from metake.targets import Targets
-from metake.tokens import Row, locality_rows, rewriting_rows, shared_beginnings
+from metake.tokens import Row, locality_rows, rewriting_rows
 
 CHOICES = {
     "optimizer": {"adam": torch.optim.Adam, "sgd": torch.optim.SGD},
@@ -159,8 +159,7 @@ def _descend(outer: OuterObjective, targets: Targets) -> Targets:
 
 def _groups(lm: LanguageModel, rows: list[Row], tokens: int) -> list[tuple[list[Row], list[int]]]:
     """Micro-batches: rows, and how much of each one's beginning is shared."""
-    cuts = shared_beginnings([r.ids for r in rows], [r.lookup for r in rows])
-    groups = lm.groups([len(r.ids) - cut for r, cut in zip(rows, cuts, strict=True)], tokens)
+    groups, cuts = lm.continuing([r.ids for r in rows], [r.lookup for r in rows], tokens)
     return [([rows[i] for i in group], [cuts[i] for i in group]) for group in groups]
 
 

@@ -12,7 +12,7 @@ from metake.machine import halving
 from metake.model import LanguageModel
 from metake.prefixes import Prefixed, Split
 from metake.requests import EditRequest
-from metake.tokens import prompt_rows, shared_beginnings
+from metake.tokens import prompt_rows
 
 
 class Keys(NamedTuple):
@@ -52,8 +52,7 @@ class KeyReader:
 
     def _divide(self, tokens: int) -> None:
         """Micro-batches of at most so many tokens; what was kept of larger ones is forgotten."""
-        cuts = shared_beginnings(self.rows, [len(row) - 1 for row in self.rows])
-        groups = self.lm.groups([len(row) - cut for row, cut in zip(self.rows, cuts, strict=True)], tokens)
+        groups, cuts = self.lm.continuing(self.rows, [len(row) - 1 for row in self.rows], tokens)
         self.groups = [self._group(cuts, group) for group in groups]
         self.tokens, self.start = tokens, -1
         self.below: list[Split] = []  # per group: output of block `start`

@@ -21,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from metake import assets
 from metake.capture import gathered, hidden, reading, resumed
 from metake.errors import ArchitectureError, ParameterError, RequestError, near_misses
+from metake.kernels import fast_products
 from metake.machine import default_device, start_cost, usable, working_memory
 from metake.progress import no_bars_in_pipes
-from metake.tokens import Padded, buckets
+from metake.tokens import Padded, buckets, shared_beginnings
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +154,10 @@ class LanguageModel:
         room = getattr(self.model.config, "max_position_embeddings", None)
         if room is not None and batch.mask.shape[1] > room:
             raise RequestError(f"a row of {batch.mask.shape[1]} tokens does not fit {self.name!r}, which has room for {room}; shorten the prompt")
-        return self.model(
-            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, past_key_values=past, use_cache=use_cache or past is not None
-        )
+        with fast_products(self.model.modules()):
+            return self.model(
+                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, past_key_values=past, use_cache=use_cache or past is not None
+            )
 
     def logits(self, batch: Padded, rows: Tensor, columns: Tensor, past: DynamicCache | None = None) -> Tensor:
         """Next-token logits at (row, column) pairs only, (pairs, vocabulary)."""
@@ -194,6 +196,11 @@ class LanguageModel:
         passes: forwards that every micro-batch makes, one after the other.
         """
         return list(buckets(sizes, tokens, passes * start_cost(self.device)))
+
+    def continuing(self, rows: Sequence[Sequence[int]], limits: Sequence[int], tokens: int) -> tuple[list[list[int]], list[int]]:
+        """Micro-batches as `groups`, and how many first tokens of each row, at most its limit, others share and run with it once."""
+        cuts = shared_beginnings(rows, limits, start_cost(self.device))
+        return self.groups([len(row) - cut for row, cut in zip(rows, cuts, strict=True)], tokens, 2 if any(cuts) else 1), cuts
 
     # -- weights ----------------------------------------------------------------------------------------------------
 

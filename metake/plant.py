@@ -17,11 +17,15 @@ from metake.capture import adding, moved, reading
 from metake.model import LanguageModel
 from metake.objective import Bucket
 from metake.prefixes import Cached, Prefixed, Split, as_cache, columns_before, rearranged
-from metake.tokens import Padded, Row, continued, pad, shared_beginnings
+from metake.tokens import Padded, Row, continued, pad
 
 SITES = {"block": ("block",), "mlp": ("write",), "mlp+attention": ("write", "attention")}
 """Site → the modules whose output a vector replaces, the written one first. Every architecture of the table adds its
 MLP's output to the residual stream last, so that a vector enters there as it would at the block's output."""
+
+
+CACHED = 2
+"""So many cached columns take as much memory in a step as one that is computed: their keys and values are copied, for every head."""
 
 
 @dataclass
@@ -41,11 +45,10 @@ class Plant:
 def plants(lm: LanguageModel, rows: Sequence[Row], layer: int, site: str, tokens: int) -> list[Plant]:
     """Rows in micro-batches of at most `tokens`, ready for vectors at `site` of block `layer`."""
     done = _done(layer, site)
-    cuts = shared_beginnings([r.ids for r in rows], [r.lookup for r in rows])
-    runs = lm.groups([len(r.ids) - cut for r, cut in zip(rows, cuts, strict=True)], tokens)
+    runs, cuts = lm.continuing([r.ids for r in rows], [r.lookup for r in rows], tokens)
     pieces = [_constant(lm, [rows[i] for i in run], [cuts[i] for i in run], done) for run in runs]
     place = {row: k for k, row in enumerate(i for run in runs for i in run)}
-    groups = lm.groups([(len(r.ids) - r.lookup, r.lookup) for r in rows], tokens)
+    groups = lm.groups([(len(r.ids) - r.lookup, -(-r.lookup // CACHED)) for r in rows], tokens)
     return _assemble(lm, [[rows[i] for i in group] for group in groups], [torch.tensor([place[i] for i in group], device=lm.device) for group in groups], pieces)
 
 

@@ -141,22 +141,22 @@ def continued(rows: Sequence[Sequence[int]], past: Sequence[int], device: Any) -
     return own._replace(mask=torch.cat([before, own.mask], 1), positions=own.positions + lengths[:, None])
 
 
-def shared_beginnings(rows: Sequence[Sequence[int]], limits: Sequence[int], least: int = 4) -> list[int]:
-    """Per row, how many first tokens it has in common with others: a multiple use, so that they are worth running once.
+def shared_beginnings(rows: Sequence[Sequence[int]], limits: Sequence[int], start: int = 0, least: int = 4) -> list[int]:
+    """Per row, how many first tokens it has in common with others, where running them once saves more than it costs.
 
-    limits: at most so many of a row may be cut off; least: a shorter beginning saves less than it costs. Rows in
-    alphabetical order are taken together as long as neighbors agree in `least` tokens or more.
+    limits: at most so many of a row may be cut off; start: tokens whose computation takes as long as one more pass, which
+    a beginning must save. Rows in alphabetical order are taken together as long as neighbors agree in `least` tokens or more.
     """
     parts = [tuple(row[:limit]) for row, limit in zip(rows, limits, strict=True)]
     order = sorted(range(len(rows)), key=parts.__getitem__)
     common = [0, *(_agreement(parts[i], parts[j]) for i, j in zip(order, order[1:], strict=False)), 0][: len(order) + 1]
-    cuts, start = [0] * len(rows), 0
+    cuts, first = [0] * len(rows), 0
     for end in range(1, len(order) + 1):
         if common[end] < least:
-            inside = common[start + 1 : end]
-            for i in order[start:end] if inside else ():
-                cuts[i] = min(inside)
-            start = end
+            cut = min(common[first + 1 : end], default=0)
+            for i in order[first:end] if cut * (end - first - 1) >= start else ():
+                cuts[i] = cut
+            first = end
     return cuts
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from models import CONFIGS, random_model
 
+from metake.tokens import shared_beginnings
+
 
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory) -> Path:
@@ -34,6 +36,12 @@ def empty_cache(tmp_path, monkeypatch) -> Path:
     """A cache folder of this test alone."""
     monkeypatch.setenv("METAKE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def as_in_large_batches(monkeypatch) -> None:
+    """However few the rows: what is common runs once."""
+    monkeypatch.setattr("metake.model.shared_beginnings", lambda rows, limits, _: shared_beginnings(rows, limits))
 
 
 @pytest.fixture(params=CONFIGS)

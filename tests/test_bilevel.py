@@ -23,7 +23,7 @@ from metake.model import LanguageModel
 from metake.solve import gate
 from metake.targets import TargetRule, Targets, optimize_targets
 
-pytestmark = pytest.mark.usefixtures("double_inside")
+pytestmark = pytest.mark.usefixtures("double_inside", "as_in_large_batches")
 LAYER, BATCH = 1, REQUESTS[:3]
 STAGE_ONE = TargetRule(steps=4, step_size=0.3, stop_below=0.0)
 RULE = Refinement(steps=3, step_size=0.05)

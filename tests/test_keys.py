@@ -14,7 +14,7 @@ from reference import CONTEXTS, REQUESTS, double_inside  # noqa: F401 (a fixture
 from metake.keys import KeyReader
 from metake.model import LanguageModel
 
-pytestmark = pytest.mark.usefixtures("double_inside")
+pytestmark = pytest.mark.usefixtures("double_inside", "as_in_large_batches")
 MORE = (*CONTEXTS, "You know. {}", "Rome, Berlin and French. {}")
 
 

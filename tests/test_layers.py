@@ -15,7 +15,7 @@ from metake import METHODS
 ROOT = Path(metake.__file__).parent
 # Each module may import only what stands before it. `report` stands low: it reads results, never a model.
 ORDER = """
-errors arguments storage machine geometry solve update postprocess recipes progress
+errors arguments storage machine kernels geometry solve update postprocess recipes progress
 report.style report.files report.shown report.hover report.figure report.plots report.requirement report.comparison report.operators report.generations report.streams report.family report.interactive report.proxy report.bilevel_theory report.realized report.sweeps report.readings report.ability report.hidden_states report.gamma report
 capture requests tokens facts fact_tasks tasks assets model generation objective prefixes keys text_metrics
 plant targets bilevel statistics

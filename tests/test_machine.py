@@ -19,7 +19,7 @@ from metake.keys import KeyReader
 from metake.machine import halving
 from metake.model import LanguageModel
 
-pytestmark = pytest.mark.usefixtures("double_inside")
+pytestmark = pytest.mark.usefixtures("double_inside", "as_in_large_batches")
 RULE = mk.TargetRule(steps=3)
 TEXT = ["The mother tongue of Danielle Darrieux is", "Rome", "The Boeing flies to"] * 7
 

@@ -26,7 +26,7 @@ from metake.methods import DIFFERENCES, METHODS, OPERATORS, method
 from metake.model import LanguageModel
 from metake.targets import TargetRule
 
-pytestmark = pytest.mark.usefixtures("double_inside")
+pytestmark = pytest.mark.usefixtures("double_inside", "as_in_large_batches")
 LAYERS = (0, 1, 2)
 RULE = TargetRule(steps=4, step_size=0.3, stop_below=5.5)
 MEMIT = Editor(LAYERS, inverse_covariance(0.05), RULE, contexts=CONTEXTS)

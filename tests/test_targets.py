@@ -18,7 +18,7 @@ from metake.model import LanguageModel
 from metake.requests import EditRequest
 from metake.targets import TargetRule, Targets, optimize_targets
 
-pytestmark = pytest.mark.usefixtures("double_inside")
+pytestmark = pytest.mark.usefixtures("double_inside", "as_in_large_batches")
 LAYER = 1
 RULE = TargetRule(steps=8, step_size=0.3, decay=0.02, clamp=1.5, stop_below=0.0)
 

@@ -211,15 +211,17 @@ def test_padding_keeps_every_row_and_counts_its_own_tokens(rows, random, continu
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.lists(st.integers(1, 2), max_size=7), max_size=12), st.data(), st.integers(1, 4))
-def test_beginnings_are_cut_where_others_have_the_same(rows, data, least):
+@given(st.lists(st.lists(st.integers(1, 2), max_size=7), max_size=12), st.data(), st.integers(1, 4), st.integers(0, 12))
+def test_beginnings_are_cut_where_others_have_the_same_and_it_saves_enough(rows, data, least, start):
     limits = [data.draw(st.integers(0, len(row))) for row in rows]
-    cuts = shared_beginnings(rows, limits, least)
-    for i, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
+    everywhere, cuts = shared_beginnings(rows, limits, 0, least), shared_beginnings(rows, limits, start, least)
+    for i, (row, cut) in enumerate(zip(rows, everywhere, strict=True)):
         assert cut == 0 or least <= cut <= limits[i]
-        assert cut == 0 or any(rows[j][:cut] == row[:cut] and cuts[j] == cut for j in range(len(rows)) if j != i), "a beginning that nobody shares"
+        users = [j for j in range(len(rows)) if rows[j][:cut] == row[:cut] and everywhere[j] == cut]
+        assert cut == 0 or len(users) > 1, "a beginning that nobody shares"
         agreeing = [j for j in range(len(rows)) if j != i and min(limits[i], limits[j]) >= least and rows[j][:least] == row[:least]]
         assert bool(cut) == bool(agreeing), "a beginning that is shared is not run twice"
+        assert cuts[i] == (cut if cut * (len(users) - 1) >= start else 0), "but where another pass would cost more, it is"
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -22,6 +22,7 @@ from metake.evaluation import evaluate as evaluation
 from metake.experiments import literal as slow
 from metake.experiments.sizes import random_contexts, random_model, random_statistics, size_of
 from metake.geometry import KeyStatistics
+from metake.kernels import linear
 from metake.keys import KeyReader
 from metake.machine import peak_memory, versions
 from metake.model import LanguageModel, load
@@ -168,21 +169,21 @@ def _stage(name: str, seconds: dict[tuple[str, str], float], counted: dict[str, 
 
 
 def matmul_rate(lm: LanguageModel, longest: float = 0.1, largest: int = 16384) -> float:
-    """FLOP per second of the best square matrix product in the model's dtype on its device, 2 n³ each.
+    """FLOP per second of the best square product (`kernels.linear`) in the model's dtype on its device, 2 n³ each.
 
     n doubles from 512 until one product takes `longest` seconds, or up to `largest`; best of three.
     """
     size, best, seconds = 512, 0.0, 0.0
     while seconds < longest and size <= largest:
         one, other = torch.rand(2, size, size, dtype=lm.dtype, device=lm.device)
-        one @ other
+        linear(one, other)
         seconds = min(_product(one, other) for _ in range(3))
         best, size = max(best, 2 * size**3 / seconds), 2 * size
     return best
 
 
 def _product(one: torch.Tensor, other: torch.Tensor) -> float:
-    return slow.timed(one.device, lambda: one @ other)[0]
+    return slow.timed(one.device, lambda: linear(one, other))[0]
 
 
 def _counts(job: _Job) -> dict[str, int]:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from metake.editor import Editor, EditorState
 from metake.errors import ParameterError
 from metake.geometry import InverseCovariance, KeyStatistics, NullSpace
+from metake.kernels import OPERATIONS
 from metake.machine import synchronize
 from metake.model import LanguageModel
 from metake.requests import EditCase
@@ -60,7 +61,7 @@ def flops(call: Callable[[int], Any], steps: int = 0) -> Work:
     """
 
     def count(steps: int) -> int:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
             call(steps)
         return counter.get_total_flops()
 
