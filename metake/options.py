@@ -94,7 +94,7 @@ def record_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zsre", metavar="FILE", help="ZsRE records; default: the embedded facts")
     parser.add_argument("--tasks", metavar="DIR", help="general-ability tasks, such as sst2.jsonl, or: facts, hub; default: that recording is left out")
     parser.add_argument("--text", default="embedded", metavar="SOURCE", help="text of the key statistics; default: %(default)s")
-    parser.add_argument("--edits", type=_COUNT, default=100, metavar="N", help="cases a run; default: %(default)s")
+    parser.add_argument("--edits", type=_COUNT, default=100, metavar="N", help="cases a run, a tenth of a stream's; default: %(default)s")
     parser.add_argument("--batch", type=_COUNT, default=100, metavar="N", help="edits a batch; default: %(default)s")
     parser.add_argument("--seeds", type=_SEED, nargs="+", default=[0], metavar="N", help="one run each; default: 0")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="make these recordings again; default: those that are missing")
