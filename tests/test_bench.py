@@ -149,6 +149,13 @@ def test_methods_are_compared_within_one_process():
     assert found.attrs["settings"]["literal_requests"] == 1 and found.attrs["settings"]["edits"] == 1
 
 
+def test_speed_is_judged_by_every_method_timed_on_both_paths():
+    records = pd.DataFrame([{"method": m, "stage": "targets", "path": p, "seconds_per_edit": s} for m, p, s in [("alphaedit", "literal", 30.0), ("alphaedit", "accelerated", 2.0), ("metake", "literal", 19.0), ("metake", "accelerated", 2.0)]])
+    assert run_time.judge_speed(records) == {"holds": False, "decided_by": "AlphaEdit 15.0 times, MetaKE 9.5 times"}
+    assert run_time.judge_speed(records, 9)["holds"] is True
+    assert run_time.judge_speed(records[records.path == "accelerated"])["holds"] is None
+
+
 @pytest.mark.parametrize(("ratios", "holds"), [((1.4, 1.6), True), ((1.1, 2.0), False), ((2.5, 1.5), None)])
 def test_the_claim_is_judged_by_both_paths(ratios, holds):
     reported = run_time.reported_overhead(report.paper("table5"))

@@ -12,6 +12,7 @@ from metake import methods
 from metake.experiments.bench import bench
 from metake.geometry import Dense
 from metake.model import load
+from metake.report.style import style
 from metake.runs import edit_sequence, read_cases, select
 from metake.statistics import statistics
 
@@ -102,6 +103,15 @@ def reported_overhead(table: pd.DataFrame, quantity: str = "seconds", base: str 
     found = (sides[0] / sides[1]).rename("ratio").reset_index()
     found.attrs |= table.attrs
     return found
+
+
+def judge_speed(records: pd.DataFrame, promised: float = 10.0) -> dict:
+    """This library's promise, that a batch is edited at least `promised` times faster than on the literal path: it holds if
+    it does for every method timed on both, and does not if it fails for one."""
+    found = beside(records)
+    ratios = found[found.stage == "edit"].set_index("method").get("ratio", pd.Series(dtype=float)).dropna()
+    said = [f"{style(method).name} {ratio:.1f} times" for method, ratio in ratios.items()]
+    return {"holds": bool((ratios >= promised).all()) if len(ratios) else None, "decided_by": ", ".join(said) or "the literal path was not timed"}
 
 
 def wide(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
