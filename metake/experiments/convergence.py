@@ -182,7 +182,7 @@ def judge(instances: pd.DataFrame, search: pd.DataFrame, runs: pd.DataFrame, str
     real = descends and len(rated) > 0 and rated["gradient over bound"].max() <= 1 and floor_ratio <= 1
     told = f"largest left over right side {worst:.3f} in {len(instances)} random landscapes and the search; on the real layer {len(covered)} runs with ηL < 2"
     holds = bool(worst <= 1 + 1e-9 and instances.shortfall.max() < 1e-9 and real)
-    return {"holds": holds, "decided_by": f"{told}, smallest margin over the bound {slack:.0e} (rounding may take {tolerance:.0e}), and the whole gradient at most {floor_ratio:.2f} of Corollary 2's bound"}
+    return {"holds": holds, "decided_by": f"{told}, smallest margin over the bound {round(slack, 6) + 0.0:.6f} (rounding may take {tolerance:.0e}), and the whole gradient at most {floor_ratio:.2f} of Corollary 2's bound"}
 
 
 def floor_bound(along: pd.DataFrame) -> pd.DataFrame:
