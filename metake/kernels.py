@@ -60,7 +60,8 @@ def _served(weight: Tensor) -> bool:
 @contextlib.contextmanager
 def fast_products(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Let these modules' linear maps compute by `linear` while the block runs; a forward that somebody replaced stays."""
-    replaced = [m for m in modules if type(m) in STORED_TRANSPOSED and "forward" not in m.__dict__ and _served(m.weight)]
+    looked_at = modules if mkl_is_slow() else ()  # elsewhere no pass pays for the walk
+    replaced = [m for m in looked_at if type(m) in STORED_TRANSPOSED and "forward" not in m.__dict__ and _served(m.weight)]
     try:
         for module in replaced:
             module.forward = partial(linear, weight=module.weight.t() if STORED_TRANSPOSED[type(module)] else module.weight, bias=module.bias)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -261,6 +262,16 @@ def test_points_on_disk_are_plain(lm, tmp_path):
     streams.streams(**SETTINGS | {"methods": ("metake/memit",), "edits": 2}, out=tmp_path)
     rows = json.loads((tmp_path / "metake-memit" / "000002.json").read_text())
     assert {r["group"] for r in rows} == set(streams.GROUPS) and all(set(r) == {"group", "id", *streams.METRICS} for r in rows)
+
+
+@pytest.mark.parametrize("edits, length, every", [(100, 1000, 100), (20, 200, 20), (25, 250, 40)])
+def test_a_recorded_stream_is_ten_times_as_long_and_looked_at_between_batches(edits, length, every, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(record, "streams", lambda **settings: asked.update(settings))
+    for model, methods in (("tiny", record.STREAMED), ("smollm2-135m", record.COMPARED)):
+        record._parts({"model": model}, {"CounterFact": "facts"}, edits, 100, (3,), Path("runs"), "")["streams"]()
+        assert (asked["edits"], asked["every"], asked["seed"], asked["methods"]) == (length, every, 3, methods) and every % asked["batch"] == 0
+    assert set(record.COMPARED) == {"metake", *streams.NAMED}
 
 
 def test_the_recording_is_made_where_it_is_named(monkeypatch, tmp_path):
