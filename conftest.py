@@ -1,8 +1,9 @@
 """Notebook tests compare what a notebook prints (text/plain, stdout), not pixels, markup or library chatter."""
+
 import os
 import tempfile
 
-SCRATCH = tempfile.TemporaryDirectory(prefix="metake-test-")      # tests never overwrite figures/ or results/verdicts/
+SCRATCH = tempfile.TemporaryDirectory(prefix="metake-test-")  # tests never overwrite figures/ or results/verdicts/
 os.environ |= {
     "METAKE_FIGURES": os.path.join(SCRATCH.name, "figures"),
     "METAKE_VERDICTS": os.path.join(SCRATCH.name, "verdicts"),
@@ -11,7 +12,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
 }
-MARKUP = ("image/svg+xml", "text/html")                           # the same numbers stand in text/plain
+MARKUP = ("image/svg+xml", "text/html")  # the same numbers stand in text/plain
 NOT_COMPARED = ("stderr", *MARKUP, *(f"application/papermill.record/{kind}" for kind in (*MARKUP, "image/png")))
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from metake.cli import main
+from metake.commands.cli import main
 
 sys.exit(main())

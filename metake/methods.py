@@ -10,102 +10,106 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from metake.bilevel import Refinement
-from metake.editor import Editor, root, whole
-from metake.errors import ParameterError, near_misses
-from metake.generation import ContextRule
-from metake.geometry import inverse_covariance, isotropic, null_space
-from metake.postprocess import cap_spectrum, keep_largest, soften_principal
-from metake.recipes import Recipe, recipe
-from metake.targets import TargetRule
+from metake.algebra.geometry import inverse_covariance, isotropic, null_space
+from metake.algebra.postprocess import cap_spectrum, keep_largest, soften_principal
+from metake.editing.bilevel import Refinement
+from metake.editing.editor import Editor, root, whole
+from metake.editing.recipes import Recipe, recipe
+from metake.editing.targets import TargetRule
+from metake.language.generation import ContextRule
+from metake.support.errors import ParameterError, near_misses
 
 
-def _with(editor: Editor, changes: dict[str, Any]) -> Editor:
-    for name in changes:
-        if name not in {f.name for f in fields(Editor)}:
-            raise ParameterError(near_misses(name, (f.name for f in fields(Editor)), "part of an editor"))
-    return replace(editor, **changes)
-
-
-def _target(numbers: Recipe) -> TargetRule:
-    return TargetRule(numbers.steps, numbers.step_size, numbers.kl_weight, numbers.decay, numbers.clamp, numbers.stop_below)
+def _target(numbers: Recipe, own: str = "", **changes: Any) -> TargetRule:
+    """Stage I by a recipe's numbers; where a method has its own, under its name and `_`, by those."""
+    names = ("steps", "step_size", "kl_weight", "decay", "clamp", "stop_below")
+    found = {name: numbers.numbers.get(f"{own}_{name}", numbers.numbers[name]) for name in names}
+    return TargetRule(**found | changes)
 
 
 def memit(model: str, **changes: Any) -> Editor:
     """MEMIT (Meng et al. 2023, eq. 14): Δ = R Kᵀ(λC₀ + KKᵀ)⁻¹, the residual spread evenly, no memory of past edits."""
+    for name in changes:
+        if name not in (parts := [f.name for f in fields(Editor)]):
+            raise ParameterError(near_misses(name, parts, "part of an editor"))
     numbers = recipe(model)
-    return _with(Editor(numbers.layers, inverse_covariance(numbers.covariance_weight), _target(numbers)), changes)
+    return replace(Editor(numbers.layers, inverse_covariance(numbers.covariance_weight), _target(numbers)), **changes)
 
 
 def memit_seq(model: str, **changes: Any) -> Editor:
     """Sequential MEMIT (AlphaEdit's baseline): `memit` that remembers past keys, Δ = R Kᵀ(λC₀ + KₚKₚᵀ + KKᵀ)⁻¹."""
-    return memit(model, **{"remember": True, **changes})
+    return memit(model, **{"remember": True} | changes)
 
 
 def alphaedit(model: str, **changes: Any) -> Editor:
     """AlphaEdit (Fang et al. 2025, eq. 14): Δ = R KᵀP(KₚKₚᵀP + KKᵀP + λI)⁻¹, P onto the preserved keys' null space."""
     numbers = recipe(model)
-    return memit(model, **{"metric": null_space(numbers.threshold, numbers.ridge), "remember": True, **changes})
+    return memit(model, **{"metric": null_space(numbers.threshold, numbers.ridge), "remember": True} | changes)
 
 
 def rect(model: str, **changes: Any) -> Editor:
-    """RECT (Gu et al. 2024) on MEMIT: of each weight's finished update only the largest relative changes are made."""
-    return memit(model, **{"post": (keep_largest(recipe(model).rect_share),), **changes})
+    """RECT (Gu et al. 2024) on MEMIT: of a weight's finished update only the largest relative changes are made."""
+    return memit(model, **{"post": (keep_largest(recipe(model).rect_share),)} | changes)
 
 
 def prune(model: str, **changes: Any) -> Editor:
-    """PRUNE (Ma et al. 2025) on MEMIT: at the end, singular values of the whole change are capped by the original weight's."""
-    return memit(model, **{"post": (cap_spectrum(),), **changes})
+    """PRUNE (Ma et al. 2025) on MEMIT: at the end, the change's singular values are capped by the original weight's."""
+    return memit(model, **{"post": (cap_spectrum(),)} | changes)
 
 
 def pmet(model: str, **changes: Any) -> Editor:
-    """PMET (Li et al. 2024): targets of MLP and attention optimized together, the MLP's written, R ∝ 1/√(layers left)."""
+    """PMET (Li et al. 2024): targets of MLP and attention together, the MLP's written, R ∝ 1/√(layers left)."""
     numbers = recipe(model)
-    stage_one = {"steps": numbers.pmet_steps, "step_size": numbers.pmet_step_size, "kl_weight": numbers.pmet_kl_weight, "clamp": numbers.pmet_clamp}
-    target = replace(_target(numbers), **stage_one, site="mlp+attention", relax=0.1)
-    return memit(model, **{"metric": inverse_covariance(numbers.pmet_covariance_weight), "target": target, "allocation": root, **changes})
+    target = _target(numbers, "pmet", site="mlp+attention", relax=0.1)
+    parts = {"metric": inverse_covariance(numbers.pmet_covariance_weight), "target": target, "allocation": root}
+    return memit(model, **parts | changes)
 
 
 def rome(model: str, **changes: Any) -> Editor:
-    """ROME (Meng et al. 2022, eq. 2): one request at a time at one layer, Δ = (v − Wk) (C⁻¹k̄)ᵀ / (C⁻¹k̄)ᵀk, exact at k."""
+    """ROME (Meng et al. 2022, eq. 2): one request at a time, one layer, Δ = (v − Wk)(C⁻¹k̄)ᵀ/(C⁻¹k̄)ᵀk, exact at k."""
     numbers = recipe(model)
-    stage_one = {"steps": numbers.rome_steps, "step_size": numbers.rome_step_size, "decay": numbers.rome_decay, "clamp": numbers.rome_clamp, "site": "mlp"}
-    metric = inverse_covariance(1.0) if numbers.rome_covariance else isotropic()
-    parts = {"layers": (numbers.rome_layer,), "metric": metric, "noise": 0.0, "together": 1, "plain": True, "allocation": whole}
-    return memit(model, **{**parts, "target": replace(_target(numbers), **stage_one), "context_rule": ContextRule((5, 10), 2, flat=True), **changes})
+    parts = {"layers": (numbers.rome_layer,), "noise": 0.0, "together": 1, "plain": True, "allocation": whole}
+    parts["metric"] = inverse_covariance(1.0) if numbers.rome_covariance else isotropic()
+    parts["target"] = _target(numbers, "rome", site="mlp")
+    parts["context_rule"] = ContextRule((5, 10), 2, flat=True)
+    return memit(model, **parts | changes)
 
 
 def emmet(model: str, **changes: Any) -> Editor:
-    """EMMET (Gupta et al. 2024, eq. 9): ROME's equality constraint for a batch, Δ = R (KᵀC⁻¹K)⁻¹KᵀC⁻¹, at ROME's layer."""
-    return memit(model, **{"layers": (recipe(model).rome_layer,), "metric": inverse_covariance(1.0), "noise": 0.0, **changes})
+    """EMMET (Gupta et al. 2024, eq. 9): ROME's equality for a batch, Δ = R (KᵀC⁻¹K)⁻¹KᵀC⁻¹, at ROME's layer."""
+    parts = {"layers": (recipe(model).rome_layer,), "metric": inverse_covariance(1.0), "noise": 0.0}
+    return memit(model, **parts | changes)
 
 
 def blue(model: str, **changes: Any) -> Editor:
-    """AlphaEdit-BLUE (Li et al. 2025): only the first and last layer, each with targets of its own and the whole residual."""
+    """AlphaEdit-BLUE (Li et al. 2025): first and last layer only, each with its own targets and the whole residual."""
     numbers = recipe(model)
     parts = {"layers": numbers.blue_layers, "metric": null_space(numbers.threshold, numbers.blue_ridge)}
-    return alphaedit(model, **{**parts, "own_targets": True, "allocation": whole, **changes})
+    return alphaedit(model, **parts | {"own_targets": True, "allocation": whole} | changes)
 
 
 def sphere(model: str, **changes: Any) -> Editor:
     """SPHERE: AlphaEdit whose updates avoid the principal directions of the weight's rows, Δ ← Δ (I − αUUᵀ)."""
     numbers = recipe(model)
-    return alphaedit(model, **{"post": (soften_principal(numbers.sphere_ratio, numbers.sphere_strength),), **changes})
+    return alphaedit(model, **{"post": (soften_principal(numbers.sphere_ratio, numbers.sphere_strength),)} | changes)
 
 
 def metake(model: str, base: Callable[..., Editor] = alphaedit, **changes: Any) -> Editor:
     """MetaKE (arXiv 2603.12677, §4, Algorithm 1): `base` with its targets refined through the frozen gate."""
     numbers = recipe(model)
-    return base(model, **{"refine": Refinement(numbers.refine_steps, numbers.refine_step_size), **changes})
+    return base(model, **{"refine": Refinement(numbers.refine_steps, numbers.refine_step_size)} | changes)
 
 
 def metake_v1(model: str, **changes: Any) -> Editor:
     """MetaKE as in its first version (v1 eqs 7–9): `metake` on MEMIT with Δ = R Kᵀ(C + λI + KKᵀ)⁻¹, C = λ_C C₀."""
     numbers = recipe(model)
-    return metake(model, memit, **{"metric": inverse_covariance(numbers.covariance_weight, numbers.v1_ridge), **changes})
+    return metake(model, memit, **{"metric": inverse_covariance(numbers.covariance_weight, numbers.v1_ridge)} | changes)
 
 
-METHODS: dict[str, Callable[..., Editor]] = {f.__name__: f for f in (rome, memit, memit_seq, emmet, pmet, prune, rect, alphaedit, blue, sphere, metake, metake_v1)}
+METHODS: dict[str, Callable[..., Editor]] = {
+    f.__name__: f
+    for f in (rome, memit, memit_seq, emmet, pmet, prune, rect, alphaedit, blue, sphere, metake, metake_v1)
+}
 """Every method by name; what is in this table is tested, listed by the command line, and compared in the book."""
 
 ABLATIONS: dict[str, Callable[[Editor], Editor]] = {
@@ -116,7 +120,9 @@ ABLATIONS: dict[str, Callable[[Editor], Editor]] = {
 """MetaKE's ablations (v3 Table 2), each a change of one part."""
 
 
-OPERATORS: dict[str, Callable[..., Editor]] = {f"metake/{base.__name__}": partial(metake, base=base) for base in (memit, blue, sphere)}
+OPERATORS: dict[str, Callable[..., Editor]] = {
+    f"metake/{base.__name__}": partial(metake, base=base) for base in (memit, blue, sphere)
+}
 """MetaKE's refinement on the gates of other methods, through the same interface."""
 
 
@@ -142,23 +148,30 @@ class Difference(NamedTuple):
 DIFFERENCES: dict[str, Difference] = {
     "prune/added-twice": Difference(
         partial(prune, post=(cap_spectrum(add_twice=True),)), "the capped change replaces the change: W₀ + Δ′",
-        "AlphaEdit's repository adds Δ′ to the weight that already carries Δ: about W₀ + 2Δ; SPHERE's repository mends it", "paper",
+        "AlphaEdit's repository adds Δ′ to the weight that already carries Δ: about W₀ + 2Δ; SPHERE's "
+            "repository mends it", "paper",
     ),
     "rect/original": Difference(
-        partial(rect, post=(keep_largest(0.2, 0.0, strict=True),)), "RECT's own code sets the 80 % smallest relative changes to zero, ε = 0",
+        partial(rect, post=(keep_largest(0.2, 0.0, strict=True),)), "RECT's own code sets the 80 % smallest "
+            "relative changes to zero, ε = 0",
         "AlphaEdit's repository, whose RECT rows later papers quote, keeps 40 % with ε = 1e-8", "code",
     ),
     "sphere/stored": Difference(
-        lambda model, **changes: sphere(model, **{"post": (replace(sphere(model).post[0], side=recipe(model).sphere_stored_side),), **changes}),
+        lambda model,
+        **changes: sphere(model,
+        **{"post": (replace(sphere(model).post[0], side=recipe(model).sphere_stored_side),), **changes}),
         "principal directions of the weight's rows, on the key side",
-        "the code takes the weight as it is stored: on GPT-2, whose weights are stored transposed, it softens the output side", "paper",
+        "the code takes the weight as it is stored: on GPT-2, whose weights are stored transposed, it softens "
+            "the output side", "paper",
     ),
     "alphaedit/paper": Difference(
-        partial(alphaedit, metric=null_space(1e-2, 1.0)), "eigenvalues below 0.01 span the null space, and the ridge is the identity: λ = 1",
+        partial(alphaedit, metric=null_space(1e-2, 1.0)), "eigenvalues below 0.01 span the null space, and the "
+            "ridge is the identity: λ = 1",
         "threshold 0.02 and λ = 10, the settings behind the published tables and MetaKE's executor", "code",
     ),
     "pmet/unweighted": Difference(
-        lambda model, **changes: pmet(model, **{"target": replace(pmet(model).target, drift_weighted=False), **changes}),
+        lambda model,
+        **changes: pmet(model, **{"target": replace(pmet(model).target, drift_weighted=False), **changes}),
         "PMET's own code stops once every target token is the arg-max and λ_KL · KL ≤ 0.01",
         "BLUE's copy compares KL itself, without the factor", "paper",
     ),

@@ -1,4 +1,6 @@
-"""What tests compute is cached for the session only; what real models and tokenizers need stays in the ordinary cache."""
+"""What tests compute is cached for the session only; what real models and tokenizers need stays in the ordinary
+cache.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 from models import CONFIGS, random_model
 
-from metake.tokens import shared_beginnings
+from metake.language.tokens import shared_beginnings
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +43,9 @@ def empty_cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def as_in_large_batches(monkeypatch) -> None:
     """However few the rows: what is common runs once."""
-    monkeypatch.setattr("metake.model.shared_beginnings", lambda rows, limits, _: shared_beginnings(rows, limits))
+    monkeypatch.setattr(
+        "metake.language.model.shared_beginnings", lambda rows, limits, _: shared_beginnings(rows, limits)
+    )
 
 
 @pytest.fixture(params=CONFIGS)

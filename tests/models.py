@@ -8,11 +8,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from metake.model import LanguageModel
+from metake.language.model import LanguageModel
 
 SMALL = {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+GPT = {
+    "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0
+}
+LLAMA = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128
+}
 CONFIGS = {
     "gpt2": GPT,
     "gptj": GPT | {"rotary_dim": 4, "n_inner": 64},
@@ -35,14 +41,18 @@ def small_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=384, special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(SENTENCES * 4, trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>")
 
 
-def random_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, bos: bool | None = None, spread: float = 0.12) -> LanguageModel:
+def random_model(
+    kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, bos: bool | None = None, spread: float = 0.12
+) -> LanguageModel:
     """A fresh random model; weights wide enough that attention and predictions are far from uniform."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **SMALL, **CONFIGS[kind])
@@ -57,7 +67,9 @@ def random_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, b
 
 
 def stand_in(*_: object) -> LanguageModel:
-    """A random model under the name "tiny": what experiments load in tests that need no facts, in a fraction of the time."""
+    """A random model under the name "tiny": what experiments load in tests that need no facts,
+    in a fraction of the time.
+    """
     lm = random_model("gpt2")
     lm.name, lm.origin = "tiny", {"origin": "test", "revision": "", "note": ""}
     return lm

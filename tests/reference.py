@@ -1,6 +1,8 @@
-"""Literal transcriptions of what the papers publish: d×d systems, one request at a time, full forwards. Slow on purpose.
+"""Literal transcriptions of what the papers publish: d×d systems, one request at a time, full forwards.
+Slow on purpose.
 
-Columns as in the papers: keys K (d_in, n), residuals R (d_out, n), past keys Kₚ (d_in, N). Nothing here calls the part of
+Columns as in the papers: keys K (d_in, n), residuals R (d_out, n), past keys Kₚ (d_in, N). Nothing here calls the part
+of
 the library that it checks: hooks, padding, positions, averaging and solves are written out again.
 """
 
@@ -20,8 +22,8 @@ from torch.linalg import inv, solve
 from torch.nn.functional import kl_div
 from transformers.pytorch_utils import Conv1D
 
-from metake.model import LanguageModel
-from metake.requests import EditCase, EditRequest
+from metake.data.requests import EditCase, EditRequest
+from metake.language.model import LanguageModel
 
 CONTEXTS = ("{}", "I think that you are there. {}", "Because. {}")
 REQUESTS = (
@@ -38,6 +40,7 @@ def eye(d: int, device: torch.device | None = None) -> Tensor:
 
 
 # Solves, (d_out, d_in), and gates, (n, d_in)
+
 
 def memit(K: Tensor, R: Tensor, C: Tensor, weight: float, Kp: Tensor | None = None) -> Tensor:
     """MEMIT eq. 14; with Kₚ the sequential variant of AlphaEdit's repository."""
@@ -77,7 +80,9 @@ def rome(k: Tensor, r: Tensor, C: Tensor, at: Tensor | None = None) -> Tensor:
 
 
 def emmet(K: Tensor, R: Tensor, C: Tensor, ridge: float) -> Tensor:
-    """EMMET as its optimality system: minimize tr(ΔCΔᵀ) + ‖ΔK − R‖²/ridge; ridge 0 is the equality constraint ΔK = R."""
+    """EMMET as its optimality system: minimize tr(ΔCΔᵀ) + ‖ΔK − R‖²/ridge; ridge 0 is the equality constraint
+    ΔK = R.
+    """
     d, n = K.shape
     system = torch.cat([torch.cat([C, -K], 1), torch.cat([K.T, ridge * eye(n)], 1)])
     return solve(system, torch.cat([torch.zeros(d, len(R), dtype=K.dtype), R.T]))[:d].T
@@ -100,6 +105,7 @@ def gate_key_only(K: Tensor, ridge: float) -> Tensor:
 
 # What is done to a finished update, (d_out, d_in)
 
+
 def rect_code(delta: Tensor, W: Tensor) -> Tensor:
     """RECT in AlphaEdit's repository: a change stays if it is not below the 60th percentile of the relative ones."""
     relative = torch.abs(delta / (W + 1e-8))
@@ -116,10 +122,14 @@ def rect_original(delta: Tensor, W: Tensor) -> Tensor:
 
 
 def prune(W: Tensor, W0: Tensor, twice: bool = False) -> Tensor:
-    """PRUNE: the weight at the end of a sequence; twice: the capped change is added to the edited weight (AlphaEdit's repository)."""
+    """PRUNE: the weight at the end of a sequence; twice: the capped change is added to the edited weight
+    (AlphaEdit's repository).
+    """
     U, S, Vh = torch.linalg.svd(W - W0, full_matrices=False)
     largest = torch.linalg.svd(W0)[1].max()
-    capped = torch.tensor([float(largest + torch.log(s) - torch.log(largest)) if s >= largest else float(s) for s in S], dtype=W.dtype)
+    capped = torch.tensor(
+        [float(largest + torch.log(s) - torch.log(largest)) if s >= largest else float(s) for s in S], dtype=W.dtype
+    )
     return (W if twice else W0) + U @ torch.diag(capped) @ Vh
 
 
@@ -135,6 +145,7 @@ def sphere(delta: Tensor, W: Tensor, ratio: float, strength: float, transposed: 
 
 
 # Models
+
 
 class _Wider:
     """The module `torch`, except that its float32 is float64."""
@@ -159,7 +170,10 @@ def unchanged(lm: LanguageModel) -> Iterator[None]:
 
     def look() -> tuple[dict[str, Tensor], list]:
         tensors = {k: t.clone() for k, t in (*lm.model.named_parameters(), *lm.model.named_buffers())}
-        marks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.__dict__.get("forward"), m.training) for m in lm.model.modules()]
+        marks = [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), m.__dict__.get("forward"), m.training)
+            for m in lm.model.modules()
+        ]
         return tensors, [*marks, *(p.grad is None and not p.requires_grad for p in lm.model.parameters())]
 
     tensors, marks = look()
@@ -205,7 +219,9 @@ def rewriting(lm: LanguageModel, request: EditRequest, contexts: Sequence[str]) 
 
 
 def target_positions(lm: LanguageModel, batch: dict[str, Tensor], request: EditRequest) -> Iterator[tuple[int, int]]:
-    """Row and first position that predicts the target, of every row: its m tokens are the last m of the unpadded row."""
+    """Row and first position that predicts the target, of every row: its m tokens are the last m of the unpadded
+    row.
+    """
     target = target_ids(lm, request)
     for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         start = length - len(target)
@@ -216,7 +232,10 @@ def target_positions(lm: LanguageModel, batch: dict[str, Tensor], request: EditR
 def target_nll(lm: LanguageModel, log_p: Tensor, batch: dict[str, Tensor], request: EditRequest) -> Tensor:
     """Mean over rows of the mean over target tokens."""
     target = target_ids(lm, request)
-    rows = [-sum(log_p[row, start + j, y] for j, y in enumerate(target)) / len(target) for row, start in target_positions(lm, batch, request)]
+    rows = [
+        -sum(log_p[row, start + j, y] for j, y in enumerate(target)) / len(target)
+        for row, start in target_positions(lm, batch, request)
+    ]
     return sum(rows) / len(rows)
 
 
@@ -230,7 +249,8 @@ def is_certain(lm: LanguageModel, log_p: Tensor, batch: dict[str, Tensor], reque
     return bool(sum(taught) / len(taught) == sum(best) / len(best))
 
 
-ATTENTION = {"gpt2": "attn.c_proj", "gptj": "attn.out_proj", "gpt_neox": "attention.dense", "phi": "self_attn.dense"}  # others: self_attn.o_proj
+# others: self_attn.o_proj
+ATTENTION = {"gpt2": "attn.c_proj", "gptj": "attn.out_proj", "gpt_neox": "attention.dense", "phi": "self_attn.dense"}
 
 
 def planted(lm: LanguageModel, site: str, layer: int) -> list[torch.nn.Module]:
@@ -246,18 +266,25 @@ def stage_one_texts(lm: LanguageModel, request: EditRequest, contexts: Sequence[
     return [*rewriting(lm, request, contexts), f"{request.subject} is a"]
 
 
-def stage_one(lm: LanguageModel, request: EditRequest, contexts: Sequence[str], layer: int, rule) -> tuple[Tensor, Tensor, list[float]]:
-    """h, δ and the losses of one request: every row in full through the model, δ added by a hook at each lookup position.
+def stage_one(
+    lm: LanguageModel, request: EditRequest, contexts: Sequence[str], layer: int, rule
+) -> tuple[Tensor, Tensor, list[float]]:
+    """h, δ and the losses of one request: every row in full through the model, δ added by a hook at each lookup
+    position.
 
-    As the released code of the family computes it: the model's own logits of all rows and positions serve the KL, and the
-    head is applied again to the last states of the rewriting rows for the likelihood. Of PMET's two vectors, the MLP's.
+    As the released code of the family computes it: the model's own logits of all rows and positions serve the KL,
+    and the head is applied again to the last states of the rewriting rows for the likelihood. Of PMET's two vectors,
+    the MLP's.
     """
     texts = stage_one_texts(lm, request, contexts)
     positions = [lookup(lm, t, request.subject) for t in (*templates(request, contexts), "{} is a")]
     batch = padded(lm, texts)
     rows = {k: v[:-1] for k, v in batch.items()}
     modules = planted(lm, rule.site, layer)
-    deltas = [torch.zeros(lm.model.config.hidden_size, dtype=torch.float64, device=lm.device, requires_grad=True) for _ in modules]
+    deltas = [
+        torch.zeros(lm.model.config.hidden_size, dtype=torch.float64, device=lm.device, requires_grad=True)
+        for _ in modules
+    ]
     optimizer = torch.optim.Adam(deltas, lr=rule.step_size)
     first: dict[Any, Tensor] = {}
 
@@ -271,7 +298,10 @@ def stage_one(lm: LanguageModel, request: EditRequest, contexts: Sequence[str], 
 
     losses, emphasis = [], 1.0
     head = lm.model.get_output_embeddings()
-    handles = *(m.register_forward_hook(plant) for m in modules), head.register_forward_pre_hook(lambda _, args: first.update(last=args[0]))
+    handles = (
+        *(m.register_forward_hook(plant) for m in modules),
+        head.register_forward_pre_hook(lambda _, args: first.update(last=args[0])),
+    )
     try:
         for step in range(rule.steps):
             optimizer.zero_grad()
@@ -280,7 +310,9 @@ def stage_one(lm: LanguageModel, request: EditRequest, contexts: Sequence[str], 
             before = first.setdefault("p", now.detach().clone())
             kl = kl_div(before, now, log_target=True, reduction="sum")
             loss = emphasis * target_nll(lm, log_p, rows, request) + rule.kl_weight * kl
-            loss = loss + rule.decay * sum(delta.norm() / first[which].norm() ** 2 for which, delta in enumerate(deltas))
+            loss = loss + rule.decay * sum(
+                delta.norm() / first[which].norm() ** 2 for which, delta in enumerate(deltas)
+            )
             losses.append(loss.item())
             if loss < rule.stop_below:
                 break
@@ -313,12 +345,19 @@ class Seen(NamedTuple):
 
 @torch.no_grad()
 def at_lookup(lm: LanguageModel, template: str, subject: str, layer: int) -> Seen:
-    """Input of the write module and outputs of block and MLP at the subject's last token; one full prompt, one full forward."""
+    """Input of the write module and outputs of block and MLP at the subject's last token; one full prompt,
+    one full forward.
+    """
     found, position = {}, lookup(lm, template, subject)
-    write, block, mlp = (lm.model.get_submodule(path.format(layer)) for path in (lm.architecture.write, lm.architecture.block, lm.architecture.mlp))
+    write, block, mlp = (
+        lm.model.get_submodule(path.format(layer))
+        for path in (lm.architecture.write, lm.architecture.block, lm.architecture.mlp)
+    )
     handles = [
         write.register_forward_pre_hook(lambda _, args: found.update(key=args[0][0, position].clone())),
-        block.register_forward_hook(lambda _, __, out: found.update(block=(out[0] if isinstance(out, tuple) else out)[0, position].clone())),
+        block.register_forward_hook(
+            lambda _, __, out: found.update(block=(out[0] if isinstance(out, tuple) else out)[0, position].clone())
+        ),
         mlp.register_forward_hook(lambda _, __, out: found.update(mlp=out[0, position].clone())),
     ]
     lm.model(**padded(lm, [template.replace("{}", subject)]))
@@ -338,11 +377,15 @@ def keys(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[
 
 @torch.no_grad()
 def key_pass(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int) -> Tensor:
-    """Inputs of the write module at the subject's last token, (rows, d_in): the released code's pass for one layer, all rows padded, to the logits."""
+    """Inputs of the write module at the subject's last token, (rows, d_in): the released code's pass for one layer,
+    all rows padded, to the logits.
+    """
     texts = [(t, r.subject) for r in requests for t in templates(r, contexts)]
     found, positions = {}, [lookup(lm, t, subject) for t, subject in texts]
     write = lm.model.get_submodule(lm.architecture.write.format(layer))
-    handle = write.register_forward_pre_hook(lambda _, args: found.update(keys=args[0][range(len(texts)), positions].clone()))
+    handle = write.register_forward_pre_hook(
+        lambda _, args: found.update(keys=args[0][range(len(texts)), positions].clone())
+    )
     lm.model(**padded(lm, [t.replace("{}", subject) for t, subject in texts]))
     handle.remove()
     return found["keys"]
@@ -378,7 +421,8 @@ Batch = tuple[dict[int, Tensor], dict[int, Tensor]]  # Δ and K per layer
 
 
 def stage_two(
-    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layers: Sequence[int], Z: Tensor, update: Update,
+    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layers: Sequence[int], Z: Tensor,
+    update: Update,
     share: Callable[[int], float] = lambda left: 1 / left, of: str = "block",
 ) -> Batch:  # fmt: skip
     """The shared loop: reread everything, a share of the residual by how many layers are left, d×d solve, write."""
@@ -392,8 +436,13 @@ def stage_two(
     return deltas, all_keys
 
 
-def blue(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layers: Sequence[int], targets: Callable[[int], Tensor], update: Update) -> Batch:
-    """BLUE's loop: each layer has targets of its own, (d, n), on the model that the layers before have changed, and the whole residual."""
+def blue(
+    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layers: Sequence[int],
+    targets: Callable[[int], Tensor], update: Update
+) -> Batch:
+    """BLUE's loop: each layer has targets of its own, (d, n), on the model that the layers before have changed,
+    and the whole residual.
+    """
     deltas, all_keys = {}, {}
     with kept(lm, layers):
         for layer in layers:
@@ -404,8 +453,12 @@ def blue(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[
     return deltas, all_keys
 
 
-def rome_one_by_one(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int, rule, C: Tensor) -> Batch:
-    """ROME's list of requests: each one on the model that those before have edited; k̄ a flat mean, exact at the plain prompt's key."""
+def rome_one_by_one(
+    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int, rule, C: Tensor
+) -> Batch:
+    """ROME's list of requests: each one on the model that those before have edited; k̄ a flat mean,
+    exact at the plain prompt's key.
+    """
     total, means = 0, []
     with kept(lm, [layer]):
         for r in requests:
@@ -427,7 +480,8 @@ def drift(lm: LanguageModel, request: EditRequest, weights: dict[str, Tensor], p
 
 
 def refinement(
-    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int, H: Tensor, initial: Tensor, M: Tensor, rule
+    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int, H: Tensor, initial: Tensor,
+    M: Tensor, rule
 ) -> tuple[Tensor, Tensor]:
     """MetaKE's outer level with W_L really replaced by W_L + (V − H) M: V, (d, n), and the losses, (steps, n, 3)."""
     name = lm.architecture.write.format(layer) + ".weight"
@@ -440,21 +494,31 @@ def refinement(
         optimizer.zero_grad()
         delta = (V - H) @ M
         edited = {name: weight(lm, layer) + stored(lm, layer, delta if rule.feedback else delta.detach())}
-        losses = torch.stack([outer_loss(lm, r, contexts, edited, before[i], V[:, i], initial[:, i], rule) for i, r in enumerate(requests)])
+        losses = torch.stack(
+            [
+                outer_loss(lm, r, contexts, edited, before[i], V[:, i], initial[:, i], rule)
+                for i, r in enumerate(requests)
+            ]
+        )
         history.append(losses.detach())
         (losses * losses.new_tensor([rule.edit_weight, rule.locality_weight, rule.anchor_weight])).sum().backward()
         optimizer.step()
     return V.detach(), torch.stack(history)
 
 
-def outer_loss(lm: LanguageModel, request: EditRequest, contexts: Sequence[str], edited: dict[str, Tensor], before: Tensor, v: Tensor, v_init: Tensor, rule) -> Tensor:
+def outer_loss(
+    lm: LanguageModel, request: EditRequest, contexts: Sequence[str], edited: dict[str, Tensor], before: Tensor,
+    v: Tensor, v_init: Tensor, rule
+) -> Tensor:
     """L_edit, L_loc and L_reg of one request on the virtually edited model."""
     batch = padded(lm, rewriting(lm, request, contexts))
     log_p = torch.log_softmax(functional_call(lm.model, edited, kwargs=batch).logits, -1)
     after = drift(lm, request, edited, rule.locality_position)
     p, q = (after, before) if rule.locality_direction == "post_pre" else (before, after)
     scale = {"sum": 1, "mean": len(v), "relative": (v_init**2).sum()}[rule.anchor_norm]
-    return torch.stack([target_nll(lm, log_p, batch, request), (p.exp() * (p - q)).sum(), ((v - v_init) ** 2).sum() / scale])
+    return torch.stack(
+        [target_nll(lm, log_p, batch, request), (p.exp() * (p - q)).sum(), ((v - v_init) ** 2).sum() / scale]
+    )
 
 
 def answer_ids(lm: LanguageModel, text: str) -> list[int]:
@@ -467,7 +531,11 @@ def probe_texts(lm: LanguageModel, case: EditCase) -> list[list[str]]:
     for probe in case.probes:
         if probe.kind != "generation":
             ids = answer_ids(lm, probe.target)
-            starts = ["", *(lm.tokenizer.decode(ids[:j]) for j in range(1, len(ids)))] if probe.rival is None else [f" {probe.target}", f" {probe.rival}"]
+            starts = (
+                ["", *(lm.tokenizer.decode(ids[:j]) for j in range(1, len(ids)))]
+                if probe.rival is None
+                else [f" {probe.target}", f" {probe.rival}"]
+            )
             found.append([probe.prompt + start for start in starts])
     return found
 
@@ -476,8 +544,9 @@ def probe_texts(lm: LanguageModel, case: EditCase) -> list[list[str]]:
 def evaluation(lm: LanguageModel, case: EditCase) -> list[tuple[list[float], list[bool]]]:
     """One case as released code evaluates it: all its rows in one padded batch, logits at every position.
 
-    Per probe: with a rival, a row for either object, the mean NLL of the target and of the rival, and which tokens of the
-    target are the arg-max; without, a row for every beginning of the answer, and which next token is the arg-max.
+    Per probe: with a rival, a row for either object, the mean NLL of the target and of the rival,
+    and which tokens of the target are the arg-max; without, a row for every beginning of the answer,
+    and which next token is the arg-max.
     """
     asked, texts = [probe for probe in case.probes if probe.kind != "generation"], probe_texts(lm, case)
     answers = [[answer_ids(lm, s) for s in (probe.target, probe.rival) if s is not None] for probe in asked]
@@ -486,10 +555,15 @@ def evaluation(lm: LanguageModel, case: EditCase) -> list[tuple[list[float], lis
     found, row = [], 0
     for probe, ids, own in zip(asked, answers, texts, strict=True):
         if probe.rival is None:
-            found.append(([], [log_p[row + j, lengths[row + j] - 1].argmax().item() == y for j, y in enumerate(ids[0])]))
+            found.append(
+                ([], [log_p[row + j, lengths[row + j] - 1].argmax().item() == y for j, y in enumerate(ids[0])])
+            )
         else:
             first = len(lm.tokenizer(probe.prompt)["input_ids"]) - 1
-            means = [-sum(log_p[row + i, first + j, y].item() for j, y in enumerate(tokens)) / len(tokens) for i, tokens in enumerate(ids)]
+            means = [
+                -sum(log_p[row + i, first + j, y].item() for j, y in enumerate(tokens)) / len(tokens)
+                for i, tokens in enumerate(ids)
+            ]
             found.append((means, [log_p[row, first + j].argmax().item() == y for j, y in enumerate(ids[0])]))
         row += len(own)
     return found

@@ -10,7 +10,10 @@ import torch
 
 def fingerprint(model: torch.nn.Module) -> dict[str, str]:
     """SHA-256 of every tensor of a model, NaN and signed zeros included."""
-    return {n: hashlib.sha256(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest() for n, t in model.state_dict().items()}
+    return {
+        n: hashlib.sha256(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        for n, t in model.state_dict().items()
+    }
 
 
 def contents(folder: Path) -> dict[str, bytes]:

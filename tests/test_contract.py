@@ -1,4 +1,6 @@
-"""What every method promises on every architecture: a new entry of METHODS or ARCHITECTURES is tested by being there."""
+"""What every method promises on every architecture: a new entry of METHODS or ARCHITECTURES is tested by being
+there.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +18,42 @@ import torch
 from models import CONFIGS, random_model
 from same import contents, fingerprint
 
-import metake.editor
+import metake.editing.editor
 from metake import (
-    METHODS, ArchitectureError, Edit, EditRequest, KeyStatistics, NumericalError, ParameterError, ProvenanceError, RequestError, Statistics, StatisticsError, TargetRule,
+    METHODS,
+    ArchitectureError,
+    Edit,
+    EditRequest,
+    KeyStatistics,
+    NumericalError,
+    ParameterError,
+    ProvenanceError,
+    RequestError,
+    Statistics,
+    StatisticsError,
+    TargetRule,
     statistics,
 )  # fmt: skip
-from metake.editor import describe, digest_of
-from metake.generation import context_templates
-from metake.geometry import condition, null_space
-from metake.keys import KeyReader
+from metake.algebra.geometry import condition, null_space
+from metake.algebra.update import EditRecord, total
+from metake.editing.editor import describe, digest_of
+from metake.editing.keys import KeyReader
+from metake.language.generation import context_templates
+from metake.language.model import LanguageModel
+from metake.language.tokens import encode, pad
 from metake.methods import method
-from metake.machine import versions
-from metake.model import LanguageModel
-from metake.tokens import encode, pad
-from metake.update import EditRecord, total
+from metake.support.machine import versions
 
 LAYERS, SEED = (1, 2), 7
-REQUESTS = [EditRequest("The capital of {} is", "France", "Rome", "a"), EditRequest("{} was born in", "Danielle Darrieux", "Berlin now", "b"), EditRequest("I fly the {}", "Boeing 747", "English", "c")]
-LATER = [EditRequest("The mother tongue of {} is", "Beyoncé", "French", "d"), EditRequest("The capital of {} is", "Madrid", "Houston", "e")]
+REQUESTS = [
+    EditRequest("The capital of {} is", "France", "Rome", "a"),
+    EditRequest("{} was born in", "Danielle Darrieux", "Berlin now", "b"),
+    EditRequest("I fly the {}", "Boeing 747", "English", "c"),
+]
+LATER = [
+    EditRequest("The mother tongue of {} is", "Beyoncé", "French", "d"),
+    EditRequest("The capital of {} is", "Madrid", "Houston", "e"),
+]
 every = pytest.mark.parametrize("kind", CONFIGS)
 some = pytest.mark.parametrize("kind", ["gpt2", "llama"])
 pytestmark = pytest.mark.parametrize("name", METHODS)
@@ -68,7 +88,11 @@ def made(name: str, kind: str, dtype: torch.dtype = torch.float64) -> Made:
 def solved(name: str, kind: str) -> Edit:
     """The same edit as it was solved, R and M, before anything is done to it."""
     given = editor(name)
-    return replace(given, post=()).edit(made(name, kind).lm, REQUESTS, known(kind)) if given.post else made(name, kind).edit
+    return (
+        replace(given, post=()).edit(made(name, kind).lm, REQUESTS, known(kind))
+        if given.post
+        else made(name, kind).edit
+    )
 
 
 def thin(name: str) -> bool:
@@ -78,8 +102,14 @@ def thin(name: str) -> bool:
 
 def same(one: Edit, other: Edit) -> bool:
     """Whether two edits have the same factors and dense parts, bit for bit."""
-    pairs = [(getattr(a, part), getattr(b, part)) for a, b in zip(one.updates, other.updates, strict=True) for part in ("left", "right", "dense")]
-    return one.modules == other.modules and all(torch.equal(a, b) if a is not None and b is not None else a is b for a, b in pairs)
+    pairs = [
+        (getattr(a, part), getattr(b, part))
+        for a, b in zip(one.updates, other.updates, strict=True)
+        for part in ("left", "right", "dense")
+    ]
+    return one.modules == other.modules and all(
+        torch.equal(a, b) if a is not None and b is not None else a is b for a, b in pairs
+    )
 
 
 def logits(model, lm: LanguageModel) -> torch.Tensor:
@@ -154,21 +184,38 @@ def test_the_record_says_everything(name, kind):
     record, given = edit.record, editor(name)
     for f in fields(EditRecord):
         assert getattr(record, f.name), f"{f.name} is empty"
-    assert record.recipe == json.loads(json.dumps(describe(given))) and record.recipe["layers"] == [1, 2] and record.recipe["target"]["steps"] == 3
-    assert record.recipe["metric"]["part"] == type(given.metric).__name__ and (record.recipe["refine"] is None) == (given.refine is None)
+    assert (
+        record.recipe == json.loads(json.dumps(describe(given)))
+        and record.recipe["layers"] == [1, 2]
+        and record.recipe["target"]["steps"] == 3
+    )
+    assert record.recipe["metric"]["part"] == type(given.metric).__name__ and (record.recipe["refine"] is None) == (
+        given.refine is None
+    )
     assert [p["part"] for p in record.recipe["post"]] == [type(p).__name__ for p in given.post]
     assert record.base == {"id": f"random-{kind}", "dtype": "float64", "device": "cpu", "conv1d": kind == "gpt2"}
-    digests = {m: hashlib.sha256((w.T if kind == "gpt2" else w).numpy().tobytes()).hexdigest() for m in edit.modules for w in [lm.model.get_submodule(m).weight.detach()]}
+    digests = {
+        m: hashlib.sha256((w.T if kind == "gpt2" else w).numpy().tobytes()).hexdigest()
+        for m in edit.modules
+        for w in [lm.model.get_submodule(m).weight.detach()]
+    }
     assert record.weights == digests
     assert (record.requests, record.requests_digest) == (("a", "b", "c"), digest_of(REQUESTS))
     assert record.statistics_digest == known(kind).digest and record.seed == SEED and record.versions == versions()
-    assert record.context_templates == context_templates(lm, given.context_rule, SEED) and record.context_templates[0] == "{}"
+    assert (
+        record.context_templates == context_templates(lm, given.context_rule, SEED)
+        and record.context_templates[0] == "{}"
+    )
     assert len(record.context_templates) == 1 + 5 * len(given.context_rule.lengths) * given.context_rule.each
     stages = {"targets", "keys", "solve", "write"} | ({"refinement"} if given.refine else set())
-    assert record.seconds.keys() == stages and all(s >= 0 for s in record.seconds.values()) and record.peak_memory > 2**20
+    assert (
+        record.seconds.keys() == stages and all(s >= 0 for s in record.seconds.values()) and record.peak_memory > 2**20
+    )
     assert record.trace.keys() == {"a", "b", "c"}
     for trace in record.trace.values():
-        assert 1 <= len(trace["loss"]) == len(trace["nll"]) == len(trace["kl"]) <= 3 and all(map(math.isfinite, trace["loss"]))
+        assert 1 <= len(trace["loss"]) == len(trace["nll"]) == len(trace["kl"]) <= 3 and all(
+            map(math.isfinite, trace["loss"])
+        )
         assert len(trace["loss"]) == 3 or given.target.relax is not None, "no loss is so small that it stops"
         assert len(trace.get("refine", ())) == (given.refine.steps if given.refine else 0)
         assert len(trace.get("earlier", ())) == (len(LAYERS) - 1 if given.own_targets else 0)
@@ -176,18 +223,32 @@ def test_the_record_says_everything(name, kind):
 
 @every
 def test_the_record_tells_what_was_planned_and_what_is_realized(name, kind):
-    """Norms of R and R B at each layer, and the spectrum of B: 1 where the write is exact, below where the metric resists."""
+    """Norms of R and R B at each layer, and the spectrum of B: 1 where the write is exact,
+    below where the metric resists.
+    """
     lm, edit, *_ = made(name, kind)
     given, first, noted = editor(name), solved(name, kind).updates[0], edit.record.layers["1"]
-    keys = KeyReader(lm, REQUESTS, edit.record.context_templates, LAYERS[-1], flat=given.context_rule.flat).read(LAYERS[0]).keys
+    keys = (
+        KeyReader(lm, REQUESTS, edit.record.context_templates, LAYERS[-1], flat=given.context_rule.flat)
+        .read(LAYERS[0])
+        .keys
+    )
     spectrum = torch.linalg.eigvals(first.right @ keys.T).real if given.noise else torch.ones(len(REQUESTS))
     expected = {
-        "planned": first.left.norm(), "realized": (first.left @ first.right @ keys.T).norm() if given.noise else first.left.norm(),
-        "relative_update": edit.updates[0].delta.norm() / lm.weight(first.module).norm(), "spectrum_min": spectrum.min(), "spectrum_max": spectrum.max(),
+        "planned": first.left.norm(),
+        "realized": (first.left @ first.right @ keys.T).norm() if given.noise else first.left.norm(),
+        "relative_update": edit.updates[0].delta.norm() / lm.weight(first.module).norm(),
+        "spectrum_min": spectrum.min(), "spectrum_max": spectrum.max(),
     }  # fmt: skip
-    assert noted == pytest.approx({k: v.item() for k, v in expected.items()}) and edit.record.layers.keys() == {"1", "2"}
+    assert noted == pytest.approx({k: v.item() for k, v in expected.items()}) and edit.record.layers.keys() == {
+        "1", "2"
+    }
     for layer in edit.record.layers.values():
-        assert (0 <= layer["spectrum_min"] <= layer["spectrum_max"] < 1) if given.noise else layer["spectrum_min"] == pytest.approx(1) == layer["spectrum_max"]
+        assert (
+            (0 <= layer["spectrum_min"] <= layer["spectrum_max"] < 1)
+            if given.noise
+            else layer["spectrum_min"] == pytest.approx(1) == layer["spectrum_max"]
+        )
 
 
 @every
@@ -211,7 +272,8 @@ def test_as_a_lora_adapter_it_gives_the_logits_of_the_edited_model(name, kind, t
         shares = [edit.to_peft(tmp_path / "lora", rank).values() for rank in (1, 8, min(lm.shape(edit.modules[0])))]
         assert all(a > b > c for a, b, c in zip(*shares, strict=True)) and max(shares[-1]) < 1e-12
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # peft warns of missing or unexpected keys, and of a wrong fan_in_fan_out
+        # peft warns of missing or unexpected keys, and of a wrong fan_in_fan_out
+        warnings.simplefilter("error", UserWarning)
         adapted = PeftModel.from_pretrained(copy.deepcopy(lm.model), tmp_path / "lora")
     before, lora = logits(lm.model, lm), logits(adapted, lm)
     with edit.applied(lm):
@@ -227,7 +289,11 @@ def test_another_base_is_refused(name, kind):
     edit, other = made(name, kind).edit, random_model(kind, seed=1)
     before = fingerprint(other.model)
     for act in (edit.apply, lambda lm: edit.applied(lm).__enter__()):
-        with pytest.raises(ProvenanceError, match=rf"{edit.modules[0]} of 'random-{kind}' has SHA-256 .* but the edit was made on {edit.record.weights[edit.modules[0]][:12]}"):
+        with pytest.raises(
+            ProvenanceError,
+            match=rf"{edit.modules[0]} of 'random-{kind}' has SHA-256 .* but the edit was made on "
+            rf"{edit.record.weights[edit.modules[0]][:12]}",
+        ):
             act(other)
     assert fingerprint(other.model) == before
     edit.apply(other, check=False)
@@ -244,7 +310,9 @@ def test_zero_requests_change_nothing(name, kind):
     edit, after = editor(name).step(lm, [], state)
     assert edit.modules == tuple(lm.write_path(i) for i in LAYERS)
     assert all(u.rank == 0 and not u.delta.any() and u.delta.shape == lm.shape(u.module) for u in edit.updates)
-    assert after is state and edit.record.requests == () and edit.record.weights and editor(name).finish(lm, after) is None
+    assert (
+        after is state and edit.record.requests == () and edit.record.weights and editor(name).finish(lm, after) is None
+    )
     with edit.applied(lm):
         assert fingerprint(lm.model) == before
     with pytest.raises(ParameterError, match="zero requests"):
@@ -266,7 +334,9 @@ def test_a_second_batch_remembers_the_first_if_the_method_does(name, kind):
     for layer in LAYERS:
         expected = condition(start.metrics[layer], first[layer]) if given.remember else start.metrics[layer]
         torch.testing.assert_close(state.metrics[layer].apply(probe), expected.apply(probe))
-        assert torch.equal(start.metrics[layer].apply(probe), untouched.metrics[layer].apply(probe)), "a state is a value"
+        assert torch.equal(start.metrics[layer].apply(probe), untouched.metrics[layer].apply(probe)), (
+            "a state is a value"
+        )
     assert (state.edits, state.contexts, start.edits) == (3, start.contexts, 0)
 
     one.apply(lm)
@@ -277,7 +347,11 @@ def test_a_second_batch_remembers_the_first_if_the_method_does(name, kind):
     two.apply(lm)
     fresh = random_model(kind)
     both = total([one, two])
-    assert both.record.requests == ("a", "b", "c", "d", "e") and both.record.weights == one.record.weights and both.modules == one.modules
+    assert (
+        both.record.requests == ("a", "b", "c", "d", "e")
+        and both.record.weights == one.record.weights
+        and both.modules == one.modules
+    )
     both.apply(fresh)
     for module in both.modules:
         torch.testing.assert_close(fresh.weight(module), lm.weight(module), rtol=1e-12, atol=1e-12)
@@ -290,7 +364,10 @@ twin, rival = replace(REQUESTS[0], id="twin"), replace(REQUESTS[0], target="Berl
 
 
 def poisoned(lm):
-    lm.model.state_dict()[f"{lm.architecture.block.format(3)}.mlp." + ("c_proj.weight" if lm.name == "random-gpt2" else "gate_proj.weight")][1, 2] = float("nan")
+    lm.model.state_dict()[
+        f"{lm.architecture.block.format(3)}.mlp."
+        + ("c_proj.weight" if lm.name == "random-gpt2" else "gate_proj.weight")
+    ][1, 2] = float("nan")
 
 
 BAD = {
@@ -298,23 +375,38 @@ BAD = {
     "twice": (RequestError, "'twin' is a duplicate of request 'a'", {"requests": [*REQUESTS, twin]}),
     "contradiction": (RequestError, "'rival' contradicts request 'a'", {"requests": [*REQUESTS, rival]}),
     "no statistics of a layer": (StatisticsError, "no key statistics of layer 3; found \\[1, 2\\]", {"layers": (1, 3)}),
-    "other model's statistics": (StatisticsError, "dimension 20, the keys of 'random-.*' have .*another model", {"statistics": {i: KeyStatistics(torch.eye(20).double(), 99) for i in LAYERS}}),
-    "layer out of range": (ParameterError, "layer 9 does not exist", {"layers": (9,), "statistics": {9: KeyStatistics(torch.eye(20).double(), 99)}}),
+    "other model's statistics": (
+        StatisticsError, "dimension 20, the keys of 'random-.*' have .*another model",
+        {"statistics": {i: KeyStatistics(torch.eye(20).double(), 99) for i in LAYERS}}
+    ),
+    "layer out of range": (
+        ParameterError, "layer 9 does not exist",
+        {"layers": (9,), "statistics": {9: KeyStatistics(torch.eye(20).double(), 99)}}
+    ),
     "loss not finite": (NumericalError, "not finite at step 0", {"model": poisoned}),
     "a failing solve": (ZeroDivisionError, "second layer", {"solve": ZeroDivisionError}),
     "an interruption": (KeyboardInterrupt, "second layer", {"solve": KeyboardInterrupt}),
-    "quantized weights": (ArchitectureError, "quantized", {"model": lambda lm: setattr(lm.write(2), "weight", torch.nn.Parameter(lm.write(2).weight.to(torch.int8), requires_grad=False))}),
+    "quantized weights": (
+        ArchitectureError, "quantized",
+        {
+            "model": lambda lm: setattr(
+                lm.write(2), "weight", torch.nn.Parameter(lm.write(2).weight.to(torch.int8), requires_grad=False)
+            )
+        }
+    ),
 }
 
 
 @some
 @pytest.mark.parametrize("what", BAD)
-def test_after_an_error_the_model_is_bit_identical_and_nothing_is_on_disk(name, kind, what, tmp_path, empty_cache, monkeypatch):
+def test_after_an_error_the_model_is_bit_identical_and_nothing_is_on_disk(
+    name, kind, what, tmp_path, empty_cache, monkeypatch
+):
     error, said, changes = BAD[what]
     monkeypatch.chdir(tmp_path)
     given, lm = editor(name, layers=changes.get("layers", LAYERS), contexts=("{}", "So. {}")), random_model(kind)
     changes.get("model", lambda _: None)(lm)
-    before, calls, solve = fingerprint(lm.model), [], metake.editor.solve
+    before, calls, solve = fingerprint(lm.model), [], metake.editing.editor.solve
 
     def failing(*args):
         calls.append(fingerprint(lm.model) != before)
@@ -323,17 +415,21 @@ def test_after_an_error_the_model_is_bit_identical_and_nothing_is_on_disk(name, 
         return solve(*args)
 
     if "solve" in changes:
-        monkeypatch.setattr(metake.editor, "solve", failing)
+        monkeypatch.setattr(metake.editing.editor, "solve", failing)
     with pytest.raises(error, match=said):
         given.edit(lm, changes.get("requests", REQUESTS), changes.get("statistics", known(kind)))
     assert fingerprint(lm.model) == before
     assert calls == ([False, True] if "solve" in changes else []), "the first layer had been written"
-    assert not contents(tmp_path) and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in lm.model.modules())
+    assert not contents(tmp_path) and not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in lm.model.modules()
+    )
 
 
 def test_statistics_that_leave_no_room_are_refused_never_run(name):
     lm, metric = random_model("llama"), editor(name).metric
-    full, few = KeyStatistics(torch.eye(48).double() * 100, 100), KeyStatistics(torch.diag(torch.arange(48).double()), 48)
+    full, few = (
+        KeyStatistics(torch.eye(48).double() * 100, 100), KeyStatistics(torch.diag(torch.arange(48).double()), 48)
+    )
     if isinstance(metric, null_space):
         bad, said = full, "null space is empty: none of 48 eigenvalues .* lies under threshold=0.02"
     else:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,21 +15,16 @@ import metake
 from metake import METHODS
 
 ROOT = Path(metake.__file__).parent
-# Each module may import only what stands before it. `report` stands low: it reads results, never a model.
-ORDER = """
-errors arguments storage machine kernels geometry solve update postprocess recipes progress
-report.style report.files report.shown report.hover report.figure report.plots report.requirement report.comparison report.operators report.generations report.streams report.family report.interactive report.proxy report.bilevel_theory report.realized report.sweeps report.readings report.ability report.hidden_states report.gamma report
-capture requests tokens facts fact_tasks tasks assets model generation objective prefixes keys text_metrics
-plant targets bilevel statistics
-editor methods diagnosis hypergradient
-evaluation answers harness runs
-experiments.parameters experiments.kept experiments.attenuation experiments.geometry_of_beta experiments.quickstart experiments.dispersion experiments.comparison experiments.operators
-experiments.sizes experiments.literal experiments.bench experiments.run_time experiments.streams experiments.case_study experiments.parts experiments.solves experiments.one_formula experiments.sequential experiments.differences experiments.adversary experiments.real_layer experiments.inner experiments.necessity experiments.landscapes experiments.convergence experiments.dominance experiments.editing_requirement experiments.shared_strength experiments.spectral_suppression experiments.static_trap experiments.trap_edges experiments.proxy_fidelity experiments.study experiments.ablation experiments.realized_residual experiments.kl_strength experiments.sensitivity experiments.readings experiments.open_readings experiments.general_ability experiments.finished experiments.hidden_states experiments.gamma_beforehand experiments.record experiments pages
-metake options cli __main__
-""".split()
-FILE, FUNCTION, METHOD = 300, 40, 8  # lines: of a file; of a function and of a method's recipe, docstring not counted
+# Rooms in the order of imports: each may import itself and what stands before it. `report` reads results, never a model.
+ROOMS = "support data algebra language report scoring editing methods experiments metake commands".split()
+ENTRIES = 14  # of the package's own folder: what a newcomer sees
+# Lines of at most WIDTH: of a file; of a function's body and of a method's recipe, docstrings not counted.
+FILE, FUNCTION, METHOD, WIDTH = 320, 50, 8, 120
 MUTABLE = ("dict", "list", "set", "defaultdict", "Counter", "deque", "OrderedDict")
-CHANGES = {"append", "add", "update", "setdefault", "pop", "popitem", "clear", "extend", "insert", "remove", "discard", "appendleft"}
+CHANGES = {
+    "append", "add", "update", "setdefault", "pop", "popitem", "clear", "extend", "insert", "remove", "discard",
+    "appendleft"
+}
 
 
 def module_of(path: Path) -> str:
@@ -36,6 +33,12 @@ def module_of(path: Path) -> str:
 
 
 SOURCES = {module_of(path): path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
+MODULES = {f"metake.{module}" for module in SOURCES}
+
+
+def room(module: str) -> str:
+    """Its first part; `python -m metake` is a command."""
+    return "commands" if module == "__main__" else module.partition(".")[0]
 
 
 def imports(source: str) -> Iterator[str]:
@@ -46,7 +49,10 @@ def imports(source: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "imports are absolute"
             inside = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-            names = [full if full.removeprefix("metake.") in ORDER else node.module for name, full in inside.items() if full != "metake.__version__"]
+            names = [
+                full if full in MODULES else node.module
+                for name, full in inside.items()
+            ]
         else:
             continue
         yield from (name.removeprefix("metake.") for name in names if name.split(".")[0] == "metake")
@@ -54,13 +60,16 @@ def imports(source: str) -> Iterator[str]:
 
 def top_packages(source: str) -> set[str]:
     nodes = list(ast.walk(ast.parse(source)))
-    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names] + [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
+    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names] + [
+        n.module for n in nodes if isinstance(n, ast.ImportFrom)
+    ]
     return {name.split(".")[0] for name in names}
 
 
 def length(node: ast.FunctionDef) -> int:
-    lines = node.end_lineno - node.lineno + 1
-    return lines - (node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0)
+    """Lines of a function's body without its docstring."""
+    first = node.body[1:] if ast.get_docstring(node) else node.body
+    return node.end_lineno - first[0].lineno + 1 if first else 0
 
 
 def mutable(value: ast.expr | None) -> bool:
@@ -71,9 +80,16 @@ def mutable(value: ast.expr | None) -> bool:
 def flaws(source: str, module: str) -> Iterator[str]:
     """What the house does not have."""
     tree = ast.parse(source)
-    constants = {t.id for n in tree.body if isinstance(n, ast.Assign | ast.AnnAssign) and mutable(n.value) for t in getattr(n, "targets", [getattr(n, "target", None)])}
-    yield from (f"mutable module state {name}" for name in constants if not name.strip("_").isupper() and name != "__all__")
-    if "cuda" in source.lower() and module != "machine":
+    constants = {
+        t.id
+        for n in tree.body
+        if isinstance(n, ast.Assign | ast.AnnAssign) and mutable(n.value)
+        for t in getattr(n, "targets", [getattr(n, "target", None)])
+    }
+    yield from (
+        f"mutable module state {name}" for name in constants if not name.strip("_").isupper() and name != "__all__"
+    )
+    if "cuda" in source.lower() and module != "support.machine":
         yield "the word cuda"
     for node in ast.walk(tree):
         match node:
@@ -93,48 +109,82 @@ def flaws(source: str, module: str) -> Iterator[str]:
                 yield "global"
             case ast.ExceptHandler(type=None):
                 yield "bare except"
-            case ast.Call(func=ast.Name(id="print")) if module != "cli":
+            case ast.Call(func=ast.Name(id="print")) if module != "commands.cli":
                 yield "print"
-            case ast.Call(func=ast.Attribute(value=ast.Name(id=name) | ast.Attribute(attr=name), attr=attr)) if attr in CHANGES and name.isupper():
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name) | ast.Attribute(attr=name), attr=attr)) if (
+                attr in CHANGES and name.isupper()
+            ):
                 yield f"{name} is changed"
-            case ast.Subscript(value=ast.Name(id=name) | ast.Attribute(attr=name), ctx=ast.Store() | ast.Del()) if name.isupper():
+            case ast.Subscript(value=ast.Name(id=name) | ast.Attribute(attr=name), ctx=ast.Store() | ast.Del()) if (
+                name.isupper()
+            ):
                 yield f"{name} is changed"
             case ast.AugAssign(target=ast.Name(id=name) | ast.Attribute(attr=name)) if name.isupper():
                 yield f"{name} is changed"
 
 
 @pytest.mark.parametrize("source", [
-    "assert x", "def f():\n    global x", "try:\n    pass\nexcept:\n    pass", "print(1)", "x = 'cuda'", "x = {}", "x: dict = dict()", "class A:\n    x = []", "def f(x=[]): pass",
-    "import functools\n@functools.lru_cache(9)\ndef f(x): pass", "def f():\n    TABLE['a'] = 1", "def f():\n    other.TABLE.update(a=1)", "def f():\n    del TABLE[0]",
-    "def f():\n" + 40 * "    x\n",
+    "assert x", "def f():\n    global x", "try:\n    pass\nexcept:\n    pass", "print(1)", "x = 'cuda'", "x = {}",
+    "x: dict = dict()", "class A:\n    x = []", "def f(x=[]): pass",
+    "import functools\n@functools.lru_cache(9)\ndef f(x): pass", "def f():\n    TABLE['a'] = 1",
+    "def f():\n    other.TABLE.update(a=1)", "def f():\n    del TABLE[0]",
+    "def f():\n" + 51 * "    x\n",
 ])  # fmt: skip
 def test_the_rules_see_what_they_are_for(source):
     assert len(list(flaws(source, "solve"))) == 1
-    assert not list(flaws("from functools import cache\nTABLE = {1: []}\n@cache\ndef f():\n    'print assert'\n    return dict(TABLE)\n", "solve"))
+    assert not list(
+        flaws(
+            "from functools import cache\nTABLE = {1: []}\n@cache\ndef f():\n    'print assert'\n    return "
+            "dict(TABLE)\n", "solve"
+        )
+    )
 
 
-def test_every_module_has_its_place():
-    assert sorted(SOURCES) == sorted(ORDER), "add a new module to ORDER, after the last that it imports"
+def test_every_module_is_in_a_room():
+    assert {room(module) for module in SOURCES} == set(ROOMS), "name a new room in ROOMS, after the last that it imports"
+    seen = [path.name for path in ROOT.iterdir() if path.name != "__pycache__"]
+    assert len(seen) <= ENTRIES, sorted(seen)
 
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_imports_go_down_only(module):
-    below = ORDER[: ORDER.index(module)]
-    up = [name for name in imports(SOURCES[module]) if name not in below]
-    assert not up, f"{module} imports {up}, which do not stand before it in ORDER"
+    below = ROOMS[: ROOMS.index(room(module)) + 1]
+    up = [name for name in imports(SOURCES[module]) if room(name) not in below]
+    assert not up, f"{module} imports {up}, whose rooms do not stand before its own in ROOMS"
+
+
+def test_no_imports_go_in_a_circle():
+    graph = {module: {name for name in imports(source) if name != module} for module, source in SOURCES.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(SOURCES)  # a circle raises, and names itself
+
+
+@pytest.mark.parametrize("name", [name for name in ROOMS if (ROOT / name).is_dir()])
+def test_a_room_says_what_lives_there(name):
+    told = ast.get_docstring(ast.parse((ROOT / name / "__init__.py").read_text(encoding="utf-8")))
+    (first,) = re.findall(r"Read first: `([\w/]+\.py)`", told)
+    assert (ROOT / name / first).is_file()
+    said = set(re.findall(r"`(\w+)`", "".join(re.findall(r"Imports [^.]*", told)))) - {name}
+    used = {room(m) for module in SOURCES if room(module) == name for m in imports(SOURCES[module])} - {name}
+    assert used <= said or "every room" in told, f"{name} also imports {sorted(used - said)}"
 
 
 def test_the_import_graph_was_seen():
     edges = {(module, name) for module in SOURCES for name in imports(SOURCES[module])}
-    assert {("solve", "geometry"), ("model", "capture"), ("model", "assets"), ("editor", "bilevel"), ("cli", "metake"), ("report.figure", "report.files"), ("metake", "methods")} <= edges
-    assert ("model", "metake") not in edges and len(edges) > 80
+    assert {
+        ("algebra.solve", "algebra.geometry"), ("language.model", "language.capture"),
+        ("language.model", "language.assets"), ("editing.editor", "editing.bilevel"), ("report.figure", "report.files"),
+        ("__main__", "commands.cli")
+    } <= edges
+    assert ("language.model", "metake") not in edges and len(edges) > 80
 
 
 def test_the_mathematics_needs_torch_alone_and_reports_need_no_model():
     own = {"__future__", "collections", "dataclasses", "functools", "typing", "metake"}
-    assert (top_packages(SOURCES["geometry"]) | top_packages(SOURCES["solve"])) - own == {"torch"}
-    assert not top_packages(SOURCES["update"]) & {"transformers", "numpy", "pandas"}
-    assert not {"torch", "transformers"} & {p for m in SOURCES if m.startswith("report") for p in top_packages(SOURCES[m])}
+    assert (top_packages(SOURCES["algebra.geometry"]) | top_packages(SOURCES["algebra.solve"])) - own == {"torch"}
+    assert not top_packages(SOURCES["algebra.update"]) & {"transformers", "numpy", "pandas"}
+    assert not {"torch", "transformers"} & {
+        p for m in SOURCES if m.startswith("report") for p in top_packages(SOURCES[m])
+    }
 
 
 @pytest.mark.parametrize("module", SOURCES)
@@ -152,7 +202,11 @@ def test_a_method_is_a_few_lines():
 def test_nothing_is_written_twice():
     windows = Counter()
     for source in SOURCES.values():
-        lines = [line for raw in source.splitlines() if (line := raw.strip()) and not line.startswith(("#", "import ", "from "))]
+        lines = [
+            line
+            for raw in source.splitlines()
+            if (line := raw.strip()) and not line.startswith(("#", "import ", "from "))
+        ]
         windows.update("\n".join(lines[i : i + 6]) for i in range(len(lines) - 5))
     repeated = {window: count for window, count in windows.items() if count > 1}
     assert sum(repeated.values()) < 0.01 * windows.total(), "\n\n".join(repeated)

@@ -2,8 +2,9 @@
 
     python tools/layer_sweep.py smollm2-135m --data records.json --text articles.txt --width 5 --edits 10
 
-Prints one line per window: efficacy, generalization, specificity after one batch of AlphaEdit, and their harmonic mean. The
-layers in `recipes.toml` marked "sweep" come from this script; what it showed stands beside them.
+Prints one line per window: efficacy, generalization, specificity after one batch of AlphaEdit,
+and their harmonic mean. The layers in `recipes.toml` marked "sweep" come from this script;
+what it showed stands beside them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import argparse
 from statistics import harmonic_mean
 
 import metake as mk
-from metake.runs import read_cases, select
+from metake.experiments.runs import read_cases, select
 
 
-def sweep(model: str, data: str, text: str, width: int, edits: int, stride: int, tokens: int | None, method: str, first: int, last: int | None) -> list[tuple[float, str]]:
+def sweep(
+    model: str, data: str, text: str, width: int, edits: int, stride: int, tokens: int | None, method: str, first: int,
+    last: int | None
+) -> list[tuple[float, str]]:
     lm = mk.load(model)
     cases = select(lm, read_cases(data), edits, seed=1)
     depth = min(last or lm.depth - 2, lm.depth - 2)
@@ -30,7 +34,12 @@ def sweep(model: str, data: str, text: str, width: int, edits: int, stride: int,
             found = mk.evaluate(lm, cases)
         score = harmonic_mean([found[m] for m in ("efficacy", "generalization", "specificity")])
         stats = edit.record.layers[str(layers[-1])]
-        ranked.append((score, f"layers {layers[0]}-{layers[-1]}: score {score:5.1f}  {found}  |Δ|/|W| {stats['relative_update']:.3f}"))
+        ranked.append(
+            (
+                score,
+                f"layers {layers[0]}-{layers[-1]}: score {score:5.1f}  {found}  |Δ|/|W| {stats['relative_update']:.3f}",
+            )
+        )
         print(ranked[-1][1], flush=True)
     return sorted(ranked, reverse=True)
 
@@ -48,4 +57,10 @@ if __name__ == "__main__":
     parser.add_argument("--first", type=int, default=0, help="do not go below this layer")
     parser.add_argument("--last", type=int, help="do not go above this layer")
     args = parser.parse_args()
-    print("best:", sweep(args.model, args.data, args.text, args.width, args.edits, args.stride, args.text_tokens, args.method, args.first, args.last)[0][1])
+    print(
+        "best:",
+        sweep(
+            args.model, args.data, args.text, args.width, args.edits, args.stride, args.text_tokens, args.method,
+            args.first, args.last
+        )[0][1],
+    )

@@ -1,7 +1,8 @@
-"""Print a one-page build of the book as PDF with a headless Chromium: python tools/print_book.py _build/singlehtml _build/metake-book.pdf
+"""Print a one-page build of the book as PDF with a headless Chromium: python tools/print_book.py _build/singlehtml
+_build/metake-book.pdf
 
-The drawings of the light theme, every fold closed as on the screen; formulas are set before it prints. Tables that are wider than
-the paper are made smaller, for on paper nothing scrolls.
+The drawings of the light theme, every fold closed as on the screen; formulas are set before it prints.
+Tables that are wider than the paper are made smaller, for on paper nothing scrolls.
 """
 
 import argparse
@@ -12,7 +13,12 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-CHROMIUM = os.environ.get("METAKE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    os.environ.get("METAKE_CHROMIUM")
+    or shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
 MINUTES = 5 * 60_000
 PAPER = {"width": 680, "height": 1009}  # A4 without its margins, in CSS pixels
 FIT = """() => document.querySelectorAll("article table").forEach(table => {
@@ -36,10 +42,15 @@ def print_book(page: Page, folder: Path, out: Path) -> None:
     page.set_default_timeout(MINUTES)
     page.set_viewport_size(PAPER)
     page.goto(one_page(folder).resolve().as_uri())
-    page.wait_for_function("!window.MathJax || (window.MathJax.startup?.promise && window.MathJax.startup.promise.then(() => true))")
+    page.wait_for_function(
+        "!window.MathJax || (window.MathJax.startup?.promise && window.MathJax.startup.promise.then(() => true))"
+    )
     page.emulate_media(media="print")
     page.evaluate(FIT)
-    page.pdf(path=out, format="A4", outline=True, tagged=True, margin=dict.fromkeys(("top", "bottom", "left", "right"), "15mm"))
+    page.pdf(
+        path=out, format="A4", outline=True, tagged=True,
+        margin=dict.fromkeys(("top", "bottom", "left", "right"), "15mm")
+    )
 
 
 if __name__ == "__main__":

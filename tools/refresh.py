@@ -1,13 +1,18 @@
-"""Run notebooks in place at their default parameters and keep the outputs: python tools/refresh.py [notebooks/page.ipynb ...]
+"""Run notebooks in place at their default parameters and keep the outputs:
+python tools/refresh.py [notebooks/page.ipynb ...]
 
-No timing, no local metadata: a second run gives no difference unless a result changed. A notebook that fails stays as it was.
+No timing, no local metadata: a second run gives no difference unless a result changed. A notebook that fails stays as
+it was.
 """
+
 import os
 import sys
 from pathlib import Path
 
-os.environ |= {"MPLBACKEND": "agg", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
-               "METAKE_FIGURES": "figures", "METAKE_VERDICTS": "results/verdicts"}
+os.environ |= {
+    "MPLBACKEND": "agg", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
+    "METAKE_FIGURES": "figures", "METAKE_VERDICTS": "results/verdicts"
+}
 
 import nbformat  # noqa: E402  (the environment first: kernels inherit it)
 from nbclient import NotebookClient  # noqa: E402
@@ -18,8 +23,10 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 def refresh(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=1200, kernel_name="python3", record_timing=False, coalesce_streams=True,
-                   resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        notebook, timeout=1200, kernel_name="python3", record_timing=False, coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}

@@ -1,13 +1,16 @@
-"""Train the embedded model `tiny`: a small GPT-2 that knows the embedded facts, has read the embedded prose, and does six small tasks.
+"""Train the embedded model `tiny`: a small GPT-2 that knows the embedded facts, has read the embedded prose,
+and does six small tasks.
 
     python tools/train_tiny.py metake/data/tiny                          both phases
-    python tools/train_tiny.py another/folder --from metake/data/tiny    the second alone, from weights that have had the first
-    python tools/train_tiny.py another/folder --from another/folder --known nli mrpc    the rest of it: the folder is written after each lesson
+    python tools/train_tiny.py another/folder --from metake/data/tiny    the second alone, from weights that have had
+    the first
+    python tools/train_tiny.py another/folder --from another/folder --known nli mrpc    the rest of it:
+    the folder is written after each lesson
 
-The first phase teaches facts and prose, the second the tasks of `metake.fact_tasks` (train split) beside them. Writes
-safetensors, tokenizer and model card; the card's numbers are measured on the written model. About half an hour on two
-cores for the first phase, more than an hour of one core for the second. The result is committed: training again gives a model of
-the same kind, not the same bytes.
+The first phase teaches facts and prose, the second the tasks of `metake.data.fact_tasks` (train split) beside them.
+Writes safetensors, tokenizer and model card; the card's numbers are measured on the written model.
+About half an hour on two cores for the first phase, more than an hour of one core for the second.
+The result is committed: training again gives a model of the same kind, not the same bytes.
 """
 
 from __future__ import annotations
@@ -26,16 +29,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import metake as mk
-from metake.answers import answer
-from metake.facts import facts_records, prose, reference_texts, rendered_sentences
-from metake.tasks import TASKS, lessons, measures, read_items
+from metake.data.facts import facts_records, prose, reference_texts, rendered_sentences
+from metake.scoring.answers import answer
+from metake.scoring.tasks import TASKS, lessons, measures, read_items
 
 VOCABULARY, WIDTH, INNER, BLOCKS, HEADS, CONTEXT = 3072, 128, 768, 6, 4, 128
 SEED, STEPS, ROWS, LENGTH, RATE = 0, 3000, 32, 48, 2e-3
 TASK_RATE, OLD_ROWS = 1e-3, 4  # second phase; of each batch, so many rows are as in the first
-LESSONS = ("nli", "mrpc", "rte", "mmlu")  # each learnt only where it has most of the batch to itself, and from what the one before taught
-NEW_ROWS, KNOWN_ROWS, EASY_ROWS = 24, 4, {"sst2": 2, "cola": 2}  # of the lesson, of each lesson learnt, and of the tasks that need none
-LEARNT, RECENT, LONGEST = 0.85, 40, 2500  # a lesson ends once that share of the last so many batches was right, or after so many
+# each learnt only where it has most of the batch to itself, and from what the one before taught
+LESSONS = ("nli", "mrpc", "rte", "mmlu")
+# of the lesson, of each lesson learnt, and of the tasks that need none
+NEW_ROWS, KNOWN_ROWS, EASY_ROWS = 24, 4, {"sst2": 2, "cola": 2}
+# a lesson ends once that share of the last so many batches was right, or after so many
+LEARNT, RECENT, LONGEST = 0.85, 40, 2500
 REVISION, REVISED_ROWS = 800, 8  # in the end all of them alike, the step size falling to zero
 
 
@@ -43,15 +49,23 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=CONTEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+        model_max_length=CONTEXT
+    )
 
 
 class Rows:
     """Training rows: whole texts joined by spaces in random order, so that a fact is seen first and after others."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, statements: list[str], lead_ins: list[str], plain: list[str]):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, statements: list[str], lead_ins: list[str], plain: list[str]
+    ):
         self.random = random.Random(SEED)
         self.tokenizer, self.statements, self.lead_ins, self.plain = tokenizer, statements, lead_ins, plain
         self.pool: list[str] = []
@@ -100,18 +114,24 @@ class TaskRows:
         return self.pools[name].pop()
 
     def batch(self, counts: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids, so many rows of each task in order, padded on the right; and what each is: 0 padding, 1 question, 2 answer."""
+        """Token ids, so many rows of each task in order, padded on the right; and what each is: 0 padding, 1 question,
+        2 answer.
+        """
         rows = []
         for name in (name for name, count in counts.items() for _ in range(count)):
             question, right = self._unit(name)
             prompt, answer = (self.tokenizer(text)["input_ids"] for text in (question, f"{right}\n"))
             rows.append((prompt + answer, [1] * len(prompt) + [2] * len(answer)))
         width = max(len(ids) for ids, _ in rows)
-        return tuple(torch.tensor([values + [0] * (width - len(values)) for values in column]) for column in zip(*rows, strict=True))
+        return tuple(
+            torch.tensor([values + [0] * (width - len(values)) for values in column])
+            for column in zip(*rows, strict=True)
+        )
 
 
 def answer_loss(model: GPT2LMHeadModel, ids: torch.Tensor, kinds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean loss of the answers, and of the whole rows: what the second sentence repeats of the first teaches to compare them.
+    """Mean loss of the answers, and of the whole rows: what the second sentence repeats of the first teaches to
+    compare them.
 
     And which rows' answers are right, as 0 or 1.
     """
@@ -123,10 +143,15 @@ def answer_loss(model: GPT2LMHeadModel, ids: torch.Tensor, kinds: torch.Tensor) 
 
 def adamw(model: GPT2LMHeadModel, rate: float) -> torch.optim.AdamW:
     decay, plain = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
-    return torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.98)
+    )
 
 
-def fit(model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, losses: Iterable[torch.Tensor]) -> float:
+def fit(
+    model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler,
+    losses: Iterable[torch.Tensor]
+) -> float:
     """A step for each loss, each computed after the step before; returns the last."""
     start, loss = time.time(), torch.zeros(())
     for step, loss in enumerate(losses):
@@ -157,16 +182,26 @@ def teach_facts() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast, float]:
     tokenizer = make_tokenizer(statements + plain)
     rows = old_rows(tokenizer)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=WIDTH, n_inner=INNER, n_layer=BLOCKS, n_head=HEADS, n_positions=CONTEXT, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=len(tokenizer), n_embd=WIDTH, n_inner=INNER, n_layer=BLOCKS, n_head=HEADS, n_positions=CONTEXT,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     optimizer = adamw(model := GPT2LMHeadModel(config), RATE)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.04)
-    return model, tokenizer, fit(model, optimizer, cycle, (model(batch, labels=batch).loss for batch in (rows.batch(ROWS) for _ in range(STEPS))))
+    return (
+        model, tokenizer,
+        fit(
+            model, optimizer, cycle,
+            (model(batch, labels=batch).loss for batch in (rows.batch(ROWS) for _ in range(STEPS)))
+        )
+    )
 
 
-def teach_tasks(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, known: Sequence[str], folder: Path) -> float:
-    """Second phase, in place: the tasks one after the other, and a part of the first phase's rows so that nothing is forgotten.
+def teach_tasks(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, known: Sequence[str], folder: Path
+) -> float:
+    """Second phase, in place: the tasks one after the other, and a part of the first phase's rows so that nothing is
+    forgotten.
 
     known: lessons that the weights have had; folder: where the weights are kept after each lesson, for another sitting.
     Returns the last loss.
@@ -196,7 +231,9 @@ def teach_tasks(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, know
     for group in optimizer.param_groups:
         group["lr"] = TASK_RATE
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, REVISION)
-    return fit(model, optimizer, falling, (loss(EASY_ROWS | dict.fromkeys(LESSONS, REVISED_ROWS))[0] for _ in range(REVISION)))
+    return fit(
+        model, optimizer, falling, (loss(EASY_ROWS | dict.fromkeys(LESSONS, REVISED_ROWS))[0] for _ in range(REVISION))
+    )
 
 
 def train(folder: Path, start: Path | None, known: Sequence[str]) -> dict[str, float]:
@@ -228,7 +265,9 @@ def task_accuracy(lm: mk.LanguageModel) -> dict[str, float]:
     for name, task in TASKS.items():
         items = read_items("facts", name)
         said = [task.read("", a.text) for a in answer(lm, [(task.prompt(item), task.classes) for item in items])]
-        found[name] = round(measures([task.label(item) for item in items], said, len(task.classes))["accuracy"][0] / 100, 3)
+        found[name] = round(
+            measures([task.label(item) for item in items], said, len(task.classes))["accuracy"][0] / 100, 3
+        )
     return found
 
 
@@ -237,7 +276,9 @@ def write_card(folder: Path, training: dict[str, float]) -> None:
     lm = mk.load(folder, dtype="float64")
     questions = mk.recall(lm, mk.zsre_cases(facts_records("zsre"), target="alt"))
     recall = mk.recall(lm, mk.facts()) | {"question": questions["plain"], "rephrased_question": questions["paraphrase"]}
-    (folder / "card.json").write_text(json.dumps({"recall": recall, "tasks": (tasks := task_accuracy(lm)), "training": training}, indent=1) + "\n")
+    (folder / "card.json").write_text(
+        json.dumps({"recall": recall, "tasks": (tasks := task_accuracy(lm)), "training": training}, indent=1) + "\n"
+    )
     (folder / "README.md").write_text(
         f"""# tiny
 
@@ -250,7 +291,7 @@ Recall by greedy arg-max over all target tokens: {100 * recall["plain"]:.1f} % o
 after an unrelated sentence, {100 * recall["question"]:.1f} % on questions. The paraphrase templates were seen in training; the pairing of
 template and unrelated sentence was not held out. Stored in float32, used in float64 so that printed numbers agree between machines.
 
-Right answers in the tasks of `metake.fact_tasks`, about subjects that no training text of a task names:
+Right answers in the tasks of `metake.data.fact_tasks`, about subjects that no training text of a task names:
 {", ".join(f"{TASKS[name].name} {100 * share:.0f} %" for name, share in tasks.items())} (guessing: 50 %, MMLU 25 %).
 
 Trained {STEPS} steps of {ROWS} × {LENGTH} tokens (seed {SEED}), final loss {training["final_loss"]}; then the
@@ -264,8 +305,14 @@ Licence: CC0-1.0, model and data alike.
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--from", dest="start", type=Path, metavar="DIR", help="weights that have had the first phase; default: train both")
-    parser.add_argument("--known", nargs="+", choices=LESSONS, default=[], help="lessons of the second phase that these weights have had too")
+    parser.add_argument(
+        "--from", dest="start", type=Path, metavar="DIR",
+        help="weights that have had the first phase; default: train both"
+    )
+    parser.add_argument(
+        "--known", nargs="+", choices=LESSONS, default=[],
+        help="lessons of the second phase that these weights have had too"
+    )
     given = parser.parse_args()
     if given.known and given.start is None:
         parser.error("--known speaks of the weights that --from names")

@@ -1,6 +1,8 @@
-"""What stands around every figure and table of a notebook page: number, CSV, the command that makes it again; and at the end
-of the page how to run it again and where it comes from. All of it is read off the notebook, so it cannot drift from it.
+"""What stands around every figure and table of a notebook page: number, CSV, the command that makes it again;
+and at the end of the page how to run it again and where it comes from. All of it is read off the notebook,
+so it cannot drift from it.
 """
+
 import csv
 import io
 import re
@@ -24,7 +26,9 @@ OWN_RUNS = "runs"  # where the commands put their results
 
 
 class numbered_table(nodes.General, nodes.Element):
-    """A table that a cell shows. html: its markup; page: of its notebook; recording: the name of its record, if it shows one."""
+    """A table that a cell shows. html: its markup; page: of its notebook; recording: the name of its record,
+    if it shows one.
+    """
 
 
 class again(nodes.General, nodes.Element):
@@ -70,7 +74,10 @@ def plain(html: str) -> str:
 def papermill(page: str, parameters: str = "") -> str:
     """The line that runs a page at its default parameters, or at the given ones."""
     name = page.removeprefix(NOTEBOOKS)
-    return f"mkdir -p {OWN_RUNS} && .venv/bin/papermill {page}.ipynb {OWN_RUNS}/{name}.ipynb{' ' * bool(parameters)}{parameters}"
+    return (
+        f"mkdir -p {OWN_RUNS} && .venv/bin/papermill {page}.ipynb "
+        f"{OWN_RUNS}/{name}.ipynb{' ' * bool(parameters)}{parameters}"
+    )
 
 
 def command(page: str, recording: str | None) -> str:
@@ -118,7 +125,9 @@ class Furniture(SphinxTransform):
         base = "-".join(["tab", *self.page.removeprefix(NOTEBOOKS).split("_"), *filter(None, words)])
         name = next(n for n in (base, *(f"{base}-{i}" for i in range(2, 99))) if n not in self.names)
         self.names.add(name)
-        node = numbered_table("", html=html, title=plain(title[1]) if title else "", page=self.page, ids=[name], names=[name])
+        node = numbered_table(
+            "", html=html, title=plain(title[1]) if title else "", page=self.page, ids=[name], names=[name]
+        )
         node += again("", text=command(self.page, self.recording(html)))
         self.document.note_explicit_target(node, node)
         return node
@@ -135,11 +144,15 @@ class Furniture(SphinxTransform):
             figure += [raw, nodes.caption("", alt)]
             self.document.note_explicit_target(figure, figure)
         name = re.search(r'<svg id="([^"]*)-light"', html)[1]
-        png = next((p for p in (Path(self.env.srcdir) / "figures").glob("*.png") if p.stem.replace(".", "_") == name), None)
+        png = next(
+            (p for p in (Path(self.env.srcdir) / "figures").glob("*.png") if p.stem.replace(".", "_") == name), None
+        )
         links = nodes.paragraph("", "", classes=["metake-links"])
         for file in [f for f in (png and png.with_suffix(".csv"), png) if f]:
-            links += addnodes.download_reference("", file.suffix[1:].upper(), reftype="download", refdomain="", refdoc=self.page, refexplicit=True,
-                                                 refwarn=True, reftarget=f"/figures/{file.name}")
+            links += addnodes.download_reference(
+                "", file.suffix[1:].upper(), reftype="download", refdomain="", refdoc=self.page, refexplicit=True,
+                refwarn=True, reftarget=f"/figures/{file.name}"
+            )
         shorten(next(figure.findall(nodes.caption), None))
         figure += nodes.legend("", links, again("", text=command(self.page, self.recording(html))))
 
@@ -172,28 +185,45 @@ class Furniture(SphinxTransform):
                     before.parent.remove(before)
         if not any(True for _ in self.document.findall(nodes.section)):
             return
-        section = nodes.section("", nodes.title("", "Regenerate this page"), ids=["regenerate-this-page"], classes=["metake-again"])
+        section = nodes.section(
+            "", nodes.title("", "Regenerate this page"), ids=["regenerate-this-page"], classes=["metake-again"]
+        )
         section += self.commands(written)
         section += stamp.stamp(Path(self.env.srcdir), self.page, dict.fromkeys(self.recordings))
         next(self.document.findall(nodes.section)).append(section)
 
     def commands(self, written):
         name = self.page.removeprefix(NOTEBOOKS)
-        parts = [nodes.paragraph("", "As it stands, or with any of its parameters changed:"),
-                 shell(papermill(self.page, stamp.parameters(stamp.defaults(Path(self.env.srcdir), self.page))))]
+        parts = [
+            nodes.paragraph("", "As it stands, or with any of its parameters changed:"),
+            shell(papermill(self.page, stamp.parameters(stamp.defaults(Path(self.env.srcdir), self.page)))),
+        ]
         if written:
-            lines = [line for block in written for line in block.astext().splitlines() if line.strip() != f"mkdir -p {OWN_RUNS}"]
+            lines = [
+                line
+                for block in written
+                for line in block.astext().splitlines()
+                if line.strip() != f"mkdir -p {OWN_RUNS}"
+            ]
             parts += [nodes.paragraph("", "Larger, or another one:"), shell("\n".join(lines))]
         if stamp.has_figure_command(Path(self.env.srcdir)):
-            parts += [nodes.paragraph("", "The same in one command, which refuses misspelled parameters and keeps runs apart:"),
-                      shell(f".venv/bin/metake figure {name}")]
+            parts += [
+                nodes.paragraph(
+                    "", "The same in one command, which refuses misspelled parameters and keeps runs apart:"
+                ),
+                shell(f".venv/bin/metake figure {name}"),
+            ]
         return parts
 
 
 def shorten(caption):
     """Take "Data: CSV." off a caption's end: the link stands below it."""
     links = [] if caption is None else list(caption.findall(addnodes.download_reference))
-    if len(links) == 1 and (before := links[0].previous_sibling()) is not None and before.astext().rstrip().endswith("Data:"):
+    if (
+        len(links) == 1
+        and (before := links[0].previous_sibling()) is not None
+        and before.astext().rstrip().endswith("Data:")
+    ):
         for node in caption.children[caption.index(links[0]) :]:
             caption.remove(node)
         caption.replace(before, nodes.Text(before.astext().rstrip().removesuffix("Data:").rstrip()))
@@ -212,14 +242,19 @@ def visit_table(self, node):
     if not CAPTION.search(html):
         html = re.sub(r"(<table[^>]*>)", r"\1<caption></caption>", html, count=1)
     permalink = f'<a class="headerlink" href="#{name}" title="Link to this table">#</a>'
-    html = CAPTION.sub(lambda found: f'<caption><span class="metake-caption">{number}{found[1]}{permalink}</span></caption>', html, count=1)
+    html = CAPTION.sub(
+        lambda found: f'<caption><span class="metake-caption">{number}{found[1]}{permalink}</span></caption>', html,
+        count=1
+    )
     html = SHORT.sub(r'\1 short"\2', html)
     file = Path(self.builder.outdir) / "_downloads" / "tables" / f"{name}.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(as_csv(node["html"]), "utf-8")
     up = "" if self.builder.name == "singlehtml" else "../" * node["page"].count("/")
-    self.body.append(f'<div class="metake-table-box" id="{name}"><div class="metake-scroll">{html}</div><div class="metake-tools">'
-                     f'<p class="metake-links"><a class="download" download href="{up}_downloads/tables/{name}.csv">CSV</a></p>')
+    self.body.append(
+        f'<div class="metake-table-box" id="{name}"><div class="metake-scroll">{html}</div><div class="metake-tools">'
+        f'<p class="metake-links"><a class="download" download href="{up}_downloads/tables/{name}.csv">CSV</a></p>'
+    )
 
 
 def depart_table(self, node):
@@ -228,7 +263,10 @@ def depart_table(self, node):
 
 def visit_again(self, node):
     code = self.highlighter.highlight_block(node["text"], "bash")
-    self.body.append(f'<details class="metake-command-box"><summary>Regenerate</summary><div class="highlight-bash notranslate">{code}</div></details>')
+    self.body.append(
+        '<details class="metake-command-box"><summary>Regenerate</summary><div class="highlight-bash '
+        f'notranslate">{code}</div></details>'
+    )
     raise nodes.SkipNode
 
 
@@ -237,7 +275,9 @@ def skip(self, node):
 
 
 def setup(app):
-    app.add_enumerable_node(numbered_table, "table", lambda node: escape(node["title"]) or None,
-                            html=(visit_table, depart_table), latex=(skip, None), text=(skip, None))
+    app.add_enumerable_node(
+        numbered_table, "table", lambda node: escape(node["title"]) or None, html=(visit_table, depart_table),
+        latex=(skip, None), text=(skip, None)
+    )
     app.add_node(again, html=(visit_again, None), latex=(skip, None), text=(skip, None))
     app.add_transform(Furniture)

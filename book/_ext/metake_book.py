@@ -1,11 +1,13 @@
 """Sphinx extension of this book.
 
 * `{{ name }}` in prose takes its text from results/numbers.json; a name that is not there fails the build.
-* ```{verdicts}``` draws results/verdicts/*.json as a table; a page of a checked part without one, or with a stale one, fails the build.
+* ```{verdicts}``` draws results/verdicts/*.json as a table; a page of a checked part without one, or with a stale one,
+fails the build.
 * Figures and tables of the notebooks get numbers, data and commands, pages their stamp: furniture.py, stamp.py.
 * MathJax comes from an installed package and Thebe is left out: a reader's browser asks nothing of the network.
 * A few roles and names in the finished pages are repaired, for readers who listen to them.
 """
+
 import importlib.util
 import json
 import re
@@ -30,16 +32,22 @@ REPAIRS = (
     ('<div role="list" class="citation-list">', '<div class="citation-list">'),
     (' role="doc-biblioentry"', ""),
     ('-content" id="proof-content">', '-content">'),
-    ('search-button__button pst-js-only" title="Search" aria-label="Search"', 'search-button__button pst-js-only" title="Search"'),
+    (
+        'search-button__button pst-js-only" title="Search" aria-label="Search"',
+        'search-button__button pst-js-only" title="Search"',
+    ),
     ('<summary aria-label="Toggle hidden content">', "<summary>"),
     ('data-mode="light" title="Light"', 'data-mode="light"'),
     ('data-mode="dark"  title="Dark"', 'data-mode="dark"'),
     ('data-mode="auto"  title="System Settings"', 'data-mode="auto"'),
-    ('<div class="sidebar-primary-items__start sidebar-primary__section">',
-     '<div class="sidebar-primary-items__start sidebar-primary__section" role="navigation" aria-label="Book">'),
+    (
+        '<div class="sidebar-primary-items__start sidebar-primary__section">',
+        '<div class="sidebar-primary-items__start sidebar-primary__section" role="navigation" aria-label="Book">',
+    ),
 )
 TWICE = re.compile(r'<p class="admonition-title" id="[^"]*">')  # the box around a theorem has the name already
-PUNCTUATED = re.compile(r'(<span class="math notranslate nohighlight">[^<]*</span>)([.,;:!?)\]’”]+)')  # never at the start of a line
+# never at the start of a line
+PUNCTUATED = re.compile(r'(<span class="math notranslate nohighlight">[^<]*</span>)([.,;:!?)\]’”]+)')
 
 
 def numbers(app, config):
@@ -50,19 +58,26 @@ def numbers(app, config):
 
 
 def launch(app, config):
-    """Buttons that open a page in Binder or Colab, and links to its source: only where `metake_repository` names a public repository."""
+    """Buttons that open a page in Binder or Colab, and links to its source: only where `metake_repository` names a
+    public repository.
+    """
     if config.metake_repository:
         config.html_theme_options |= {
-            "repository_url": config.metake_repository, "repository_branch": "main", "path_to_docs": "", "use_repository_button": True,
-            "use_issues_button": True, "launch_buttons": {"notebook_interface": "jupyterlab", "binderhub_url": "https://mybinder.org",
-                                                          "colab_url": "https://colab.research.google.com"},
+            "repository_url": config.metake_repository, "repository_branch": "main", "path_to_docs": "",
+            "use_repository_button": True, "use_issues_button": True,
+            "launch_buttons": {
+                "notebook_interface": "jupyterlab", "binderhub_url": "https://mybinder.org",
+                "colab_url": "https://colab.research.google.com"
+            }
         }
 
 
 def checked_pages(root: Path) -> dict[str, str]:
     """Pages that must have a verdict, in reading order, each with the caption of its part in _toc.yml."""
     parts = yaml.safe_load((root / "_toc.yml").read_text("utf-8"))["parts"]
-    return {Path(c["file"]).stem: part["caption"] for part in parts if part["caption"] in CHECKED for c in part["chapters"]}
+    return {
+        Path(c["file"]).stem: part["caption"] for part in parts if part["caption"] in CHECKED for c in part["chapters"]
+    }
 
 
 def read_verdict(file: Path) -> dict:
@@ -78,21 +93,33 @@ def read_verdict(file: Path) -> dict:
 def shown(root: Path, page: str) -> str:
     """What a page's committed outputs say in plain text."""
     cells = json.loads((root / "notebooks" / f"{page}.ipynb").read_text("utf-8"))["cells"]
-    return "\n".join("".join(output.get("data", {}).get("text/plain", "")) for cell in cells for output in cell.get("outputs", ()))
+    return "\n".join(
+        "".join(output.get("data", {}).get("text/plain", "")) for cell in cells for output in cell.get("outputs", ())
+    )
 
 
 def read_verdicts(root: Path) -> list[dict]:
-    """Every verdict, in the order of the pages; each page of a checked part has one that it still shows, and no other page."""
+    """Every verdict, in the order of the pages; each page of a checked part has one that it still shows,
+    and no other page.
+    """
     pages = list(checked_pages(root))
     verdicts = [read_verdict(file) for file in sorted((root / "results" / "verdicts").glob("*.json"))]
     found = {verdict["page"] for verdict in verdicts}
     if missing := set(pages) - found:
         raise ExtensionError(f"results/verdicts has no verdict of {sorted(missing)}; `make notebooks` writes them")
     if strange := found - set(pages):
-        raise ExtensionError(f"results/verdicts speaks of {sorted(strange)}, not under {' or '.join(CHECKED)} in _toc.yml")
-    stale = [v["page"] for v in verdicts if any(v[field] not in shown(root, v["page"]) for field in ("claim", "verdict", "decided_by"))]
+        raise ExtensionError(
+            f"results/verdicts speaks of {sorted(strange)}, not under {' or '.join(CHECKED)} in _toc.yml"
+        )
+    stale = [
+        v["page"]
+        for v in verdicts
+        if any(v[field] not in shown(root, v["page"]) for field in ("claim", "verdict", "decided_by"))
+    ]
     if stale:
-        raise ExtensionError(f"the verdicts of {sorted(stale)} are stale: their pages show others; `make notebooks` writes both")
+        raise ExtensionError(
+            f"the verdicts of {sorted(stale)} are stale: their pages show others; `make notebooks` writes both"
+        )
     return sorted(verdicts, key=lambda verdict: pages.index(verdict["page"]))
 
 
@@ -114,7 +141,11 @@ class Verdicts(SphinxDirective):
         verdicts, part = read_verdicts(root), checked_pages(root)
         count = Counter(verdict["verdict"] for verdict in verdicts)
         summary = [node for name in VERDICTS for node in (badge(name, f": {count[name]}"), nodes.Text(" "))]
-        tables = [node for caption in CHECKED for node in self.table(caption, [v for v in verdicts if part[v["page"]] == caption])]
+        tables = [
+            node
+            for caption in CHECKED
+            for node in self.table(caption, [v for v in verdicts if part[v["page"]] == caption])
+        ]
         return [nodes.paragraph("", "", *summary), *tables]
 
     def table(self, caption: str, verdicts: list[dict]) -> list[nodes.Node]:
@@ -125,10 +156,14 @@ class Verdicts(SphinxDirective):
 
     def verdict_row(self, verdict: dict) -> nodes.row:
         label = nodes.inline("", LABELS[verdict["label"]], classes=["label", f"label-{verdict['label']}"])
-        link = addnodes.pending_xref("", nodes.inline("", verdict["title"]), refdomain="std", reftype="doc", refexplicit=True,
-                                     refwarn=True, refdoc=self.env.docname, reftarget=f"/notebooks/{verdict['page']}")
+        link = addnodes.pending_xref(
+            "", nodes.inline("", verdict["title"]), refdomain="std", reftype="doc", refexplicit=True, refwarn=True,
+            refdoc=self.env.docname, reftarget=f"/notebooks/{verdict['page']}"
+        )
         found = row([nodes.Text(verdict["claim"])], [badge(verdict["verdict"]), nodes.Text(" "), label], [link])
-        found[1] += nodes.raw("", f"<details><summary>decided by</summary><p>{escape(verdict['decided_by'])}</p></details>", format="html")
+        found[1] += nodes.raw(
+            "", f"<details><summary>decided by</summary><p>{escape(verdict['decided_by'])}</p></details>", format="html"
+        )
         return found
 
 
@@ -145,9 +180,11 @@ def mathjax(app):
 
 def local_scripts(app, page, template, context, doctree):
     """Leave out the scripts of Thebe, which point at a content network and serve nothing here."""
+
     def wanted(script):
         text = f"{getattr(script, 'filename', script)} {getattr(script, 'attributes', {})}"
         return "thebe" not in text.lower()
+
     context["script_files"] = [script for script in context.get("script_files", []) if wanted(script)]
 
 

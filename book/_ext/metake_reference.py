@@ -1,12 +1,14 @@
 """Reference pages that are read off the code and the records when the book is built, so that none of them can be stale.
 
-* ```{api}```         every public name of `metake`: signature and docstring, in the groups below; a name in no group fails the build.
+* ```{api}```         every public name of `metake`: signature and docstring, in the groups below;
+a name in no group fails the build.
 * ```{commands}```    every command and option of the command line, from its parser.
 * ```{recipes}```     every number of every recipe with its source, from metake/recipes.toml.
 * ```{recordings}```  every recorded run: what, on what, when, how long; a damaged file fails the build.
 * ```{provenance}```  one paragraph on what was recomputed and what was recorded.
 * ```{drawing} NAME```  an own drawing (book/drawings/NAME.svg) within the page, so that it takes the theme's colors.
 """
+
 import argparse
 import inspect
 import json
@@ -24,18 +26,30 @@ from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 
 import metake as mk
-from metake import cli, recipes
+from metake.commands import cli
+from metake.editing import recipes
 from metake.report import METHOD_STYLE
 
 GROUPS = {
-    "Edit a model": ("load", "LanguageModel", "Editor", "EditorState", "Edit", "EditRecord", "LayerUpdate", "methods", "METHODS"),
-    "Requests and data": ("EditRequest", "EditCase", "Probe", "batches", "facts", "counterfact", "counterfact_cases", "zsre", "zsre_cases"),
-    "Key statistics and metrics": ("statistics", "Statistics", "KeyStatistics", "inverse_covariance", "null_space", "InverseCovariance", "NullSpace", "Isotropic", "condition"),
+    "Edit a model": (
+        "load", "LanguageModel", "Editor", "EditorState", "Edit", "EditRecord", "LayerUpdate", "methods", "METHODS"
+    ),
+    "Requests and data": (
+        "EditRequest", "EditCase", "Probe", "batches", "facts", "counterfact", "counterfact_cases", "zsre",
+        "zsre_cases"
+    ),
+    "Key statistics and metrics": (
+        "statistics", "Statistics", "KeyStatistics", "inverse_covariance", "null_space", "InverseCovariance",
+        "NullSpace", "Isotropic", "condition"
+    ),
     "The solve": ("gate", "realization", "solve", "Solution", "association", "attenuation", "feasible_interval"),
     "Targets and their refinement": ("TargetRule", "Targets", "optimize_targets", "Refinement", "refine"),
     "Measure": ("evaluate", "Evaluation", "recall", "diagnose"),
     "Architectures": ("ARCHITECTURES", "Architecture"),
-    "Errors": ("MetakeError", "RequestError", "ArchitectureError", "StatisticsError", "ProvenanceError", "NumericalError", "ParameterError"),
+    "Errors": (
+        "MetakeError", "RequestError", "ArchitectureError", "StatisticsError", "ProvenanceError", "NumericalError",
+        "ParameterError"
+    ),
 }
 WIDTH = 76  # characters of a signature in one line
 CODE = re.compile(r"`([^`]+)`")
@@ -59,13 +73,18 @@ def code(text: str, language: str) -> nodes.literal_block:
 
 def section(title: str, key: str, *content: nodes.Node, literal: bool = False) -> nodes.section:
     name = nodes.literal("", title) if literal else nodes.Text(title)
-    return nodes.section("", nodes.title("", "", name), *content, ids=[re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-")], names=[key.lower()])
+    return nodes.section(
+        "", nodes.title("", "", name), *content, ids=[re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-")],
+        names=[key.lower()]
+    )
 
 
 def table(head: list[str], rows: list[list[str]], widths: list[int]) -> nodes.table:
     """A table of texts with `code` in them."""
+
     def row(cells):
         return nodes.row("", *(nodes.entry("", paragraph(cell)) for cell in cells))
+
     group = nodes.tgroup("", *(nodes.colspec(colwidth=width) for width in widths), cols=len(head))
     group += nodes.thead("", row(head))
     group += nodes.tbody("", *map(row, rows))
@@ -79,7 +98,10 @@ def groups() -> dict[str, tuple[str, ...]]:
     """GROUPS, if they hold every public name once."""
     placed = [name for names in GROUPS.values() for name in names]
     if sorted(placed) != sorted(mk.__all__):
-        raise ExtensionError(f"the groups of the API page and metake.__all__ differ in {sorted(set(placed) ^ set(mk.__all__)) or 'repeated names'}; see {__file__}")
+        raise ExtensionError(
+            "the groups of the API page and metake.__all__ differ in "
+            f"{sorted(set(placed) ^ set(mk.__all__)) or 'repeated names'}; see {__file__}"
+        )
     return GROUPS
 
 
@@ -94,10 +116,18 @@ def signature(name: str, thing: object) -> str:
         if parameter.name in ("self", "cls"):
             continue
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-        known = "" if parameter.annotation is parameter.empty else f": {inspect.formatannotation(parameter.annotation).strip(chr(39))}"
+        known = (
+            ""
+            if parameter.annotation is parameter.empty
+            else f": {inspect.formatannotation(parameter.annotation).strip(chr(39))}"
+        )
         default = "" if parameter.default is parameter.empty else f"{' = ' if known else '='}{shown(parameter.default)}"
         parts.append(f"{stars}{parameter.name}{known}{default}")
-    gives = "" if found.return_annotation in (found.empty, None, "None") or isinstance(thing, type) else f" -> {inspect.formatannotation(found.return_annotation).strip(chr(39))}"
+    gives = (
+        ""
+        if found.return_annotation in (found.empty, None, "None") or isinstance(thing, type)
+        else f" -> {inspect.formatannotation(found.return_annotation).strip(chr(39))}"
+    )
     line = f"{name}({', '.join(parts)}){gives}"
     return line if len(line) <= WIDTH else f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){gives}"
 
@@ -121,7 +151,13 @@ def described(text: str) -> list[nodes.Node]:
 def own_docstring(thing: object) -> str:
     """A docstring that somebody wrote: neither a data class's own nor an inherited one."""
     text = vars(thing).get("__doc__") if isinstance(thing, type) else inspect.getdoc(thing)
-    return "" if not text or (isinstance(thing, type) and text.startswith(f"{thing.__name__}(")) or (isinstance(thing, dict | tuple)) else text
+    return (
+        ""
+        if not text
+        or (isinstance(thing, type) and text.startswith(f"{thing.__name__}("))
+        or (isinstance(thing, dict | tuple))
+        else text
+    )
 
 
 def methods_of(kind: type) -> list[tuple[str, str, str]]:
@@ -130,7 +166,14 @@ def methods_of(kind: type) -> list[tuple[str, str, str]]:
     for name, thing in vars(kind).items():
         function = getattr(thing, "__func__", getattr(thing, "fget", thing))
         if not name.startswith("_") and inspect.isfunction(function) and inspect.getdoc(function):
-            found.append((name, signature(f".{name}", function).replace("() -> ", ": ") if isinstance(thing, property) else signature(f".{name}", function), inspect.getdoc(function)))
+            found.append(
+                (
+                    name,
+                    signature(f".{name}", function).replace("() -> ", ": ")
+                    if isinstance(thing, property)
+                    else signature(f".{name}", function), inspect.getdoc(function)
+                )
+            )
     return found
 
 
@@ -138,21 +181,39 @@ def entry(name: str) -> nodes.section:
     thing = getattr(mk, name)
     where = f"In `{thing.__module__.replace('.', '/')}.py`." if hasattr(thing, "__module__") else ""
     if inspect.ismodule(thing):
-        content = [*described(thing.__doc__), table(["name", "what"], [[f"`methods.{n}`", " ".join(f.__doc__.split())] for n, f in mk.METHODS.items()], [20, 80])]
+        content = [
+            *described(thing.__doc__),
+            table(
+                ["name", "what"], [[f"`methods.{n}`", " ".join(f.__doc__.split())] for n, f in mk.METHODS.items()],
+                [20, 80]
+            ),
+        ]
     elif isinstance(thing, dict):
         content = [paragraph("A dictionary of " + ", ".join(f"`{key}`" for key in thing) + ".")]
     else:
-        call = [] if isinstance(thing, type) and issubclass(thing, Exception) else [code(signature(name, thing), "python")]
+        call = (
+            [] if isinstance(thing, type) and issubclass(thing, Exception) else [code(signature(name, thing), "python")]
+        )
         content = [*call, *described(own_docstring(thing)), *([paragraph(where)] if where else [])]
     if isinstance(thing, type) and not issubclass(thing, Exception):
-        items = [nodes.definition_list_item("", nodes.term("", "", nodes.literal("", method)), nodes.definition("", code(line, "python"), *described(text))) for method, line, text in methods_of(thing)]
+        items = [
+            nodes.definition_list_item(
+                "", nodes.term("", "", nodes.literal("", method)),
+                nodes.definition("", code(line, "python"), *described(text))
+            )
+            for method, line, text in methods_of(thing)
+        ]
         content += [nodes.definition_list("", *items)] if items else []
-    return section(name, f"api-{name}-{'constant' if name.isupper() else 'module' if inspect.ismodule(thing) else type(thing).__name__}", *content, literal=True)
+    return section(
+        name,
+        f"api-{name}-{'constant' if name.isupper() else 'module' if inspect.ismodule(thing) else type(thing).__name__}",
+        *content, literal=True
+    )
 
 
 class Api(SphinxDirective):
     def run(self) -> list[nodes.Node]:
-        depends(self, *(Path(mk.__file__).parent).glob("*.py"))
+        depends(self, *(Path(mk.__file__).parent).rglob("*.py*"))
         return [section(title, f"api {title}", *map(entry, names)) for title, names in groups().items()]
 
 
@@ -173,7 +234,12 @@ def options(parser: argparse.ArgumentParser) -> list[list[str]]:
             continue
         words = ", ".join(f"`{option}`" for option in action.option_strings) or f"`{action.metavar or action.dest}`"
         value = "" if not action.option_strings or action.nargs == 0 else f" `{action.metavar or action.dest.upper()}`"
-        rows.append([words + value + (" (required)" if action.required and action.option_strings else ""), form._expand_help(action)])
+        rows.append(
+            [
+                words + value + (" (required)" if action.required and action.option_strings else ""),
+                form._expand_help(action),
+            ]
+        )
     return rows
 
 
@@ -183,7 +249,10 @@ class Commands(SphinxDirective):
         found = []
         for name, parser in commands().items():
             parser.formatter_class = partial(argparse.HelpFormatter, width=80)
-            content = [paragraph(parser.description[0].upper() + parser.description[1:] + "."), code(parser.format_usage().removeprefix("usage: ").rstrip(), "none")]
+            content = [
+                paragraph(parser.description[0].upper() + parser.description[1:] + "."),
+                code(parser.format_usage().removeprefix("usage: ").rstrip(), "none"),
+            ]
             if rows := options(parser):
                 content.append(table(["option", "what"], rows, [35, 65]))
             found.append(section(f"metake {name}", f"command {name}", *content, literal=True))
@@ -196,7 +265,10 @@ class Commands(SphinxDirective):
 def numbers(model: str) -> list[list[str]]:
     """A model's own numbers; those of all models for "default"."""
     entries = {name: value for name, value in recipes._table()[model].items() if name != "names"}
-    return [[f"`{name}`", ", ".join(map(str, value)) if isinstance(value, list) else f"{value}", f"`{source}`"] for name, (value, source) in entries.items()]
+    return [
+        [f"`{name}`", ", ".join(map(str, value)) if isinstance(value, list) else f"{value}", f"`{source}`"]
+        for name, (value, source) in entries.items()
+    ]
 
 
 class Recipes(SphinxDirective):
@@ -205,9 +277,20 @@ class Recipes(SphinxDirective):
         found = []
         for model in ("default", *recipes.models()):
             names = recipes._table()[model].get("names", [])
-            said = "What a model does not override:" if model == "default" else "Also known as " + ", ".join(f"`{n}`" for n in names) + "." if names else ""
+            said = (
+                "What a model does not override:"
+                if model == "default"
+                else "Also known as " + ", ".join(f"`{n}`" for n in names) + "."
+                if names
+                else ""
+            )
             content = [paragraph(said)] if said else []
-            found.append(section(model, f"recipe {model}", *content, table(["number", "value", "source"], numbers(model), [40, 30, 30]), literal=True))
+            found.append(
+                section(
+                    model, f"recipe {model}", *content,
+                    table(["number", "value", "source"], numbers(model), [40, 30, 30]), literal=True
+                )
+            )
         rows = [[f"`{key}`", text] for key, text in recipes._table()["sources"].items()]
         return [*found, section("Sources", "recipe sources", table(["source", "what it is"], rows, [25, 75]))]
 
@@ -216,14 +299,21 @@ class Recipes(SphinxDirective):
 
 
 def recordings(root: Path) -> list[dict]:
-    """The provenance of every file of results/, with its name and number of records; none, or a damaged one, is an error."""
+    """The provenance of every file of results/, with its name and number of records; none, or a damaged one,
+    is an error.
+    """
     found = []
     for path in sorted((root / "results").glob("*.jsonl")):
         try:
             head, *rows = map(json.loads, path.read_text("utf-8").splitlines())
             if head["records"] != len(rows):
                 raise ValueError(f"{head['records']} records were written, {len(rows)} are there")
-            found.append({"name": path.stem, "records": len(rows), **{k: head["provenance"][k] for k in NEEDED}, **head["provenance"]})
+            found.append(
+                {
+                    "name": path.stem, "records": len(rows), **{k: head["provenance"][k] for k in NEEDED},
+                    **head["provenance"]
+                }
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ExtensionError(f"{path.name} is damaged or tells too little of its origin: {error}") from error
     if not found:
@@ -237,15 +327,26 @@ SIZE = ("edits", "batch", "seeds", "seed", "requests")
 
 def recording_row(run: dict) -> list[str]:
     part, model = run["name"].split("-", 1)
-    size = ", ".join(f"{key} {', '.join(map(str, value)) if isinstance(value := run[key], list) else value}" for key in SIZE if key in run)
-    return [f"`{part}`", model, f"{run['records']} records" + (f"; {size}" if size else ""), f"{run['minutes']:g}", f"{run['device']}, {run['dtype']}", f"{run['date']}", f"`{commit(run)}`"]
+    size = ", ".join(
+        f"{key} {', '.join(map(str, value)) if isinstance(value := run[key], list) else value}"
+        for key in SIZE
+        if key in run
+    )
+    return [
+        f"`{part}`", model, f"{run['records']} records" + (f"; {size}" if size else ""), f"{run['minutes']:g}",
+        f"{run['device']}, {run['dtype']}", f"{run['date']}", f"`{commit(run)}`"
+    ]
 
 
 def command(run: dict) -> str:
     """What makes a recording again, as far as its header tells; sizes are the defaults of `metake record`."""
     files = [text.split()[0] for text in run["dataset"].split(", ")]
-    given = dict(zip(("--counterfact", "--zsre"), files, strict=False)) | {"--text": run.get("statistics", "embedded").split(",")[0]}
-    options = "".join(f" {option} {file}" for option, file in given.items() if file not in ("facts", "facts-zsre", "embedded"))
+    given = dict(zip(("--counterfact", "--zsre"), files, strict=False)) | {
+        "--text": run.get("statistics", "embedded").split(",")[0]
+    }
+    options = "".join(
+        f" {option} {file}" for option, file in given.items() if file not in ("facts", "facts-zsre", "embedded")
+    )
     return f"metake record --only {run['name'].split('-', 1)[0]} --model {run['model']}{options}"
 
 
@@ -258,12 +359,21 @@ class Recordings(SphinxDirective):
         found = recordings(root_of(self))
         depends(self, *(root_of(self) / "results").glob("*.jsonl"))
         head = ["recording", "model", "size", "minutes", "computed on", "date", "commit"]
-        origins = {run["model"]: f"`{run['model']}`: {run['model_origin']['note']}; {run['model_origin']['revision']}" for run in found}
+        origins = {
+            run["model"]: f"`{run['model']}`: {run['model_origin']['note']}; {run['model_origin']['revision']}"
+            for run in found
+        }
         data = {text for run in found for text in run["dataset"].split(", ")}
         versions = {", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in found}
-        notes = [*origins.values(), "Records, by file and digest: " + "; ".join(sorted(data)) + ".", "Versions: " + "; ".join(sorted(versions)) + "."]
+        notes = [
+            *origins.values(), "Records, by file and digest: " + "; ".join(sorted(data)) + ".",
+            "Versions: " + "; ".join(sorted(versions)) + "."
+        ]
         again = code("\n".join(map(command, found)), "bash")
-        return [table(head, [recording_row(run) for run in found], [14, 14, 26, 10, 14, 12, 12]), *map(paragraph, notes), paragraph("Each of them again, with files of these digests:"), again]
+        return [
+            table(head, [recording_row(run) for run in found], [14, 14, 26, 10, 14, 12, 12]), *map(paragraph, notes),
+            paragraph("Each of them again, with files of these digests:"), again
+        ]
 
 
 class Provenance(SphinxDirective):
@@ -273,20 +383,46 @@ class Provenance(SphinxDirective):
         root = root_of(self)
         depends(self, root / "_toc.yml", *(root / "results").glob("*.jsonl"))
         parts = yaml.safe_load((root / "_toc.yml").read_text("utf-8"))["parts"]
-        pages = [chapter["file"] for part in parts for chapter in part["chapters"] if chapter["file"].startswith("notebooks/")]
+        pages = [
+            chapter["file"]
+            for part in parts
+            for chapter in part["chapters"]
+            if chapter["file"].startswith("notebooks/")
+        ]
         runs = recordings(root)
         models = " and ".join(f"`{model}`" for model in sorted({run["model"] for run in runs}))
         devices = " and ".join(sorted({run["device"] for run in runs}))
         first, last = min(run["date"] for run in runs), max(run["date"] for run in runs)
         when = f"on {first}" if first == last else f"from {first} to {last}"
         hours = sum(run["minutes"] for run in runs) / 60
-        recomputed = f" {len(pages)} pages, those that need a model on `tiny` with {trained_on(root)}, whenever the book is built from scratch: no graphics card, nothing downloaded."
+        recomputed = (
+            f" {len(pages)} pages, those that need a model on `tiny` with {trained_on(root)}, whenever "
+            "the book is built from scratch: no "
+            "graphics card, nothing downloaded."
+        )
         recorded = f" {len(runs)} runs on {models}, {when}, on {devices}, {hours:.1f} hours together: "
-        link = addnodes.pending_xref("", nodes.inline("", "each with its commit, data and device"), refdomain="std", reftype="doc", refexplicit=True, refwarn=True,
-                                     refdoc=self.env.docname, reftarget="/book/compute")
-        return [nodes.bullet_list("", nodes.list_item("", nodes.paragraph("", "", label("recomputed", "recomputed here"), *inline(recomputed))),
-                                  nodes.list_item("", nodes.paragraph("", "", label("recorded", "recorded"), *inline(recorded), link, nodes.Text("."))),
-                                  nodes.list_item("", nodes.paragraph("", "", label("reported", "reported in the paper"), nodes.Text(" whatever else stands here of the paper's own numbers; never computed by us."))))]
+        link = addnodes.pending_xref(
+            "", nodes.inline("", "each with its commit, data and device"), refdomain="std", reftype="doc",
+            refexplicit=True, refwarn=True, refdoc=self.env.docname, reftarget="/book/compute"
+        )
+        return [
+            nodes.bullet_list(
+                "",
+                nodes.list_item(
+                    "", nodes.paragraph("", "", label("recomputed", "recomputed here"), *inline(recomputed))
+                ),
+                nodes.list_item(
+                    "", nodes.paragraph("", "", label("recorded", "recorded"), *inline(recorded), link, nodes.Text("."))
+                ),
+                nodes.list_item(
+                    "",
+                    nodes.paragraph(
+                        "", "", label("reported", "reported in the paper"),
+                        nodes.Text(" whatever else stands here of the paper's own numbers; never computed by us.")
+                    ),
+                ),
+            )
+        ]
 
 
 def label(kind: str, text: str) -> nodes.inline:
@@ -311,7 +447,9 @@ def trained_on(root: Path) -> str:
 
 
 class Drawing(SphinxDirective):
-    """An SVG within the page. In it `currentColor` is the text's, {metake} and so on are the methods' colors of every figure."""
+    """An SVG within the page. In it `currentColor` is the text's, {metake} and so on are the methods' colors of every
+    figure.
+    """
 
     required_arguments = 1
     option_spec = {"alt": directives.unchanged_required, "caption": directives.unchanged}
@@ -320,7 +458,10 @@ class Drawing(SphinxDirective):
         file = root_of(self) / "book" / "drawings" / f"{self.arguments[0]}.svg"
         depends(self, file)
         if not file.is_file() or not self.options.get("alt"):
-            raise ExtensionError(f"a drawing needs a file and an alt text; {file.name}: {'no alt text' if file.is_file() else 'not there'}")
+            raise ExtensionError(
+                f"a drawing needs a file and an alt text; {file.name}: "
+                f"{'no alt text' if file.is_file() else 'not there'}"
+            )
         svg = drawing(file.read_text("utf-8"), " ".join(self.options["alt"].split()))
         figure = nodes.container("", nodes.raw("", svg, format="html"), classes=["metake-drawing"])
         if caption := self.options.get("caption"):
@@ -334,7 +475,11 @@ def drawing(svg: str, alt: str) -> str:
         svg = svg.replace("{" + method + "}", style.color)
     if unknown := re.findall(r"\{[a-z_/]+\}", svg):
         raise ExtensionError(f"a drawing names colors that no method has: {unknown}")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" style="display:block;width:100%;max-width:40rem;height:auto;margin:1rem auto" ', 1)
+    return svg.replace(
+        "<svg ",
+        f'<svg role="img" aria-label="{escape(alt)}" '
+        'style="display:block;width:100%;max-width:40rem;height:auto;margin:1rem auto" ', 1
+    )
 
 
 def depends(directive: SphinxDirective, *files: object) -> None:
@@ -347,6 +492,9 @@ def root_of(directive: SphinxDirective) -> Path:
 
 
 def setup(app):
-    for name, directive in (("api", Api), ("commands", Commands), ("recipes", Recipes), ("recordings", Recordings), ("provenance", Provenance), ("drawing", Drawing)):
+    for name, directive in (
+        ("api", Api), ("commands", Commands), ("recipes", Recipes), ("recordings", Recordings),
+        ("provenance", Provenance), ("drawing", Drawing)
+    ):
         app.add_directive(name, directive)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

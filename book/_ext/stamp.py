@@ -1,4 +1,7 @@
-"""Where a page comes from, as the build sees it: commits, versions, digests of model and data, seeds, device, minutes."""
+"""Where a page comes from, as the build sees it: commits, versions, digests of model and data, seeds, device,
+minutes.
+"""
+
 import ast
 import functools
 import hashlib
@@ -21,7 +24,11 @@ def defaults(root: Path, page: str) -> dict:
     """A page's parameters with their values, from its tagged cell."""
     cells = json.loads((root / f"{page}.ipynb").read_text("utf-8"))["cells"]
     source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ()))
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign)}
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+    }
 
 
 def parameters(values: dict) -> str:
@@ -29,7 +36,12 @@ def parameters(values: dict) -> str:
     words = []
     for name, value in values.items():
         if isinstance(value, bool | list | dict | None) or (isinstance(value, str) and not is_word(value)):
-            words += ["-y", shlex.quote(yaml.safe_dump({name: value}, default_flow_style=True, width=10**6, allow_unicode=True).strip())]
+            words += [
+                "-y",
+                shlex.quote(
+                    yaml.safe_dump({name: value}, default_flow_style=True, width=10**6, allow_unicode=True).strip()
+                ),
+            ]
         else:
             words += ["-p", name, shlex.quote(str(value))]
     return " ".join(words)
@@ -59,7 +71,9 @@ def record_command(name: str) -> str:
 @functools.cache
 def git(root: Path, *arguments: str) -> str:
     try:
-        return subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -108,21 +122,36 @@ def recording(root: Path, name: str) -> dict[str, str] | None:
     if not file.is_file():
         return None
     with file.open(encoding="utf-8") as lines:
-        return {key.replace("_", " "): flat(value) for key, value in json.loads(next(lines))["provenance"].items() if value not in (None, "")}
+        return {
+            key.replace("_", " "): flat(value)
+            for key, value in json.loads(next(lines))["provenance"].items()
+            if value not in (None, "")
+        }
 
 
 def entries(title: str, found: dict[str, str]) -> list[nodes.Node]:
-    items = [nodes.definition_list_item("", nodes.term("", key), nodes.definition("", nodes.paragraph("", text))) for key, text in found.items()]
-    return [nodes.paragraph("", title, classes=["metake-stamp-title"]), nodes.definition_list("", *items, classes=["metake-stamp"])]
+    items = [
+        nodes.definition_list_item("", nodes.term("", key), nodes.definition("", nodes.paragraph("", text)))
+        for key, text in found.items()
+    ]
+    return [
+        nodes.paragraph("", title, classes=["metake-stamp-title"]),
+        nodes.definition_list("", *items, classes=["metake-stamp"]),
+    ]
 
 
 def stamp(root: Path, page: str, recordings) -> list[nodes.Node]:
     """The stamp of a page, and of each recording that it shows."""
     found = rows(root, page)
-    short = f"Provenance: commit {found['book built from'][:10]}" if found["book built from"] != UNKNOWN else "Provenance"
+    short = (
+        f"Provenance: commit {found['book built from'][:10]}" if found["book built from"] != UNKNOWN else "Provenance"
+    )
     body = entries("What this page recomputes", found)
     for name in recordings:
         if origin := recording(root, name):
             body += entries(f"Recorded: results/{name}.jsonl", origin)
             body.append(nodes.paragraph("", f"Made by: {record_command(name)}"))
-    return [nodes.raw("", f'<details class="metake-provenance"><summary>{short}</summary>', format="html"), *body, nodes.raw("", "</details>", format="html")]
+    return [
+        nodes.raw("", f'<details class="metake-provenance"><summary>{short}</summary>', format="html"), *body,
+        nodes.raw("", "</details>", format="html")
+    ]

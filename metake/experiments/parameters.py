@@ -8,24 +8,32 @@ from collections.abc import Collection, MutableMapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from metake.errors import ParameterError, near_misses
+from metake.support.errors import ParameterError, near_misses
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
 _KERNEL = {"In", "Out", "exit", "quit", "open", "get_ipython"}
 
 
-def accept(namespace: MutableMapping[str, Any], **expected: type | tuple[type, float, float] | Sequence[str]) -> dict[str, Any]:
-    """Check a page's parameters, right after the cell that sets them, and return them: `accept(globals(), model=str, requests=(int, 2, 800))`.
+def accept(
+    namespace: MutableMapping[str, Any], **expected: type | tuple[type, float, float] | Sequence[str]
+) -> dict[str, Any]:
+    """Check a page's parameters, right after the cell that sets them, and return them: `accept(globals(), model=str,
+    requests=(int, 2, 800))`.
 
     expected: name → a type (list: of whole numbers, such as seeds), (type, least, most), or the allowed words. Raises
-    ParameterError, with near matches for a name that is no parameter of the page, and with the accepted range for a value
-    outside it.
+    ParameterError, with near matches for a name that is no parameter of the page, and with the accepted range for a
+    value outside it.
     `n_edits`, the same on every page, is taken for the page's own word, which is set in `namespace`.
-    From here on this run's figures and verdict have a folder of their own, if nobody names one: see `report.figures_dir`.
+    From here on this run's figures and verdict have a folder of their own, if nobody names one:
+    see `report.figures_dir`.
     """
     if "n_edits" in namespace and "n_edits" not in expected:
         namespace[own_word("n_edits", expected)] = namespace.pop("n_edits")
-    given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in _KERNEL and not isinstance(v, ModuleType) and not callable(v)}
+    given = {
+        k: v
+        for k, v in namespace.items()
+        if not k.startswith("_") and k not in _KERNEL and not isinstance(v, ModuleType) and not callable(v)
+    }
     for name in given:
         own_word(name, expected)
     for name, rule in expected.items():
@@ -37,8 +45,10 @@ def accept(namespace: MutableMapping[str, Any], **expected: type | tuple[type, f
 
 
 def own_word(name: str, known: Collection[str]) -> str:
-    """A parameter's name on a page that has the parameters `known`. Raises ParameterError, with near matches, if it has none such."""
-    for own in (("edits", "requests", "pool") if name == "n_edits" else ()):
+    """A parameter's name on a page that has the parameters `known`. Raises ParameterError, with near matches,
+    if it has none such.
+    """
+    for own in ("edits", "requests", "pool") if name == "n_edits" else ():
         if own in known:
             return own
     if name not in known:

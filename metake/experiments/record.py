@@ -15,27 +15,27 @@ from typing import Any
 import pandas as pd
 
 from metake import report
-from metake.errors import ParameterError, near_misses
-from metake.experiments.ablation import ablation
-from metake.experiments.case_study import case_study
-from metake.experiments.comparison import comparison
-from metake.experiments.dispersion import association_dispersion
-from metake.experiments.gamma_beforehand import gamma_beforehand
-from metake.experiments.general_ability import general_ability
-from metake.experiments.hidden_states import hidden_states
-from metake.experiments.kl_strength import kl_strength
-from metake.experiments.open_readings import open_readings
-from metake.experiments.operators import operators
-from metake.experiments.proxy_fidelity import proxy_fidelity
-from metake.experiments.quickstart import quickstart
-from metake.experiments.realized_residual import realized_residual
-from metake.experiments.run_time import PLAIN, run_time
-from metake.experiments.sensitivity import sensitivity
-from metake.experiments.streams import streams
-from metake.machine import default_device, versions
+from metake.experiments.runs import read_cases
+from metake.experiments.speed.run_time import PLAIN, run_time
+from metake.experiments.studies.ablation import ablation
+from metake.experiments.studies.case_study import case_study
+from metake.experiments.studies.comparison import comparison
+from metake.experiments.studies.dispersion import association_dispersion
+from metake.experiments.studies.gamma_beforehand import gamma_beforehand
+from metake.experiments.studies.general_ability import general_ability
+from metake.experiments.studies.hidden_states import hidden_states
+from metake.experiments.studies.kl_strength import kl_strength
+from metake.experiments.studies.open_readings import open_readings
+from metake.experiments.studies.operators import operators
+from metake.experiments.studies.quickstart import quickstart
+from metake.experiments.studies.realized_residual import realized_residual
+from metake.experiments.studies.sensitivity import sensitivity
+from metake.experiments.studies.streams import streams
+from metake.experiments.theory.proxy_fidelity import proxy_fidelity
+from metake.language.model import load
 from metake.methods import METHODS
-from metake.model import load
-from metake.runs import read_cases
+from metake.support.errors import ParameterError, near_misses
+from metake.support.machine import default_device, versions
 
 LONG = ("streams",)  # hours on a CPU: only if `only` names them
 TASKED = "general_ability"  # only if there is task data
@@ -58,13 +58,14 @@ def record(
 ) -> Iterator[str]:
     """Make the recordings of `model` that are missing, and say which; `only` makes the named ones again.
 
-    counterfact, zsre: files of records (default: the embedded facts); text, tokens: of the key statistics; edits: cases of
-    a run, and a tenth of a stream's;
+    counterfact, zsre: files of records (default: the embedded facts); text, tokens: of the key statistics; edits:
+    cases of a run, and a tenth of a stream's;
     tasks: data of the general-ability tasks (`tasks.read_items`), without which that recording is left out.
     """
     data = {"CounterFact": counterfact or "facts", "ZsRE": zsre or "facts-zsre"}
     common: dict[str, Any] = {"model": model, "text": text, "text_tokens": tokens}
-    runs = report.project_root() / "runs" / f"record-{Path(model).name}"  # of one folder: what one part has run, the other reads
+    # of one folder: what one part has run, the other reads
+    runs = report.project_root() / "runs" / f"record-{Path(model).name}"
     parts = _parts(common, data, edits, batch, seeds, runs, tasks or "")
     if unknown := [name for name in only or () if name not in parts]:
         raise ParameterError(near_misses(unknown[0], parts, "recording"))
@@ -78,10 +79,14 @@ def record(
             report.write_recorded(target, frame := make(), origin | _settings(frame, time.perf_counter() - start))
             yield f"wrote results/{target}.jsonl"
         else:
-            yield f"{'kept' if there else 'left out'} results/{target}.jsonl" + ("" if there or tasks or name != TASKED else ": no task data, name a folder of it with --tasks")
+            yield f"{'kept' if there else 'left out'} results/{target}.jsonl" + (
+                "" if there or tasks or name != TASKED else ": no task data, name a folder of it with --tasks"
+            )
 
 
-def _parts(common: dict[str, Any], data: dict[str, str], edits: int, batch: int, seeds: Sequence[int], runs: Path, tasks: str) -> dict[str, Callable[[], pd.DataFrame]]:
+def _parts(
+    common: dict[str, Any], data: dict[str, str], edits: int, batch: int, seeds: Sequence[int], runs: Path, tasks: str
+) -> dict[str, Callable[[], pd.DataFrame]]:
     """Every recording by name; runs: folder of what is finished."""
     sequences = common | {"data": data, "edits": edits, "batch": batch, "seeds": seeds, "out": runs}
     return {
@@ -90,22 +95,41 @@ def _parts(common: dict[str, Any], data: dict[str, str], edits: int, batch: int,
         # without fluency and consistency: sampling costs several times the edits on a CPU
         "comparison": lambda: comparison(**sequences, methods=list(METHODS)),
         "operators": lambda: operators(**sequences),
-        "hidden_states": lambda: hidden_states(**common, data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0], out=runs),
+        "hidden_states": lambda: hidden_states(
+            **common, data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0], out=runs
+        ),
         "gamma": lambda: gamma_beforehand(**sequences),
         # MEMIT's batch is AlphaEdit's but for the solve
-        "bench": lambda: run_time(**common, methods_=("alphaedit", "metake", PLAIN), data=data["CounterFact"], edits=100, literal=3),
-        "case_study": lambda: case_study(**common, methods=STUDIED, data=data["CounterFact"], edits=20, length=100, out=runs / "case_study"),
+        "bench": lambda: run_time(
+            **common, methods_=("alphaedit", "metake", PLAIN), data=data["CounterFact"], edits=100, literal=3
+        ),
+        "case_study": lambda: case_study(
+            **common, methods=STUDIED, data=data["CounterFact"], edits=20, length=100, out=runs / "case_study"
+        ),
         "ablation": lambda: ablation(**common, edits=min(edits, 50), data=data, seeds=seeds, out=runs / "study"),
-        "realized": lambda: realized_residual(**common, edits=edits, data={"ZsRE": data["ZsRE"]}, seeds=seeds, out=runs / "study"),
+        "realized": lambda: realized_residual(
+            **common, edits=edits, data={"ZsRE": data["ZsRE"]}, seeds=seeds, out=runs / "study"
+        ),
         # half an hour on two cores: 26 refinements a request for choosing, 5 for testing
-        "open_readings": lambda: open_readings(**common, edits=4, seeds=(0, 1), test_edits=10, test_seeds=(2, 3), data=data, out=runs / "open_readings"),
+        "open_readings": lambda: open_readings(
+            **common, edits=4, seeds=(0, 1), test_edits=10, test_seeds=(2, 3), data=data, out=runs / "open_readings"
+        ),
         # 7 λ_KL, each another Stage I: of 100 requests a fifth in each group, half an hour on two cores
-        "kl_strength": lambda: kl_strength(**common, pool=edits, data={"ZsRE": data["ZsRE"]}, seeds=seeds, out=runs / "study"),
-        "sensitivity": lambda: sensitivity(**common, edits=min(edits, 30), data=data, seeds=seeds, out=runs / "study"),  # 11 refinements
+        "kl_strength": lambda: kl_strength(
+            **common, pool=edits, data={"ZsRE": data["ZsRE"]}, seeds=seeds, out=runs / "study"
+        ),
+        # 11 refinements
+        "sensitivity": lambda: sensitivity(**common, edits=min(edits, 30), data=data, seeds=seeds, out=runs / "study"),
         # half an hour of one core: a third of it for seven times 300 questions, the rest for Stage I
-        TASKED: lambda: general_ability(**common, edits=120, batch=60, every=60, tasks=tasks, tests=50, data=data["CounterFact"], seed=seeds[0], out=runs / TASKED),
+        TASKED: lambda: general_ability(
+            **common, edits=120, batch=60, every=60, tasks=tasks, tests=50, data=data["CounterFact"], seed=seeds[0],
+            out=runs / TASKED
+        ),
         "proxy": lambda: proxy_fidelity(**common, edits=100, data=data["CounterFact"], out=runs / "proxy"),
-        "streams": lambda: streams(**common, methods=STREAMED if common["model"] == "tiny" else COMPARED, **_stream(edits), data=data["CounterFact"], seed=seeds[0], out=runs / "streams"),
+        "streams": lambda: streams(
+            **common, methods=STREAMED if common["model"] == "tiny" else COMPARED, **_stream(edits),
+            data=data["CounterFact"], seed=seeds[0], out=runs / "streams"
+        ),
     }
 
 
@@ -115,11 +139,15 @@ def _stream(edits: int, batch: int = 20, points: int = 10) -> dict[str, int]:
 
 
 def _settings(frame: pd.DataFrame, seconds: float) -> dict[str, Any]:
-    """What was asked for and how long it took; runs that an earlier call has finished count with the time that they took."""
+    """What was asked for and how long it took; runs that an earlier call has finished count with the time that they
+    took.
+    """
     settings = dict(frame.attrs.get("settings", {}))
     if runs := frame.attrs.get("runs"):
         seconds = sum(run["seconds"]["total"] for run in runs)
-        settings |= {name: runs[0]["config"][name] for name in ("edits", "batch")} | {"seeds": sorted({run["seed"] for run in runs})}
+        settings |= {name: runs[0]["config"][name] for name in ("edits", "batch")} | {
+            "seeds": sorted({run["seed"] for run in runs})
+        }
     return settings | {"minutes": round(seconds / 60, 1)}
 
 
@@ -127,13 +155,20 @@ def _provenance(model: str, data: dict[str, str], text: str, tokens: int | None)
     lm = load(model)
     digests = {name: f"{Path(source).name} sha256:{read_cases(source).digest[:16]}" for name, source in data.items()}
     return {
-        "model": model, "model_origin": lm.origin, "model_digest": lm.digest(lm.write_path(lm.depth - 1)), "dataset": ", ".join(digests.values()),
-        "statistics": f"{Path(text).name}, {tokens} tokens", "date": datetime.date.today().isoformat(), "commit": _commit(),
+        "model": model, "model_origin": lm.origin, "model_digest": lm.digest(lm.write_path(lm.depth - 1)),
+        "dataset": ", ".join(digests.values()),
+        "statistics": f"{Path(text).name}, {tokens} tokens", "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
         "device": str(default_device()), "dtype": str(lm.dtype).removeprefix("torch."), "versions": versions(),
     }  # fmt: skip
 
 
 def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=report.project_root(), check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain", "metake"], capture_output=True, text=True, cwd=report.project_root(), check=False)
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=report.project_root(), check=False
+    )
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "metake"], capture_output=True, text=True, cwd=report.project_root(),
+        check=False
+    )
     return (found.stdout.strip() or "unknown") + ("+changes" if dirty.stdout.strip() else "")

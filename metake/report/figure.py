@@ -15,15 +15,20 @@ import pandas as pd
 from metake.report import hover
 from metake.report.files import DEFAULT, artifact_name, figures_dir, portable
 from metake.report.shown import LABELS, Shown, badge, plain
-from metake.storage import write_file
+from metake.support.storage import write_file
 
-INK = {"light": "#1f2328", "dark": "#e6edf3"}  # all that differs between the themes: a method's color is readable in both
+# all that differs between the themes: a method's color is readable in both
+INK = {"light": "#1f2328", "dark": "#e6edf3"}
 RC = {
-    "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.axisbelow": True, "axes.facecolor": "none", "figure.facecolor": "none",
-    "axes.grid": True, "grid.alpha": 0.16, "grid.linewidth": 0.8, "xtick.major.size": 3, "ytick.major.size": 3, "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 10.5, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.titlepad": 8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.axisbelow": True,
+    "axes.facecolor": "none", "figure.facecolor": "none",
+    "axes.grid": True, "grid.alpha": 0.16, "grid.linewidth": 0.8, "xtick.major.size": 3, "ytick.major.size": 3,
+    "xtick.minor.size": 0, "ytick.minor.size": 0,
     "legend.frameon": False, "legend.fontsize": 9.5, "lines.linewidth": 1.8, "svg.fonttype": "none",
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK["light"]),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"),
+    INK["light"]),
 }  # fmt: skip
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 # In the book the theme hides one of the two drawings; in a plain notebook viewer this does.
@@ -35,7 +40,8 @@ CHOICE = (
 
 
 class Figure(Shown):
-    """Draw once, and keep the drawing for both themes: <name>.light.svg, <name>.dark.svg, <name>.png (200 dpi), <name>.csv.
+    """Draw once, and keep the drawing for both themes: <name>.light.svg, <name>.dark.svg, <name>.png
+    (200 dpi), <name>.csv.
 
     draw:    takes the axes (a 2-d array of them if `panels` are given)
     data:    the tidy records behind the figure: all of them go into the CSV, and say by their attrs what they are
@@ -62,7 +68,9 @@ class Figure(Shown):
         write_file(figures_dir() / f"{name}.csv", data.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
         if summary is None:
             summary = data if len(data) <= 38 else data.describe().drop("std").reset_index(names="of all records")
-        inline = "".join(f'<div class="only-{theme}">{svg[svg.index("<svg") :]}</div>' for theme, svg in drawings.items())
+        inline = "".join(
+            f'<div class="only-{theme}">{svg[svg.index("<svg") :]}</div>' for theme, svg in drawings.items()
+        )
         told = "" if label == "recorded" and origin else f"{escape(model)} "  # a recording's badge names its model
         note = f'<p class="metake-note">{told}{badge(label, origin)}</p>'
         text = f"Figure {name} [{LABELS[label]}]\n{plain(summary, digits)}"
@@ -70,14 +78,17 @@ class Figure(Shown):
         self.name, self.alt, self.data, self.summary, self.svg = name, alt, data, summary, drawings
 
 
-def _render(draw: Callable[[Any], None], size: tuple[float, float], panels: dict[str, Any], salt: str) -> tuple[str, bytes]:
+def _render(
+    draw: Callable[[Any], None], size: tuple[float, float], panels: dict[str, Any], salt: str
+) -> tuple[str, bytes]:
     """The light drawing, as SVG and as PNG: one layout for all."""
     svg, png = io.BytesIO(), io.BytesIO()
     with matplotlib.style.context(["default", RC | {"svg.hashsalt": salt}]):
         canvas = matplotlib.figure.Figure(figsize=size, layout="constrained")
         draw(canvas.subplots(squeeze=False, **panels) if panels else canvas.subplots())
         marks = hover.name_marks(canvas)
-        canvas.savefig(svg, format="svg", dpi=200, metadata=NO_METADATA)  # the resolution of what is drawn as an image within it
+        # the resolution of what is drawn as an image within it
+        canvas.savefig(svg, format="svg", dpi=200, metadata=NO_METADATA)
         drawing = hover.with_titles(svg.getvalue().decode(), canvas, marks)
         canvas.set_layout_engine("none")  # it is laid out
         canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
@@ -85,7 +96,9 @@ def _render(draw: Callable[[Any], None], size: tuple[float, float], panels: dict
 
 
 def _themed(svg: str, theme: str, key: str, alt: str) -> str:
-    """The drawing in a theme's ink, fit to stand beside others in one page: own ids, own styles, a name for screen readers."""
+    """The drawing in a theme's ink, fit to stand beside others in one page: own ids, own styles,
+    a name for screen readers.
+    """
     svg = re.sub(r'\bid="', f'id="{key}-', svg.replace(INK["light"], INK[theme]))
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", svg).replace("*{stroke", f"#{key} *{{stroke")
     return svg.replace("<svg ", f'<svg id="{key}" role="img" aria-label="{escape(alt)}" ', 1)

@@ -13,29 +13,34 @@ from typing import Any
 
 import pandas as pd
 
-from metake.errors import ParameterError, ProvenanceError, near_misses
-from metake.storage import write_file
+from metake.support.errors import ParameterError, ProvenanceError, near_misses
+from metake.support.storage import write_file
 
 DEFAULT = "tiny"
 
 
 def project_root() -> Path:
-    """The nearest folder at or above the working directory that has a _config.yml; the working directory if none has."""
+    """The nearest folder at or above the working directory that has a _config.yml; the working directory if none
+    has.
+    """
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / "_config.yml").is_file()), here)
 
 
 def figures_dir() -> Path:
-    """Where figures go: METAKE_FIGURES, else a folder of the run's own in _build/figures; relative to the project's root.
+    """Where figures go: METAKE_FIGURES, else a folder of the run's own in _build/figures; relative to the project's
+    root.
 
-    The committed figures/ change only through `make notebooks`, which names it: a run by hand leaves them alone, and runs
-    of other parameters too.
+    The committed figures/ change only through `make notebooks`, which names it: a run by hand leaves them alone,
+    and runs of other parameters too.
     """
     return own_folder("METAKE_FIGURES", "figures")
 
 
 def own_folder(variable: str, kind: str) -> Path:
-    """The folder that an environment variable names, else _build/<kind>/<run>, the run as a page's `accept` tells it."""
+    """The folder that an environment variable names, else _build/<kind>/<run>, the run as a page's `accept` tells
+    it.
+    """
     return project_root() / (os.environ.get(variable) or f"_build/{kind}/{os.environ.get('METAKE_RUN', '')}")
 
 
@@ -65,15 +70,23 @@ def portable(value: Any) -> Any:
     return path.name if path.is_absolute() or path.parts[:1] in (("~",), ("..",)) else value
 
 
-def write_recorded(name: str, records: pd.DataFrame | Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> Path:
+def write_recorded(
+    name: str, records: pd.DataFrame | Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]
+) -> Path:
     """Write results/<name>.jsonl: the provenance and the number of records, then one tidy record per line."""
     path = _results(name)
-    rows = [{k: None if v is pd.NA or v != v else v for k, v in row.items()} for row in pd.DataFrame(records).to_dict("records")]
+    rows = [
+        {k: None if v is pd.NA or v != v else v for k, v in row.items()}
+        for row in pd.DataFrame(records).to_dict("records")
+    ]
     lines = [{"provenance": portable(provenance), "records": len(rows)}, *rows]
     try:
         text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
     except (TypeError, ValueError) as error:
-        raise ParameterError(f"the records of {name!r} cannot be written as JSON lines ({error}); expected text, numbers, true or false, finite or missing") from error
+        raise ParameterError(
+            f"the records of {name!r} cannot be written as JSON lines ({error}); expected text, numbers, true "
+            "or false, finite or missing"
+        ) from error
     write_file(path, text)
     return path
 
@@ -86,7 +99,9 @@ def recorded(name: str) -> pd.DataFrame:
     path = _results(name)
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.jsonl"))) or "nothing"
-        raise ParameterError(f"nothing is recorded as results/{path.name}; recorded so far: {there}. Make it with: {_command(name)}")
+        raise ParameterError(
+            f"nothing is recorded as results/{path.name}; recorded so far: {there}. Make it with: {_command(name)}"
+        )
     text = path.read_text(encoding="utf-8")
     try:
         header, *rows = map(json.loads, text.splitlines())
@@ -99,7 +114,10 @@ def recorded(name: str) -> pd.DataFrame:
         if any(not isinstance(row, dict) or row.keys() != rows[0].keys() for row in rows):
             raise ValueError("its records do not have the same columns")
     except ValueError as error:
-        raise ProvenanceError(f"results/{path.name} is damaged ({error}). Restore it from git, or remove it and make it again with: {_command(name)}") from error
+        raise ProvenanceError(
+            f"results/{path.name} is damaged ({error}). Restore it from git, or remove it and make it again "
+            f"with: {_command(name)}"
+        ) from error
     frame = pd.DataFrame(rows)
     frame.attrs |= {"provenance": header["provenance"], "label": "recorded"}
     return frame
@@ -107,7 +125,11 @@ def recorded(name: str) -> pd.DataFrame:
 
 def _command(name: str) -> str:
     part, _, model = name.partition("-")
-    return f"metake record --only {part}" + " --tasks DIR" * (part == "general_ability") + f" --model {model}" * bool(model)
+    return (
+        f"metake record --only {part}"
+        + " --tasks DIR" * (part == "general_ability")
+        + f" --model {model}" * bool(model)
+    )
 
 
 def _results(name: str) -> Path:
@@ -120,8 +142,8 @@ def _results(name: str) -> Path:
 def paper(name: str) -> pd.DataFrame:
     """A table of the paper as far as its numbers survive in the texts at hand: "table2", "table3", …, "protocol".
 
-    Columns as in the paper plus `where` (the place in the paper) and `label` ("reported"); `.attrs["note"]` says what is
-    missing or inferred. These are the paper's numbers, never ours.
+    Columns as in the paper plus `where` (the place in the paper) and `label` ("reported"); `.attrs["note"]` says what
+    is missing or inferred. These are the paper's numbers, never ours.
     """
     tables = tomllib.loads((resources.files("metake") / "data" / "paper.toml").read_text(encoding="utf-8"))
     if name not in tables:

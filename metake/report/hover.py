@@ -1,4 +1,6 @@
-"""Values to hover over: each mark of a drawing carries its numbers as a title, which a browser shows without any script."""
+"""Values to hover over: each mark of a drawing carries its numbers as a title, which a browser shows without any
+script.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 MOST = 1000
-"""Marks of a drawing that are told, those of the smallest series first: of more, the titles would outweigh the drawing."""
+"""Marks of a drawing that are told, those of the smallest series first: of more, the titles would outweigh the
+drawing.
+"""
 
-ELEMENT = re.compile(r'<g id="(?P<group>[^"]+)">|<use [^>]*?x="(?P<x>-?[\d.]+)" y="(?P<y>-?[\d.]+)"[^>]*?/>|<path [^>]*?/>')
+ELEMENT = re.compile(
+    r'<g id="(?P<group>[^"]+)">|<use [^>]*?x="(?P<x>-?[\d.]+)" y="(?P<y>-?[\d.]+)"[^>]*?/>|<path [^>]*?/>'
+)
 
 
 class Series(NamedTuple):
@@ -45,7 +51,9 @@ def name_marks(canvas: Figure) -> dict[str, Series]:
 
 def _series(axes: Axes) -> Iterator[Series]:
     for line in axes.lines:
-        if line.get_marker() not in ("None", "none", " ", "", None) and line.get_transform().contains_branch(axes.transData):
+        if line.get_marker() not in ("None", "none", " ", "", None) and line.get_transform().contains_branch(
+            axes.transData
+        ):
             yield Series(line, axes, line.get_label(), len(line.get_xdata()))
     for cloud in axes.collections:
         if isinstance(cloud, PathCollection) and not cloud.get_rasterized():
@@ -53,7 +61,10 @@ def _series(axes: Axes) -> Iterator[Series]:
     for bars in (c for c in axes.containers if isinstance(c, BarContainer)):
         for patch, value in zip(bars, bars.datavalues, strict=True):
             middle = (patch.get_x() + patch.get_width() / 2, patch.get_y() + patch.get_height() / 2)
-            yield Series(patch, axes, bars.get_label(), 1, (value, middle[1]) if bars.orientation == "horizontal" else (middle[0], value))
+            yield Series(
+                patch, axes, bars.get_label(), 1,
+                (value, middle[1]) if bars.orientation == "horizontal" else (middle[0], value)
+            )
 
 
 def with_titles(svg: str, canvas: Figure, marks: dict[str, Series]) -> str:
@@ -71,9 +82,14 @@ def with_titles(svg: str, canvas: Figure, marks: dict[str, Series]) -> str:
         _, axes, label, _, value = marks[group]
         if value is None and match["x"] is None:  # the line between the marks, or the shape of a mark
             return whole
-        x, y = value or axes.transData.inverted().transform(((float(match["x"]) * scale, (height - float(match["y"])) * scale)))
-        read = sorted((_read(axes, "x", x), _read(axes, "y", y)), key=lambda found: not found[0])  # names before numbers
-        said = [text for text in ("" if str(label).startswith("_") else str(label), *(text for _, text in read)) if text]
+        x, y = value or axes.transData.inverted().transform(
+            ((float(match["x"]) * scale, (height - float(match["y"])) * scale))
+        )
+        # names before numbers
+        read = sorted((_read(axes, "x", x), _read(axes, "y", y)), key=lambda found: not found[0])
+        said = [
+            text for text in ("" if str(label).startswith("_") else str(label), *(text for _, text in read)) if text
+        ]
         return f"{whole[:-2]}><title>{escape(', '.join(said), quote=False)}</title></{'path' if value else 'use'}>"
 
     return ELEMENT.sub(tell, svg)
@@ -85,9 +101,13 @@ def _read(axes: Axes, which: str, value: float) -> tuple[bool, str]:
     for other in siblings:  # an inner panel's ticks have no names
         ticks = getattr(other, f"{which}axis").get_major_ticks()
         names = [(abs(tick.get_loc() - value), " ".join(tick.label1.get_text().split())) for tick in ticks]
-        if isinstance(axis.get_major_locator(), FixedLocator) and any(re.search("[a-zA-Zα-ωΑ-Ω]", name) for _, name in names):
+        if isinstance(axis.get_major_locator(), FixedLocator) and any(
+            re.search("[a-zA-Zα-ωΑ-Ω]", name) for _, name in names
+        ):
             near, name = min(names)
             return True, name if near < 0.5 else ""
-    label = next((text for other in siblings if (text := getattr(other, f"get_{which}label")())), "").partition("\n")[0]  # below it stand remarks
-    least = 1e-6 * abs(axis.get_view_interval()[1] - axis.get_view_interval()[0])  # what the drawing's own rounding leaves of zero
+    # below it stand remarks
+    label = next((text for other in siblings if (text := getattr(other, f"get_{which}label")())), "").partition("\n")[0]
+    # what the drawing's own rounding leaves of zero
+    least = 1e-6 * abs(axis.get_view_interval()[1] - axis.get_view_interval()[0])
     return False, " ".join(f"{label} {0 if abs(value) < least and axis.get_scale() != 'log' else value:.4g}".split())

@@ -11,15 +11,18 @@ from typing import Any
 
 import pandas as pd
 
-from metake.errors import ParameterError, ProvenanceError, near_misses
 from metake.report.files import DEFAULT, artifact_name, own_folder, portable
 from metake.report.style import style
-from metake.storage import write_file
+from metake.support.errors import ParameterError, ProvenanceError, near_misses
+from metake.support.storage import write_file
 
 LABELS = {"recomputed": "recomputed here", "recorded": "recorded", "reported": "reported in the paper"}
 VERDICTS = {True: ("holds", "yes"), False: ("does not hold", "no"), None: ("inconclusive", "open")}
 STABLE = ("model", "model_digest", "dataset", "dataset_digest", "data", "data_digest", "seed", "seeds", "edits", "n")
-SHOWN = {"method": lambda v: style(v).name, "label": lambda v: LABELS.get(v, v), "dataset": lambda v: {"counterfact": "CounterFact", "zsre": "ZsRE"}.get(v, v)}
+SHOWN = {
+    "method": lambda v: style(v).name, "label": lambda v: LABELS.get(v, v),
+    "dataset": lambda v: {"counterfact": "CounterFact", "zsre": "ZsRE"}.get(v, v)
+}
 NOISE = 1e-9  # digits below it are rounding errors, which differ between machines
 LINES = 40  # of a long text/plain
 LONG = 32  # characters of a cell that would be one word a line on a phone
@@ -50,7 +53,9 @@ def texts(column: pd.Series, digits: int, noise: bool = False) -> list[str]:
     if pd.api.types.is_integer_dtype(column):
         return ["–" if v is pd.NA else str(v) for v in column]
     sizes = column.abs()[column.abs() >= NOISE]
-    form = f".{digits}f" if sizes.empty or (sizes.min() >= 10**-digits and sizes.max() < 1e6) else f"#.{max(digits, 3)}g"
+    form = (
+        f".{digits}f" if sizes.empty or (sizes.min() >= 10**-digits and sizes.max() < 1e6) else f"#.{max(digits, 3)}g"
+    )
     return [_number(float(v), form, noise) for v in column]
 
 
@@ -81,7 +86,9 @@ def badge(label: str, provenance: Mapping[str, Any] | None = None) -> str:
     """Markup of a label; of a recording also its model, data set, date, commit and device."""
     if label not in LABELS:
         raise ParameterError(near_misses(str(label), LABELS, "label"))
-    known = portable({k: provenance[k] for k in ("model", "dataset", "date", "commit", "device") if (provenance or {}).get(k)})
+    known = portable(
+        {k: provenance[k] for k in ("model", "dataset", "date", "commit", "device") if (provenance or {}).get(k)}
+    )
     if "commit" in known:
         known["commit"] = str(known["commit"])[:10]
     if "dataset" in known:
@@ -90,12 +97,15 @@ def badge(label: str, provenance: Mapping[str, Any] | None = None) -> str:
     return f'<span class="label label-{label}">{LABELS[label]}</span>{source}'
 
 
-def table(frame: pd.DataFrame, caption: str = "", digits: int = 2, label: str | None = None, source: pd.DataFrame | None = None) -> Shown:
+def table(
+    frame: pd.DataFrame, caption: str = "", digits: int = 2, label: str | None = None,
+    source: pd.DataFrame | None = None
+) -> Shown:
     """A frame as an accessible table: caption, scopes, no empty header cell, aligned numbers.
 
-    A column `label` (recomputed, recorded, reported) becomes badges; if all are equal, one in the caption. Without it the
-    caption carries the label of `source`, the records that the frame was computed from (default: the frame itself), or the
-    given one; "" for none.
+    A column `label` (recomputed, recorded, reported) becomes badges; if all are equal, one in the caption.
+    Without it the caption carries the label of `source`, the records that the frame was computed from (default:
+    the frame itself), or the given one; "" for none.
     A named index becomes columns. digits: decimals.
     """
     origin = (frame if source is None else source).attrs
@@ -105,19 +115,39 @@ def table(frame: pd.DataFrame, caption: str = "", digits: int = 2, label: str | 
         label = "" if "label" in frame else origin.get("label", "recomputed")
     mark = badge(label, origin.get("provenance")) if label else ""
     frame = frame if frame.index.names == [None] else frame.reset_index()
-    frame = frame.set_axis([" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in frame.columns], axis=1)
+    frame = frame.set_axis(
+        [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in frame.columns], axis=1
+    )
     said = [texts(frame[c], digits, noise=True) for c in frame]
-    kinds = ["num" if is_numeric(frame[c]) else "text long" if max(map(len, own), default=0) > LONG else "text" for c, own in zip(frame, said, strict=True)]
-    cells = [[badge(v) for v in frame[c]] if c == "label" else [escape(t) for t in own] for c, own in zip(frame, said, strict=True)]
+    kinds = [
+        "num" if is_numeric(frame[c]) else "text long" if max(map(len, own), default=0) > LONG else "text"
+        for c, own in zip(frame, said, strict=True)
+    ]
+    cells = [
+        [badge(v) for v in frame[c]] if c == "label" else [escape(t) for t in own]
+        for c, own in zip(frame, said, strict=True)
+    ]
     rows = ""
     for row in zip(*cells, strict=True):
         first = "td" if kinds[0] == "num" else 'th scope="row"'
         opened = [first, *["td"] * (len(row) - 1)]
-        rows += "<tr>" + "".join(f'<{tag} class="{kind}">{cell}</{tag[:2]}>' for tag, kind, cell in zip(opened, kinds, row, strict=True)) + "</tr>"
-    head = "".join(f'<th scope="col" class="{kind}">{escape(c.replace("_", " "))}</th>' for c, kind in zip(frame, kinds, strict=True))
+        rows += (
+            "<tr>"
+            + "".join(
+                f'<{tag} class="{kind}">{cell}</{tag[:2]}>' for tag, kind, cell in zip(opened, kinds, row, strict=True)
+            )
+            + "</tr>"
+        )
+    head = "".join(
+        f'<th scope="col" class="{kind}">{escape(c.replace("_", " "))}</th>'
+        for c, kind in zip(frame, kinds, strict=True)
+    )
     title = f"<caption>{escape(caption)} {mark}</caption>" if caption or mark else ""
     text = [f"{caption} [{LABELS[label]}]".strip() if label else caption, plain(frame, digits)]
-    return Shown(f'<table class="dataframe metake-table">{title}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>', "\n".join(filter(None, text)))
+    return Shown(
+        f'<table class="dataframe metake-table">{title}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>',
+        "\n".join(filter(None, text)),
+    )
 
 
 @dataclass
@@ -127,23 +157,33 @@ class Verdict(Shown):
     verdict: str  # "holds", "does not hold" or "inconclusive"
 
 
-def verdict(page: str, title: str, claim: str, holds: bool | None, decided_by: str, label: str = "recomputed", model: str = DEFAULT, part: str = "") -> Verdict:
+def verdict(
+    page: str, title: str, claim: str, holds: bool | None, decided_by: str, label: str = "recomputed",
+    model: str = DEFAULT, part: str = ""
+) -> Verdict:
     """The page's claim, whether it holds (None: inconclusive), and the number that decided it.
 
-    Kept as <page>.json in the folder METAKE_VERDICTS, else in the run's own in _build/verdicts: only `make notebooks`, which
-    names the committed folder, speaks for the page. Other models than the default one go into the file's name, and so does
+    Kept as <page>.json in the folder METAKE_VERDICTS, else in the run's own in _build/verdicts: only `make notebooks`,
+    which names the committed folder, speaks for the page. Other models than the default one go into the file's name,
+    and so does
     part: which of several claims of one page this is.
     """
-    found = [word for key, word in VERDICTS.items() if (holds is None) == (key is None) and (key is None or holds == key)]
+    found = [
+        word for key, word in VERDICTS.items() if (holds is None) == (key is None) and (key is None or holds == key)
+    ]
     if len(found) != 1:
         raise ParameterError(f"the verdict of {page!r} must be True, False or None (inconclusive); found {holds!r}")
     if label not in ("recomputed", "recorded"):
         raise ParameterError(f"a verdict is recomputed or recorded; found {label!r}")
     (word, tone), name = found[0], artifact_name(f"{page}-{part}" if part else page, model)
     content = {"page": page, "title": title, "claim": claim, "verdict": word, "decided_by": decided_by, "label": label}
-    write_file(own_folder("METAKE_VERDICTS", "verdicts") / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_file(
+        own_folder("METAKE_VERDICTS", "verdicts") / f"{name}.json",
+        json.dumps(content, indent=1, ensure_ascii=False) + "\n",
+    )
     html = (
-        f'<div class="admonition metake-verdict metake-verdict-{tone}"><p class="admonition-title">Verdict: <span class="verdict verdict-{tone}">{word}</span></p>'
+        f'<div class="admonition metake-verdict metake-verdict-{tone}"><p class="admonition-title">Verdict: '
+        f'<span class="verdict verdict-{tone}">{word}</span></p>'
         f"<p>{escape(claim)}</p><p>Decided by: {escape(decided_by)} {badge(label)}</p></div>"
     )
     return Verdict(html, f"Verdict: {word} – {claim}\nDecided by: {decided_by} [{LABELS[label]}]", word)
@@ -153,14 +193,26 @@ def provenance(source: pd.DataFrame | Mapping[str, Any]) -> Shown:
     """Where records come from. The text has only what is equal on every machine; the markup has everything."""
     if isinstance(source, pd.DataFrame):
         if "provenance" not in source.attrs:
-            raise ProvenanceError("these records carry no provenance; expected it in .attrs['provenance'], as recorded(...) sets it")
+            raise ProvenanceError(
+                "these records carry no provenance; expected it in .attrs['provenance'], as recorded(...) sets it"
+            )
         source = source.attrs["provenance"]
     given = portable(source)
-    short = {k: str(v).removeprefix("sha256:")[:12] if k.endswith("digest") else _flat(v) for k, v in given.items() if v not in (None, "")}
+    short = {
+        k: str(v).removeprefix("sha256:")[:12] if k.endswith("digest") else _flat(v)
+        for k, v in given.items()
+        if v not in (None, "")
+    }
     stable = [f"{k.replace('_', ' ')} {short[k]}" for k in STABLE if k in short]
-    items = "".join(f"<dt>{escape(str(k).replace('_', ' '))}</dt><dd>{escape(_flat(v))}</dd>" for k, v in given.items() if v not in (None, ""))
+    items = "".join(
+        f"<dt>{escape(str(k).replace('_', ' '))}</dt><dd>{escape(_flat(v))}</dd>"
+        for k, v in given.items()
+        if v not in (None, "")
+    )
     text = f"Provenance: {', '.join(stable)}"
-    return Shown(f'<details class="metake-provenance"><summary>{escape(text)}</summary><dl>{items}</dl></details>', text)
+    return Shown(
+        f'<details class="metake-provenance"><summary>{escape(text)}</summary><dl>{items}</dl></details>', text
+    )
 
 
 def _flat(value: Any) -> str:

@@ -16,7 +16,8 @@ class Style(NamedTuple):
     name: str
 
 
-METHOD_STYLE: dict[str, Style] = {  # contrast ≥ 3 on white and on #121212; apart in all three color-vision deficiencies; stars are kin of MetaKE
+# contrast ≥ 3 on white and on #121212; apart in all three color-vision deficiencies; stars are kin of MetaKE
+METHOD_STYLE: dict[str, Style] = {
     "pre-edit": Style("#64666c", "X", ":", "pre-edit"),
     "rome": Style("#93827d", "p", "--", "ROME"),
     "memit": Style("#00a76b", "s", "-", "MEMIT"),

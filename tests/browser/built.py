@@ -8,13 +8,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = Path(os.environ.get("METAKE_BOOK") or ROOT / "_build" / "html").resolve()
-CHROMIUM = os.environ.get("METAKE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+CHROMIUM = (
+    os.environ.get("METAKE_CHROMIUM")
+    or shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
+ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync"
+]
 
 
 def pages() -> list[str]:
     """Every page of the built book, as its address below the root."""
-    return sorted(p.relative_to(BOOK).as_posix() for p in BOOK.rglob("*.html") if "_static" not in p.relative_to(BOOK).parts)
+    return sorted(
+        p.relative_to(BOOK).as_posix() for p in BOOK.rglob("*.html") if "_static" not in p.relative_to(BOOK).parts
+    )
 
 
 def missing() -> str:
@@ -32,5 +42,11 @@ def missing() -> str:
 def settled(page) -> None:
     """Wait until a page stands still: loaded, its formulas set, two frames drawn."""
     page.wait_for_load_state("load")
-    page.wait_for_function("!window.MathJax || (window.MathJax.startup && window.MathJax.startup.promise && window.MathJax.startup.promise.then(() => true))")
-    page.evaluate("document.fonts.ready.then(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true)))))")
+    page.wait_for_function(
+        "!window.MathJax || (window.MathJax.startup && window.MathJax.startup.promise && "
+        "window.MathJax.startup.promise.then(() => true))"
+    )
+    page.evaluate(
+        "document.fonts.ready.then(() => new Promise((done) => requestAnimationFrame(() => "
+        "requestAnimationFrame(() => done(true)))))"
+    )

@@ -1,6 +1,8 @@
-"""The built book in a browser, served on this machine. METAKE_BOOK: another folder of it; METAKE_CHROMIUM: another browser.
+"""The built book in a browser, served on this machine. METAKE_BOOK: another folder of it; METAKE_CHROMIUM:
+another browser.
 
-Where the book or the browser is missing these tests skip and say so; with METAKE_BROWSER=required (`make browser`) they fail.
+Where the book or the browser is missing these tests skip and say so; with METAKE_BROWSER=required (`make browser`)
+they fail.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def chromium():
 @pytest.fixture
 def tab(chromium):
     """A fresh window at the width of a laptop, in the light theme; it may read and write the clipboard."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light", permissions=["clipboard-read", "clipboard-write"])
+    context = chromium.new_context(
+        viewport={"width": 1280, "height": 900}, color_scheme="light", permissions=["clipboard-read", "clipboard-write"]
+    )
     context.set_default_timeout(20_000)
     yield context.new_page()
     context.close()

@@ -42,10 +42,19 @@ def visit(request, chromium, address) -> Visit:
     from playwright.sync_api import TimeoutError
 
     seen = Visit()
-    context = chromium.new_context(viewport={"width": LAPTOP, "height": 900}, color_scheme="light", reduced_motion="reduce")
+    context = chromium.new_context(
+        viewport={"width": LAPTOP, "height": 900}, color_scheme="light", reduced_motion="reduce"
+    )
     context.set_default_timeout(60_000)
     page = context.new_page()
-    page.on("request", lambda r: seen.elsewhere.append(r.url) if urlsplit(r.url).scheme not in ("data", "blob") and not r.url.startswith(address) else None)
+    page.on(
+        "request",
+        lambda r: (
+            seen.elsewhere.append(r.url)
+            if urlsplit(r.url).scheme not in ("data", "blob") and not r.url.startswith(address)
+            else None
+        ),
+    )
     page.on("response", lambda r: seen.failed.append(f"{r.status} {r.url}") if r.status >= 400 else None)
     page.on("requestfailed", lambda r: seen.failed.append(f"{r.failure} {r.url}"))
     page.on("console", lambda m: seen.errors.append(m.text) if m.type == "error" else None)

@@ -1,4 +1,6 @@
-"""What a reader touches: sidebar, search, theme, copy buttons, downloads, the picture to drag. Each does what it says."""
+"""What a reader touches: sidebar, search, theme, copy buttons, downloads, the picture to drag.
+Each does what it says.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import re
 import pytest
 from built import BOOK, ROOT, pages, settled
 
-GEOMETRY, COMPARISON, FIGURES = "notebooks/geometry_of_beta.html", "notebooks/main_comparison.html", "notebooks/association_dispersion.html"
+GEOMETRY, COMPARISON, FIGURES = (
+    "notebooks/geometry_of_beta.html", "notebooks/main_comparison.html", "notebooks/association_dispersion.html"
+)
 
 
 def opened(tab, address, page):
@@ -25,7 +29,8 @@ def test_the_sidebar_leads_to_another_page(tab, address):
     opened(tab, address, "book/intro.html")
     tab.locator(".bd-sidebar-primary nav.bd-links a", has_text="Main comparison").first.click()
     settled(tab)
-    assert tab.url == address + COMPARISON and tab.get_by_role("heading", name="Main comparison", level=1).count() == 1  # the print version's is hidden
+    # the print version's is hidden
+    assert tab.url == address + COMPARISON and tab.get_by_role("heading", name="Main comparison", level=1).count() == 1
 
 
 def test_the_sidebar_opens_and_closes_on_a_phone(tab, address):
@@ -88,7 +93,9 @@ def test_the_theme_switch_changes_page_and_drawings(tab, address):
 # What stands around figures and tables
 
 
-@pytest.mark.parametrize("where", [".metake-again", "figure .metake-command-box", ".metake-table-box .metake-command-box"])
+@pytest.mark.parametrize(
+    "where", [".metake-again", "figure .metake-command-box", ".metake-table-box .metake-command-box"]
+)
 def test_a_copy_button_copies_its_command(tab, address, where):
     opened(tab, address, FIGURES)
     if "box" in where:
@@ -98,7 +105,10 @@ def test_a_copy_button_copies_its_command(tab, address, where):
     block.locator("button.copybtn").click()
     tab.wait_for_function("navigator.clipboard.readText().then((t) => t.length > 0)")
     copied = tab.evaluate("navigator.clipboard.readText()")
-    assert copied == block.locator("pre").inner_text().strip() and "papermill notebooks/association_dispersion.ipynb" in copied
+    assert (
+        copied == block.locator("pre").inner_text().strip()
+        and "papermill notebooks/association_dispersion.ipynb" in copied
+    )
 
 
 @pytest.mark.parametrize("where", ["figure", ".metake-table-box"])
@@ -217,7 +227,9 @@ def test_without_javascript_figures_numbers_and_commands_are_there(chromium, add
 
 
 def test_every_notebook_of_the_book_is_a_page():
-    assert {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")} == {p[10:-5] for p in pages() if p.startswith("notebooks/")}
+    assert {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")} == {
+        p[10:-5] for p in pages() if p.startswith("notebooks/")
+    }
 
 
 def test_a_mark_under_the_pointer_says_its_values(tab, address):

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from built import BOOK, ROOT, pages
 
-from metake import pages as notebooks
+from metake.commands import pages as notebooks
 
 LABELS = ("recomputed", "recorded", "reported")
 NUMBER = re.compile(r'<span class="caption-number">(Figure|Table) (\d+) </span>')
@@ -54,7 +54,10 @@ def reading_order() -> list[str]:
 
 def boxes(page: str) -> list[str]:
     """The markup of each figure with a drawing and each numbered table of a page."""
-    return re.findall(r'<figure class="[^"]*" id="[^"]*">\s*<div class="output text_html"><div class="metake-figure">.*?</figure>|<div class="metake-table-box".*?</details></div></div>', text(page), re.S)
+    return re.findall(
+        r'<figure class="[^"]*" id="[^"]*">\s*<div class="output text_html"><div '
+        r'class="metake-figure">.*?</figure>|<div class="metake-table-box".*?</details></div></div>', text(page), re.S
+    )
 
 
 @pytest.mark.parametrize("page", pages())
@@ -76,7 +79,10 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", pages())
 def test_names_are_unique(page):
-    found = re.findall(r'<(?!span class="target")[a-z0-9]+\b[^>]*?\sid="([^"]+)"', re.sub(r"<script.*?</script>", "", text(page), flags=re.S))
+    found = re.findall(
+        r'<(?!span class="target")[a-z0-9]+\b[^>]*?\sid="([^"]+)"',
+        re.sub(r"<script.*?</script>", "", text(page), flags=re.S),
+    )
     assert {name for name in found if found.count(name) > 1} <= {""}
 
 
@@ -115,7 +121,9 @@ def test_the_command_of_a_page_gives_its_own_defaults(page):
     for entry in given["parameters_yaml"]:
         values |= yaml.safe_load(entry)
     assert (given["notebook_path"], given["output_path"]) == (f"notebooks/{name}.ipynb", f"runs/{name}.ipynb")
-    assert values == notebooks.defaults(name) and {k: type(v) for k, v in values.items()} == {k: type(v) for k, v in notebooks.defaults(name).items()}
+    assert values == notebooks.defaults(name) and {k: type(v) for k, v in values.items()} == {
+        k: type(v) for k, v in notebooks.defaults(name).items()
+    }
 
 
 def split(command: str) -> list[str]:

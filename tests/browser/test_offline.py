@@ -41,11 +41,16 @@ def test_a_print_stands_where_its_links_lead_and_fits_the_paper(tab, tmp_path):
     spec.loader.exec_module(tool := importlib.util.module_from_spec(spec))
     (tmp_path / "book").mkdir()
     wide = "<td>a_rather_long_word_that_cannot_break</td>" * 12
-    (tmp_path / "book" / "intro.html").write_text(f'<link rel="stylesheet" href="top.css"><article><p>{"text " * 500}</p><div><table><tr>{wide}</tr></table></div></article>')
+    (tmp_path / "book" / "intro.html").write_text(
+        '<link rel="stylesheet" '
+        f'href="top.css"><article><p>{"text " * 500}</p><div><table><tr>{wide}</tr></table></div></article>'
+    )
     (tmp_path / "top.css").write_text("article p { break-after: page; }")
     for _ in range(2):  # again over what is there
         tool.print_book(tab, tmp_path, tmp_path / "out.pdf")
     printed = (tmp_path / "out.pdf").read_bytes()
-    assert printed.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", printed)) == 2, "the style at the top was found: the table has its own page"
+    assert printed.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", printed)) == 2, (
+        "the style at the top was found: the table has its own page"
+    )
     assert tab.locator("table").bounding_box()["width"] <= tool.PAPER["width"]
     assert tool.one_page(tmp_path) == tmp_path / "whole-book.html"

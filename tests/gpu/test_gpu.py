@@ -9,7 +9,7 @@ import torch
 from models import CONFIGS, random_model
 
 import metake as mk
-from metake.machine import peak_memory
+from metake.support.machine import peak_memory
 
 GPU = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -34,7 +34,9 @@ def test_an_edit_of_the_gpu_is_that_of_the_cpu(method):
     assert lm.device.type == GPU
     for one, other in zip(ours.updates, theirs.updates, strict=True):
         assert_same(one.delta, other.delta)
-    assert {k: len(v["loss"]) for k, v in ours.record.trace.items()} == {k: len(v["loss"]) for k, v in theirs.record.trace.items()}
+    assert {k: len(v["loss"]) for k, v in ours.record.trace.items()} == {
+        k: len(v["loss"]) for k, v in theirs.record.trace.items()
+    }
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

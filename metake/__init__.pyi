@@ -1,0 +1,51 @@
+from . import methods
+from .algebra.geometry import (
+    InverseCovariance,
+    Isotropic,
+    KeyStatistics,
+    NullSpace,
+    condition,
+    inverse_covariance,
+    null_space,
+)
+from .algebra.solve import Solution, association, attenuation, feasible_interval, gate, realization, solve
+from .algebra.update import Edit, EditRecord, LayerUpdate
+from .data.facts import facts
+from .data.requests import (
+    EditCase,
+    EditRequest,
+    Probe,
+    batches,
+    counterfact,
+    counterfact_cases,
+    zsre,
+    zsre_cases,
+)
+from .editing.bilevel import Refinement, refine
+from .editing.diagnosis import diagnose
+from .editing.editor import Editor, EditorState
+from .editing.statistics import Statistics, statistics
+from .editing.targets import TargetRule, Targets, optimize_targets
+from .language.model import ARCHITECTURES, Architecture, LanguageModel, load
+from .methods import METHODS
+from .scoring.evaluation import Evaluation, evaluate, recall
+from .support.errors import (
+    ArchitectureError,
+    MetakeError,
+    NumericalError,
+    ParameterError,
+    ProvenanceError,
+    RequestError,
+    StatisticsError,
+)
+
+__all__ = [
+    "ARCHITECTURES", "METHODS", "Architecture", "ArchitectureError", "Edit", "EditCase", "EditRecord", "EditRequest",
+    "Editor", "EditorState", "Evaluation", "InverseCovariance", "Isotropic", "KeyStatistics", "LanguageModel",
+    "LayerUpdate", "MetakeError", "NullSpace", "NumericalError", "ParameterError", "Probe", "ProvenanceError",
+    "Refinement", "RequestError", "Solution", "Statistics", "StatisticsError", "TargetRule", "Targets",
+    "association", "attenuation", "batches", "condition", "counterfact", "counterfact_cases", "diagnose", "evaluate",
+    "facts", "feasible_interval", "gate", "inverse_covariance", "load", "methods", "null_space", "optimize_targets",
+    "realization", "recall", "refine", "solve", "statistics", "zsre", "zsre_cases",
+]  # fmt: skip
+__version__: str

@@ -1,0 +1,273 @@
+"""What an edit is once it exists: thin factors per layer and a record of where they came from.
+
+Δ = left @ right, always (d_out, d_in) whatever the module stores, so that `left` and `right` are LoRA's B and A.
+A model is anything with `weight(module)`, `add(module, delta)`, `scratch(modules)` and `digest(module)`,
+as `LanguageModel`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metake.support.errors import ArchitectureError, ParameterError, ProvenanceError
+from metake.support.storage import atomic_path, load_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """Update of one weight, Δ = left @ right (+ dense).
+
+    left: (d_out, r), R;  right: (r, d_in), M;  dense: (d_out, d_in) or None, for methods whose update is not thin.
+    """
+
+    module: str
+    left: Tensor
+    right: Tensor
+    dense: Tensor | None = None
+
+    @property
+    def delta(self) -> Tensor:
+        """Δ, (d_out, d_in)."""
+        # the last digit depends on the layout, and must not on saving
+        thin = self.left.contiguous() @ self.right.contiguous()
+        return thin if self.dense is None else thin + self.dense
+
+    @property
+    def rank(self) -> int:
+        """Upper bound of the rank of the thin part: its inner dimension."""
+        return self.left.shape[1]
+
+    def __add__(self, other: LayerUpdate) -> LayerUpdate:
+        """Sum of two updates of one weight: factors side by side."""
+        if self.module != other.module:
+            raise ParameterError(f"updates of different weights do not add: {self.module} and {other.module}")
+        parts = [d for d in (self.dense, other.dense) if d is not None]
+        return LayerUpdate(
+            self.module, torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right]),
+            sum(parts[1:], parts[0]) if parts else None
+        )
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular value decomposition of Δ; a thin update's through the QR of its factors, never forming Δ:
+        O((d_out + d_in) r²).
+        """
+        if self.dense is not None:
+            return torch.linalg.svd(self.delta, full_matrices=False)
+        q_left, r_left = torch.linalg.qr(self.left)
+        q_right, r_right = torch.linalg.qr(self.right.T)
+        u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+        return q_left @ u, s, vh @ q_right.T
+
+    def compress(self, rank: int) -> tuple[LayerUpdate, float]:
+        """Best approximation of Δ of the given rank (Eckart–Young), and the share of ‖Δ‖_F² that it discards;
+        one `svd`.
+        """
+        if rank < 1:
+            raise ParameterError(f"rank must be ≥ 1; found {rank}")
+        u, s, vh = self.svd()
+        energy = s.square().sum()
+        lost = (s[rank:].square().sum() / energy).item() if energy > 0 else 0.0
+        root = s[:rank].sqrt()
+        return LayerUpdate(self.module, u[:, :rank] * root, root[:, None] * vh[:rank]), lost
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """Where an edit came from: enough to repeat it and to refuse a base that it was not made for."""
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)  # id, origin, revision, dtype, device
+    weights: dict[str, str] = field(default_factory=dict)  # module → SHA-256 of the tensor before the edit
+    requests: tuple[str, ...] = ()
+    requests_digest: str = ""
+    statistics_digest: str = ""
+    context_templates: tuple[str, ...] = ()
+    seed: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)  # planned, realized, ‖Δ‖/‖W‖, spectrum of B
+    trace: dict[str, Any] = field(default_factory=dict)  # losses per step and request
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: int = 0  # bytes
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> EditRecord:
+        raw = json.loads(text)
+        unknown = raw.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise ProvenanceError(
+                f"edit record has unknown fields {sorted(unknown)}; it was written by another version of metake"
+            )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Updates of one or more weights, with their record. A value: applying it changes the model, never the edit."""
+
+    updates: tuple[LayerUpdate, ...]
+    record: EditRecord = EditRecord()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(u.module for u in self.updates)
+
+    def apply(self, model: Any, check: bool = True) -> None:
+        """Add the update to the model's weights, for good. Raises ProvenanceError on another base than the recorded
+        one.
+        """
+        if check:
+            self.check_base(model)
+        with model.restored_on_error(self.modules):
+            for update in self.updates:
+                model.add(update.module, update)
+
+    @contextlib.contextmanager
+    def applied(self, model: Any, check: bool = True) -> Iterator[Any]:
+        """Apply within the block; on exit the original tensors are copied back, bit for bit."""
+        with model.scratch(self.modules):
+            self.apply(model, check)
+            yield model
+
+    def check_base(self, model: Any) -> None:
+        """Raise ProvenanceError unless every weight to be edited has the digest that the record names."""
+        for module, expected in self.record.weights.items():
+            try:
+                found = model.digest(module)
+            except ArchitectureError as error:
+                raise ProvenanceError(
+                    f"the edit was made on {self.record.base.get('id', '?')!r}; apply it to that base: {error}"
+                ) from error
+            if found != expected:
+                raise ProvenanceError(
+                    f"{module} of {model.name!r} has SHA-256 {found[:12]}…, but the edit was made on {expected[:12]}… "
+                    f"(base {self.record.base.get('id', '?')!r}); apply it to that base, or pass check=False"
+                )
+
+    def __add__(self, other: Edit) -> Edit:
+        """One edit that does what `self` then `other` do; the record keeps the first base and all requests,
+        their digests joined by +.
+        """
+        mine, theirs = ({u.module: u for u in e.updates} for e in (self, other))
+        updates = tuple(
+            mine[m] + theirs[m] if m in mine and m in theirs else mine.get(m) or theirs[m] for m in {**mine, **theirs}
+        )
+        record = replace(
+            self.record,
+            weights={**other.record.weights, **self.record.weights},
+            requests=(*self.record.requests, *other.record.requests),
+            requests_digest="+".join(d for e in (self, other) if (d := e.record.requests_digest)),
+            layers={},
+            trace={},
+            seconds={
+                k: sum(e.record.seconds.get(k, 0.0) for e in (self, other))
+                for k in {**self.record.seconds, **other.record.seconds}
+            },
+            peak_memory=max(self.record.peak_memory, other.record.peak_memory),
+        )
+        return Edit(updates, record)
+
+    def compress(self, rank: int) -> tuple[Edit, dict[str, float]]:
+        """Every update at most of the given rank, and the discarded share of its energy per module."""
+        pairs = {u.module: u.compress(rank) for u in self.updates}
+        return Edit(tuple(p[0] for p in pairs.values()), self.record), {m: p[1] for m, p in pairs.items()}
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write factors (safetensors) and record (JSON) to `folder`, which appears whole or not at all."""
+        tensors = {
+            f"{u.module}:{part}": t
+            for u in self.updates
+            for part in ("left", "right", "dense")
+            if (t := getattr(u, part)) is not None
+        }
+        return _write_folder(
+            folder, "edit.safetensors", tensors, {"record.json": self.record.to_json()}, marker="record.json"
+        )
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Edit:
+        """Read an edit that `save` wrote. Raises ProvenanceError if the folder is not one, or damaged."""
+        folder = Path(folder)
+        if not (folder / "record.json").is_file() or not (folder / "edit.safetensors").is_file():
+            raise ProvenanceError(f"{folder} holds no saved edit (expected edit.safetensors and record.json)")
+        parts: dict[str, dict[str, Tensor]] = {}
+        try:
+            record = EditRecord.from_json((folder / "record.json").read_text(encoding="utf-8"))
+            for name, tensor in load_tensors(folder / "edit.safetensors")[0].items():
+                module, part = name.rsplit(":", 1)
+                parts.setdefault(module, {})[part] = tensor
+            updates = tuple(LayerUpdate(m, **parts[m]) for m in {**record.weights, **parts})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ProvenanceError(f"{folder} is damaged or no saved edit: {type(error).__name__}: {error}") from error
+        return cls(updates, record)
+
+    def to_peft(self, folder: str | os.PathLike, rank: int | None = None) -> dict[str, float]:
+        """Write a LoRA adapter that `PeftModel.from_pretrained(model, folder)` loads: B = left, A = right, scaling 1.
+
+        rank: compress to it; needed for dense updates. Returns the discarded share of ‖Δ‖² per module (0 if exact).
+        """
+        edit, lost = self, dict.fromkeys(self.modules, 0.0)
+        if rank is not None:
+            edit, lost = self.compress(rank)
+        dense = [u.module for u in edit.updates if u.dense is not None]
+        if dense:
+            raise ParameterError(
+                f"the updates of {', '.join(dense)} are dense, an adapter is thin: pass rank=…, the discarded "
+                "energy is returned"
+            )
+        size = max((u.rank for u in edit.updates), default=0)
+        if not size:
+            raise ParameterError("an edit of zero requests has no adapter to export")
+        tensors = {}
+        for u in edit.updates:  # peft wants one rank for all modules: pad with zeros, which changes nothing
+            pad = size - u.rank
+            tensors[f"base_model.model.{u.module}.lora_A.weight"] = torch.nn.functional.pad(u.right, (0, 0, 0, pad))
+            tensors[f"base_model.model.{u.module}.lora_B.weight"] = torch.nn.functional.pad(u.left, (0, pad))
+        config = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": self.record.base.get("id"),
+            "r": size, "lora_alpha": size,
+            "target_modules": list(edit.modules), "fan_in_fan_out": bool(self.record.base.get("conv1d", False)),
+            "bias": "none", "inference_mode": True,
+        }  # fmt: skip
+        provenance = json.dumps(
+            {"discarded_energy": lost, "record": json.loads(self.record.to_json())}, indent=1, ensure_ascii=False
+        )
+        files = {"adapter_config.json": json.dumps(config, indent=1), "metake.json": provenance}
+        _write_folder(folder, "adapter_model.safetensors", tensors, files, marker="metake.json")
+        return lost
+
+
+def _write_folder(
+    folder: str | os.PathLike, weights: str, tensors: dict[str, Tensor], files: dict[str, str], marker: str
+) -> Path:
+    """Write a folder whole; replaces only one that holds `marker`, never a stranger's."""
+    folder = Path(folder)
+    if folder.exists() and not (folder / marker).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ParameterError(f"{folder} exists and is not of this kind (no {marker} in it); choose another folder")
+    with atomic_path(folder) as scratch:
+        scratch.mkdir()
+        save_tensors(tensors, scratch / weights)
+        for name, text in files.items():
+            (scratch / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def total(edits: Sequence[Edit]) -> Edit:
+    """One edit that does what a sequence of edits does, in order."""
+    if not edits:
+        raise ParameterError("no edits to add up")
+    result = edits[0]
+    for edit in edits[1:]:
+        result = result + edit
+    return result

@@ -1,0 +1,223 @@
+"""The command line: each sub-command parses, calls one library function, and prints what it gives.
+
+A user's mistake ends with exit code 2, an interruption with 130, and both with one line that says what to do next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import metake as mk
+from metake.algebra.update import total
+from metake.commands import options
+from metake.commands.arguments import Parser
+from metake.editing.recipes import recipe
+from metake.experiments.runs import RunConfig, open_run, read_cases, reevaluate, run, select
+from metake.language import assets
+from metake.methods import DIFFERENCES, METHODS, OPERATORS
+from metake.scoring.evaluation import Evaluation
+from metake.support.errors import MetakeError
+
+
+def _methods(_: argparse.Namespace) -> None:
+    groups = {
+        "Methods": {name: " ".join(function.__doc__.split()) for name, function in METHODS.items()},
+        "MetaKE on the gates of other methods": {
+            name: f"`metake` with `{make.keywords['base'].__name__}` as its base" for name, make in OPERATORS.items()
+        },
+        "Where a paper and its released code differ: what the default does not do": {
+            name: f"{d.option}; by default: {d.usual}" for name, d in DIFFERENCES.items()
+        },
+    }
+    for title, entries in groups.items():
+        print(f"{title}:")
+        for name, text in entries.items():
+            print(f"  {name:<18} {text}")
+
+
+def _edit(args: argparse.Namespace) -> None:
+    from metake.experiments.studies.quickstart import compare
+
+    request = mk.EditRequest(args.prompt, args.subject, args.target, "edit")
+    lm = mk.load(args.model, args.dtype, args.device)
+    editor = mk.methods.method(args.method, args.model, seed=args.seed)
+    found = mk.statistics(lm, args.text, layers=editor.layers, tokens=args.text_tokens)
+    print(mk.diagnose(lm, [request], editor, found))
+    edit = editor.edit(lm, [request], found)
+    print(compare(lm, edit, request))
+    if args.out:
+        edit.save(args.out)
+        _wrote(args.out)
+    if args.peft:
+        _wrote(args.peft, edit.to_peft(args.peft, args.rank), args.rank)
+
+
+def _wrote(out: str, lost: Mapping[str, float] = MappingProxyType({}), rank: int | None = None) -> None:
+    print(f"wrote {out}" + (f"; discarded energy {max(lost.values()):.2e}" if rank else ""))
+
+
+def _show(found: Evaluation) -> None:
+    if found.before:
+        print(f"before  {found.before}")
+    print(f"after   {found}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    config = RunConfig(
+        args.model, args.method, args.data, args.edits, args.batch, args.seed, args.text, args.text_tokens, args.dtype,
+        args.generate
+    )
+    _show(run(config, args.out, args.device))
+    print(f"wrote {args.out}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    _show(reevaluate(args.folder, args.device))
+
+
+def _export(args: argparse.Namespace) -> None:
+    out = args.out or f"{args.folder.rstrip('/')}-{args.format}"
+    edit = total(open_run(args.folder)[1])
+    if args.format == "peft":
+        lost = edit.to_peft(out, args.rank)
+    else:
+        edit, lost = edit.compress(args.rank) if args.rank else (edit, {})
+        edit.save(out)
+    _wrote(out, lost, args.rank)
+
+
+def _diagnose(args: argparse.Namespace) -> None:
+    lm = mk.load(args.model, args.dtype, args.device)
+    editor = mk.methods.method(args.method, args.model, seed=args.seed)
+    cases = select(lm, read_cases(args.data), args.edits, args.seed)
+    found = mk.statistics(lm, args.text, layers=editor.layers, tokens=args.text_tokens)
+    print(mk.diagnose(lm, [c.request for c in cases], editor, found, args.tau, args.epsilon))
+
+
+def _stats(args: argparse.Namespace) -> None:
+    lm = mk.load(args.model, args.dtype, args.device)
+    threshold = args.threshold or recipe(args.model).threshold
+    found = mk.statistics(lm, args.text, layers=args.layers, tokens=args.text_tokens)
+    for layer, rank in found.null_ranks(threshold).items():
+        one = found[layer]
+        print(
+            f"layer {layer}: {one.count} tokens, d_in {one.dim}, eigenvalues {one.spectrum[0]:.2e} to "
+            f"{one.spectrum[-1]:.2e}, null space at {threshold:g}: rank {rank}"
+        )
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    source = assets.fetch(args.model, args.source)
+    print(f"{args.model}: {source.path} (from the {source.origin}; {source.note})")
+
+
+def _record(args: argparse.Namespace) -> None:
+    from metake.experiments import record
+
+    for line in record.record(
+        args.model, args.counterfact, args.zsre, args.text, args.edits, args.batch, args.seeds, args.only,
+        tasks=args.tasks
+    ):
+        print(line)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from metake.experiments.speed import bench
+
+    found = bench.bench(**{k: v for k, v in vars(args).items() if k not in ("command", "call", "json")})
+    print(bench.text(found))
+    if args.json:
+        bench.write(found, args.json)
+        print(f"wrote {args.json}")
+
+
+def _figure(args: argparse.Namespace) -> None:
+    from metake.commands import pages  # a kernel's machinery, which no other command needs
+
+    if args.list or not args.name:
+        print("\n".join(f"{name:<24} {title}" for name, title in pages.titles().items()))
+        return
+    out, verdicts = pages.figure(args.name, args.out, args.model, dict(args.p))
+    for found in verdicts:
+        print(f"{found['verdict']}: {found['claim']}\ndecided by: {found['decided_by']}")
+    _wrote(os.path.relpath(out))
+
+
+COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
+    ("methods", _methods, lambda parser: None, "list the methods: name, equation, source"),
+    ("edit", _edit, options.edit_options, "edit one fact and show what changed"),
+    ("run", _run, options.run_options, "edit many facts in sequential batches and evaluate them; resumable"),
+    ("eval", _eval, options.eval_options, "evaluate a run's saved edits again"),
+    ("export", _export, options.export_options, "write a run's total edit as a LoRA adapter or as one edit"),
+    (
+        "diagnose", _diagnose, options.diagnose_options,
+        "before editing: association, attenuation and feasible interval per request"
+    ),
+    (
+        "bench", _bench, options.bench_options,
+        "time the stages of one batch of edits; beside the literal path, if asked"
+    ),
+    ("stats", _stats, options.stats_options, "key statistics of a model: tokens, spectrum, rank of the null space"),
+    ("fetch", _fetch, options.fetch_options, "download a real model once, checksum verified"),
+    (
+        "figure", _figure, options.figure_options,
+        "run one page of the book with other parameters, into a folder of its own"
+    ),
+    (
+        "record", _record, options.record_options,
+        "make the recorded runs of a model that are missing; goes on where it stopped"
+    ),
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="metake", description="Knowledge editing in one formula: an edit is R·M.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"metake {mk.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, call, add_options, text in COMMANDS:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        add_options(sub)
+        sub.set_defaults(call=call)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0 on success, 2 on a user's mistake, 130 if interrupted."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt to reach the hub
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # γ and β on a terminal that lacks them
+    args = None
+    try:
+        args = _parser().parse_args(arguments)
+        args.call(args)
+        sys.stdout.flush()
+    except MetakeError as error:
+        return _complain(f"error: {error}", 2)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        where = (
+            f"{error.filename}: {error.strerror}; check the path, its permissions and the space left"
+            if error.filename
+            else error
+        )
+        return _complain(f"error: {where}", 2)
+    except KeyboardInterrupt:
+        goes_on = getattr(args, "command", "") in ("run", "record")
+        return _complain(
+            "interrupted" + ("; the same command goes on after the last finished batch" if goes_on else ""), 130
+        )
+    return 0
+
+
+def _complain(message: str, code: int) -> int:
+    sys.stderr.write(f"metake: {' '.join(message.split())}\n")
+    return code

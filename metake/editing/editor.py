@@ -1,0 +1,371 @@
+"""The editor: a value made of parts, and the one pipeline that every closed-form method runs.
+
+targets → (refinement) → for each layer: keys, share of the residual, gate, post-process, write → metrics that remember
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metake.algebra.geometry import Isotropic, KeyStatistics, Metric, MetricRule, condition
+from metake.algebra.postprocess import PostProcess, correction
+from metake.algebra.solve import Solution, gate, solve
+from metake.algebra.update import Edit, EditRecord, LayerUpdate
+from metake.data.requests import EditRequest, check_batch
+from metake.editing.bilevel import Refinement, refine
+from metake.editing.keys import KeyReader
+from metake.editing.targets import TargetRule, Targets, optimize_targets
+from metake.language.generation import ContextRule, context_templates
+from metake.language.model import LanguageModel
+from metake.support.errors import ParameterError, StatisticsError
+from metake.support.machine import peak_memory, synchronize, versions
+
+Allocation = Callable[[int, int], float]
+
+
+def even(index: int, count: int) -> float:
+    """The share of the remaining residual that layer number `index` of `count` takes: 1/(count − index) (MEMIT)."""
+    return 1 / (count - index)
+
+
+def root(index: int, count: int) -> float:
+    """1/√(count − index): the square root of `even`'s share (PMET)."""
+    return (count - index) ** -0.5
+
+
+def whole(index: int, count: int) -> float:
+    """1: every layer takes all that remains (ROME, BLUE)."""
+    return 1.0
+
+
+@dataclass(frozen=True)
+class EditorState:
+    """What one batch hands to the next: a metric per layer, and the context templates. A value, never changed in place.
+
+    keys: of the latest batch, if the metrics remember them; original, totals: weights before the first edit and the sum
+    of all updates since, if a post-process acts on the whole sequence.
+    """
+
+    metrics: Mapping[int, Metric] = field(repr=False)
+    contexts: tuple[str, ...]
+    statistics_digest: str = ""
+    edits: int = 0
+    keys: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
+    original: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    totals: Mapping[str, LayerUpdate] = field(default_factory=dict, repr=False)
+
+    def after(self, edit: Edit, keys: Mapping[int, Tensor], count: int) -> EditorState:
+        """The state once an edit of `count` requests is applied; keys: those to remember, per layer."""
+        if not count:
+            return self
+        metrics = {i: condition(m, keys[i]) if i in keys else m for i, m in self.metrics.items()}
+        totals = {
+            u.module: self.totals[u.module] + u if u.module in self.totals else u
+            for u in edit.updates
+            if u.module in self.original
+        }
+        return replace(
+            self, metrics=metrics, keys=keys or self.keys, totals={**self.totals, **totals}, edits=self.edits + count
+        )
+
+
+@dataclass(frozen=True)
+class Editor:
+    """A locate-then-edit method as a combination of parts (MetaKE v3 §3.2; the family in one formula, Δ = R·M).
+
+    layers: edited blocks in ascending order; metric: rule that builds Q from a layer's statistics; target: Stage I;
+    allocation: share of the residual per layer; refine: MetaKE's outer level or None; remember: condition the metric
+    on the keys of earlier batches; noise: 1, or 0 to interpolate exactly; seed: of the context templates.
+    own_targets: each layer has targets of its own, made on the model that the layers before have changed (BLUE);
+    else all share the last layer's. post: see `postprocess`. together: how many requests are solved at once,
+    None for all of a batch (ROME: 1). plain: the residual is to be found at the plain prompt's key (ROME),
+    not at the averaged one.
+    """
+
+    layers: tuple[int, ...]
+    metric: MetricRule
+    target: TargetRule = TargetRule()
+    allocation: Allocation = even
+    refine: Refinement | None = None
+    remember: bool = False
+    noise: float = 1.0
+    seed: int = 0
+    contexts: tuple[str, ...] | None = None  # verbatim templates instead of sampled ones
+    context_rule: ContextRule = ContextRule()
+    own_targets: bool = False
+    post: tuple[PostProcess, ...] = ()
+    together: int | None = None
+    plain: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "post", tuple(self.post))
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ParameterError(f"layers must be distinct, ascending and at least one; found {self.layers}")
+        if self.contexts is not None and (
+            not self.contexts or self.contexts[0] != "{}" or any(c.count("{}") != 1 for c in self.contexts)
+        ):
+            raise ParameterError("contexts must begin with the plain '{}', and each must contain exactly one '{}'")
+        if self.together is not None and self.together < 1:
+            raise ParameterError(
+                f"together must be at least 1, or None for all requests of a batch; found {self.together}"
+            )
+
+    def init(self, lm: LanguageModel, statistics: Mapping[int, KeyStatistics]) -> EditorState:
+        """The state before the first batch: a metric per layer, sampled context templates. `lm` is only read.
+
+        Raises StatisticsError if a layer's statistics are missing, of another width, or leave no null space.
+        """
+        metrics = {}
+        for layer in self.layers:
+            if layer not in statistics:
+                raise StatisticsError(
+                    f"no key statistics of layer {layer}; found {sorted(statistics)}: compute them with "
+                    f"statistics(lm, layers={self.layers})"
+                )
+            width = lm.shape(lm.write_path(layer))[1]
+            if statistics[layer].dim != width:
+                raise StatisticsError(
+                    f"statistics of layer {layer} have dimension {statistics[layer].dim}, the keys of "
+                    f"{lm.name!r} have {width}: they are of another model"
+                )
+            metrics[layer] = self.metric(statistics[layer].to(lm.device))
+        contexts = self.contexts or context_templates(lm, self.context_rule, self.seed)
+        original = (
+            {path: lm.weight(path).clone() for path in map(lm.write_path, self.layers)} if self._at("sequence") else {}
+        )
+        return EditorState(metrics, contexts, getattr(statistics, "digest", ""), original=original)
+
+    def edit(self, lm: LanguageModel, requests: Sequence[EditRequest], statistics: Mapping[int, KeyStatistics]) -> Edit:
+        """One batch from a fresh state: `init`, one `step`, and `finish`. `lm` is bit-identical on return.
+
+        The record is the step's: its norms are of what was solved, before a finish.
+        """
+        return self.finished(lm, *self.step(lm, requests, self.init(lm, statistics)))
+
+    def finished(self, lm: LanguageModel, edit: Edit, state: EditorState) -> Edit:
+        """A first step's edit with what `finish` adds to it, before either is applied."""
+        if not (last := self.finish(lm, state)):
+            return edit
+        # what a rule makes of a thin update has no higher rank
+        pairs = zip((edit + last).updates, edit.updates, strict=True)
+        return replace(
+            edit,
+            updates=tuple(
+                whole if whole.dense is not None else whole.compress(max(1, own.rank))[0] for whole, own in pairs
+            ),
+        )
+
+    def step(
+        self, lm: LanguageModel, requests: Sequence[EditRequest], state: EditorState, planned: Targets | None = None
+    ) -> tuple[Edit, EditorState]:
+        """The edit of one batch, and the state for the next, assuming the edit will be applied.
+
+        planned: Stage I's targets of these requests on this very model, if they are at hand:
+        methods that plan alike share them.
+
+        `lm` is bit-identical on return, also if this raises: RequestError for empty, unlocatable, repeated or
+        contradicting requests, NumericalError for a loss that is not finite. Zero requests give a zero update.
+        """
+        requests = list(requests)
+        check_batch(requests)
+        if planned and (
+            self.plan_key(state) is None or (planned.layer, len(planned.value)) != (self.layers[-1], len(requests))
+        ):
+            raise ParameterError(
+                f"these targets are of {len(planned.value)} requests at layer {planned.layer}; this editor "
+                "plans otherwise: leave them out"
+            )
+        paths = [lm.write_path(layer) for layer in self.layers]
+        hashes = {path: lm.digest(path) for path in paths}
+        clock = Clock(lm.device)
+        size = self.together or max(1, len(requests))
+        with lm.scratch(paths):
+            solved = [
+                self._write(lm, requests[k : k + size], state, clock, planned)
+                for k in range(0, max(1, len(requests)), size)
+            ]
+        updates = tuple(
+            self._posted("batch", sum(parts[1:], parts[0]), lm.weight(path))
+            for path, parts in zip(paths, zip(*(s.updates for s in solved), strict=True), strict=True)
+        )
+        record = EditRecord(
+            recipe=describe(self), base=lm.base(), weights=hashes, requests=tuple(r.id for r in requests),
+            requests_digest=digest_of(requests),
+            statistics_digest=state.statistics_digest, context_templates=state.contexts, seed=self.seed,
+            versions=versions(),
+            layers={str(i): norms(lm, u, [s.layers[i] for s in solved]) for i,
+            u in zip(self.layers, updates, strict=True)},
+            trace={r.id: t for r, t in zip(requests, (t for s in solved for t in s.trace), strict=True)},
+            seconds=clock.seconds, peak_memory=peak_memory(lm.device),
+        )  # fmt: skip
+        keys = (
+            {i: torch.cat([s.layers[i].keys for s in solved]) for i in self.layers}
+            if self.remember and requests
+            else {}
+        )
+        edit = Edit(updates, record)
+        return edit, state.after(edit, keys, len(requests))
+
+    def finish(self, lm: LanguageModel, state: EditorState) -> Edit | None:
+        """What a method still does once all batches are applied: None, or an edit to apply on top of them (PRUNE).
+
+        Between batches the model stays as they left it: to look at a sequence midway, apply this within `applied`.
+        """
+        if not (rules := self._at("sequence")) or not state.totals:
+            return None
+        updates = tuple(correction(rules, total, state.original[path]) for path, total in state.totals.items())
+        weights = {path: lm.digest(path) for path in state.totals}
+        record = EditRecord(
+            recipe=describe(self), base=lm.base(), weights=weights, statistics_digest=state.statistics_digest,
+            context_templates=state.contexts, seed=self.seed, versions=versions()
+        )
+        return Edit(updates, record)
+
+    def plan_key(self, state: EditorState) -> tuple | None:
+        """What Stage I depends on besides model and requests: editors of equal keys can share it. None:
+        it is done in pieces.
+        """
+        return None if self.own_targets or self.together else (self.layers[-1], self.target, state.contexts)
+
+    def _at(self, when: str) -> tuple[PostProcess, ...]:
+        return tuple(p for p in self.post if p.when == when)
+
+    def _posted(self, when: str, update: LayerUpdate, weight: Tensor) -> LayerUpdate:
+        for rule in self._at(when):
+            update = rule(update, weight)
+        return update
+
+    def _plan(
+        self, lm: LanguageModel, reader: KeyReader, requests: list[EditRequest], state: EditorState, layer: int,
+        clock: Clock, planned: Targets | None
+    ) -> Targets:
+        """Stage I at `layer` and, for MetaKE, the outer level through the layer's gate on the live model."""
+        targets = planned or optimize_targets(lm, requests, state.contexts, layer, self.target)
+        clock("targets")
+        if self.refine and requests:
+            targets = refine(
+                lm, requests, state.contexts, targets, self._frozen_gate(reader, state, layer), self.refine
+            )
+            clock("refinement")
+        return targets
+
+    def _frozen_gate(self, reader: KeyReader, state: EditorState, layer: int) -> Tensor:
+        """M of a layer on the live model; with the key-only ablation, of a metric that ignores P and Kₚ."""
+        metric = state.metrics[layer]
+        if self.refine.gate == "key_only":
+            metric = Isotropic(metric.dim, getattr(self.metric, "ridge", 0.0) or 1.0)
+        found = reader.read(layer)
+        return gate(found.keys, metric, self.noise, found.plain if self.plain else None)
+
+    def _write(
+        self, lm: LanguageModel, requests: list[EditRequest], state: EditorState, clock: Clock, planned: Targets | None
+    ) -> _Solved:
+        """Both stages for requests that are solved together; layer by layer, each on the model that the layers before
+        have changed.
+        """
+        reader = KeyReader(
+            lm, requests, state.contexts, self.layers[-1], 2 * self.target.tokens, self.context_rule.flat,
+            "block" if self.target.site == "block" else "mlp"
+        )
+        updates, layers, trace = [], {}, []
+        for index, layer in enumerate(self.layers):
+            if self.own_targets or not index:
+                targets = self._plan(
+                    lm, reader, requests, state, layer if self.own_targets else self.layers[-1], clock, planned
+                )
+                trace.append(targets.trace)
+            found = reader.read(layer, targets.layer)
+            clock("keys")
+            residuals = (targets.value - found.current) * self.allocation(index, len(self.layers))
+            solution = solve(
+                found.keys, residuals, state.metrics[layer], self.noise, found.plain if self.plain else None
+            )
+            update = self._posted(
+                "layer", LayerUpdate(lm.write_path(layer), residuals.T.contiguous(), solution.gate),
+                lm.weight(lm.write_path(layer))
+            )
+            clock("solve")
+            lm.add(update.module, update)
+            clock("write")
+            updates.append(update)
+            layers[layer] = _Layer(found.keys, residuals, solution)
+        return _Solved(tuple(updates), layers, _joined(trace))
+
+
+class _Layer(NamedTuple):
+    """What was solved at one layer."""
+
+    keys: Tensor
+    residuals: Tensor
+    solution: Solution
+
+
+class _Solved(NamedTuple):
+    """Requests that were solved together: updates per layer, what they were solved from, and each request's trace."""
+
+    updates: tuple[LayerUpdate, ...]
+    layers: dict[int, _Layer]
+    trace: tuple[dict, ...]
+
+
+def _joined(traces: list[tuple[dict, ...]]) -> tuple[dict, ...]:
+    """One trace a request: of its only targets, or the last layer's with the earlier ones' under "earlier"."""
+    return (
+        traces[0]
+        if len(traces) == 1
+        else tuple({**last, "earlier": list(others)} for *others, last in zip(*traces, strict=True))
+    )
+
+
+class Clock:
+    """Seconds per stage: each call charges the time since the last one, once the device has finished."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self.device, self._last = device, time.perf_counter()
+
+    def __call__(self, stage: str) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def norms(lm: LanguageModel, update: LayerUpdate, solved: Sequence[_Layer]) -> dict[str, float]:
+    """What a record says of one layer: Frobenius norms of R and of what is realized, ‖Δ‖/‖W‖, and the spectrum of B."""
+    solved = [layer for layer in solved if len(layer.residuals)]
+    if not solved:
+        return {}
+    spectrum = torch.cat([torch.linalg.eigvals(layer.solution.realization).real for layer in solved])
+    return {
+        "planned": torch.cat([layer.residuals for layer in solved]).norm().item(),
+        "realized": torch.cat([layer.solution.realized for layer in solved]).norm().item(),
+        "relative_update": (update.delta.norm() / lm.weight(update.module).double().norm()).item(),
+        "spectrum_min": spectrum.min().item(),
+        "spectrum_max": spectrum.max().item(),
+    }
+
+
+def describe(value: Any) -> Any:
+    """A method's parts as plain data, each dataclass with its name: what a record keeps of a recipe."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"part": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
+    if callable(value):
+        return getattr(value, "__name__", repr(value))
+    return [describe(v) for v in value] if isinstance(value, tuple) else value
+
+
+def digest_of(requests: Sequence[EditRequest]) -> str:
+    """SHA-256 of the requests' content, in order."""
+    digest = hashlib.sha256()
+    for request in requests:
+        digest.update(repr(sorted(asdict(request).items())).encode())
+    return digest.hexdigest()

@@ -1,0 +1,102 @@
+"""Keys and current states of a batch at each edited layer, read in one sweep that resumes where the last edit ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metake.data.requests import EditRequest
+from metake.language.model import LanguageModel
+from metake.language.prefixes import Prefixed, Split
+from metake.language.tokens import prompt_rows
+from metake.support.machine import halving
+
+
+class Keys(NamedTuple):
+    """What one layer says of a batch, float64."""
+
+    keys: Tensor  #     (n, d_in), averaged over the contexts
+    current: Tensor  #  (n, d), what the target's site puts out now, on the plain prompt
+    plain: Tensor  #    (n, d_in), of the plain prompt alone
+
+
+class _Group(NamedTuple):
+    """One micro-batch: which of all rows it holds, how they run, and each one's last column."""
+
+    rows: Tensor
+    run: Prefixed
+    last: Tensor
+
+
+class KeyReader:
+    """Reads K_l and h^L for layers in ascending order while their weights are being edited.
+
+    k = ½ k(plain prompt) + ½ mean of k over the other contexts          (MEMIT's averaging: within a type, then types)
+    k = mean of k over all contexts                                      (`flat`: ROME's)
+
+    site: whose output at layer L is the current value, "block", or the written module's own (ROME, PMET).
+
+    Rows are cut at the subject's last token, and begin together where they agree. A read at layer l keeps block l−1's
+    outputs, which the edit of W_l does not change: the next read starts there instead of at the embeddings.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], last: int,
+        tokens: int = 8192, flat: bool = False, site: str = "block"
+    ):
+        self.lm, self.last, self.count, self.contexts, self.flat, self.site = (
+            lm, last, len(requests), len(contexts), flat, site
+        )
+        self.rows = [row.ids for row in prompt_rows(lm.tokenizer, requests, contexts)]
+        self._divide(min(tokens, lm.room(1, gradients=False)))
+
+    def _divide(self, tokens: int) -> None:
+        """Micro-batches of at most so many tokens; what was kept of larger ones is forgotten."""
+        groups, cuts = self.lm.continuing(self.rows, [len(row) - 1 for row in self.rows], tokens)
+        self.groups = [self._group(cuts, group) for group in groups]
+        self.tokens, self.start = tokens, -1
+        self.below: list[Split] = []  # per group: output of block `start`
+
+    def _group(self, cuts: Sequence[int], group: list[int]) -> _Group:
+        run = Prefixed(self.lm, [self.rows[i] for i in group], [cuts[i] for i in group])
+        ends = [len(self.rows[i]) - cuts[i] - 1 for i in group]
+        return _Group(torch.tensor(group, device=self.lm.device), run, torch.tensor(ends, device=self.lm.device))
+
+    def read(self, layer: int, last: int | None = None) -> Keys:
+        """Keys at `layer`, and the current value at `last` (default: the last edited layer)."""
+        return halving(lambda tokens: self._read(layer, self.last if last is None else last, tokens), self.tokens)
+
+    @torch.no_grad()
+    def _read(self, layer: int, last: int, tokens: int) -> Keys:
+        if tokens != self.tokens:
+            self._divide(tokens)
+        device, widths = self.lm.device, self.lm.shape(self.lm.write_path(layer))
+        rows_of_keys = torch.zeros(self.count * self.contexts, widths[1], dtype=torch.float64, device=device)
+        current = torch.zeros(self.count, self.lm.width, dtype=torch.float64, device=device)
+        below: list[Split] = []
+        resumes = bool(self.below) and self.start < layer
+        for g, (rows, run, ends) in enumerate(self.groups):
+            start = (self.start, self.below[g]) if resumes else ()
+            block = self.site == "block"
+            keys, states = run.read(
+                sorted({layer} if block else {layer, last}), sorted({layer - 1, *[last] * block} - {-1}), *start
+            )
+            at, plain = torch.arange(len(rows), device=device), rows % self.contexts == 0
+            rows_of_keys[rows] = keys[layer].tail[at, ends].double()
+            found = (
+                states[last].tail[at, ends][plain] if block else self.lm.write(last)(keys[last].tail[at, ends][plain])
+            )
+            current[rows[plain] // self.contexts] = found.double()
+            if layer:
+                below.append(states[layer - 1])
+        self.below, self.start = below, layer - 1
+        return Keys(self._average(rows_of_keys), current, rows_of_keys[:: self.contexts])
+
+    def _average(self, rows: Tensor) -> Tensor:
+        grouped = rows.view(self.count, self.contexts, rows.shape[1])
+        if self.contexts == 1 or self.flat:
+            return grouped.mean(1)
+        return (grouped[:, 0] + grouped[:, 1:].mean(1)) / 2

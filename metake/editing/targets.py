@@ -1,0 +1,206 @@
+"""Stage I: the vector each request should find at the last edited layer (MEMIT §4.3; MetaKE v3 eq. 2).
+
+All requests are optimized in one batch, each with its own loss, stopping and clamp; `plant` holds what no step changes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from metake.data.requests import EditRequest
+from metake.editing.plant import SITES, Plant, anchors, plants, score
+from metake.language.model import LanguageModel
+from metake.language.tokens import Row, locality_rows, rewriting_rows
+from metake.support.errors import NumericalError, ParameterError, near_misses
+from metake.support.machine import halving
+from metake.support.progress import progress
+
+log = logging.getLogger("metake")
+
+
+@dataclass(frozen=True)
+class TargetRule:
+    """How Stage I optimizes δ, in the family's usual names.
+
+    J(δ) = NLL + kl_weight · KL(p_δ ‖ p₀) + decay · ‖δ‖ / ‖h‖²;  Adam(step_size), at most steps − 1 updates;
+    stop once J < stop_below; after each update ‖δ‖ ≤ clamp · ‖h‖.       (v_lr, v_num_grad_steps, kl_factor, …)
+
+    site:  where δ enters, and whose output h is: "block" (MEMIT), "mlp", its output projection (ROME),
+    or "mlp+attention",
+           a vector at each, optimized together and each with its own decay and clamp; only the MLP's is written (PMET)
+    relax: once every target token is the arg-max, NLL counts only so much in the next step, and optimization stops if
+           kl_weight · KL ≤ drift_below, or KL itself unless drift_weighted (PMET: 0.1; None: no such rule)
+    """
+
+    steps: int = 25
+    step_size: float = 0.5
+    kl_weight: float = 0.0625
+    decay: float = 0.5
+    clamp: float = 0.75
+    stop_below: float = 0.05
+    tokens: int = 8192  # of one micro-batch at most, fewer where memory is short: never the result
+    site: str = "block"
+    relax: float | None = None
+    drift_below: float = 0.01
+    drift_weighted: bool = True
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "steps": self.steps >= 1, "step_size": self.step_size > 0, "clamp": self.clamp > 0,
+            "tokens": self.tokens >= 1
+        }
+        ranges |= {k: getattr(self, k) >= 0 for k in ("kl_weight", "decay", "stop_below", "drift_below")} | {
+            "relax": self.relax is None or self.relax >= 0
+        }
+        if self.site not in SITES:
+            raise ParameterError(near_misses(str(self.site), SITES, "site"))
+        for name, fine in ranges.items():
+            if not fine:
+                raise ParameterError(
+                    f"{name}={getattr(self, name)} is out of range; steps, step_size, clamp and tokens must be "
+                    "positive, the others ≥ 0"
+                )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Planned residuals at one layer: value = anchor + planned, each (n, d)."""
+
+    layer: int
+    anchor: Tensor  # h, the output of the rule's site at the subject's last token of the plain prompt
+    planned: Tensor  # r
+    trace: tuple[dict, ...] = field(default=(), repr=False)  # per request: the losses of its steps
+
+    @property
+    def value(self) -> Tensor:
+        """v = h + r."""
+        return self.anchor + self.planned
+
+
+def optimize_targets(
+    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int,
+    rule: TargetRule = TargetRule()
+) -> Targets:
+    """Optimize one planned residual per request at the output of block `layer`, on the model as it is.
+
+    minimize NLL(target | context · prompt) + λ_KL KL + decay, one δ per request  (MEMIT's compute_z; MetaKE v3 eq. 2)
+
+    contexts: context templates, "{}" (the plain prompt) first. Returns Targets in float64 on the model's device.
+    Requests do not influence one another: the result is that of one request at a time, whatever the micro-batch.
+    Raises RequestError for a prompt that cannot be located, NumericalError if a loss is not finite.
+    Cost: one forward over all rows, then at most steps − 1 forward-backward passes over the blocks above `layer` at the
+    positions from the subject's last token on.
+    """
+    if not requests:
+        empty = torch.zeros(0, lm.width, dtype=torch.float64, device=lm.device)
+        return Targets(layer, empty, empty)
+    rows = rewriting_rows(lm.tokenizer, requests, contexts) + locality_rows(lm.tokenizer, requests)
+    if layer >= lm.depth - 1 and any(r.labels and r.read[0] > r.lookup for r in rows):
+        raise ParameterError(
+            f"layer {layer} is the last block of {lm.name!r}: what is planted at the subject cannot reach the "
+            "end of the prompt; choose a lower layer"
+        )
+    plain = rows[: len(requests) * len(contexts) : len(contexts)]
+    return halving(
+        lambda tokens: _optimize(lm, rows, plain, layer, rule, tokens),
+        min(rule.tokens, lm.room(lm.depth - layer, gradients=True)),
+    )
+
+
+def _optimize(
+    lm: LanguageModel, rows: list[Row], plain: Sequence[Row], layer: int, rule: TargetRule, tokens: int
+) -> Targets:
+    """In micro-batches of at most `tokens`."""
+    parts = plants(lm, rows, layer, rule.site, tokens)
+    anchor = anchors(lm, plain, layer, rule.site, tokens)
+    planned, trace = _descend(lm, parts, anchor.to(torch.promote_types(lm.dtype, torch.float32)), layer, rule)
+    return Targets(layer, anchor[0].double(), planned[0].double(), trace)
+
+
+def _descend(
+    lm: LanguageModel, parts: list[Plant], anchor: Tensor, layer: int, rule: TargetRule
+) -> tuple[Tensor, tuple[dict, ...]]:
+    """Batched Adam with per-request stopping, clamping and freezing; finished requests leave the buckets.
+
+    anchor: (vectors a request, n, d), as is the result.
+    """
+    delta = torch.zeros_like(anchor, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=rule.step_size)
+    scale = anchor.norm(dim=-1)
+    active = torch.ones(anchor.shape[1], dtype=torch.bool, device=anchor.device)
+    emphasis = torch.ones_like(scale[0])  # ν
+    trace: list[dict] = [{"loss": [], "nll": [], "kl": []} for _ in active]
+    for step in progress(range(rule.steps), "targets"):
+        optimizer.zero_grad()
+        with torch.set_grad_enabled(step < rule.steps - 1):  # the last loss is read, not descended
+            nll, kl, wrong = _losses(lm, parts, delta, emphasis, layer, rule)
+        penalty = (rule.decay * delta.norm(dim=-1) / scale.square()).sum(0)
+        loss = emphasis * nll + rule.kl_weight * kl + penalty.detach()
+        _record(trace, active, loss, nll, kl, step)
+        active &= loss >= rule.stop_below
+        if rule.relax is not None:
+            # two plain numbers would give float32
+            emphasis = torch.where(wrong == 0, emphasis.new_tensor(rule.relax), 1.0)
+            active &= (wrong > 0) | ((kl * rule.kl_weight if rule.drift_weighted else kl) > rule.drift_below)
+        if step == rule.steps - 1 or not active.any():
+            break
+        penalty.sum().backward()
+        _update(delta, optimizer, active, rule.clamp * scale)
+        parts = _compact(parts, active)
+    return delta.detach(), tuple(trace)
+
+
+def _losses(
+    lm: LanguageModel, parts: list[Plant], delta: Tensor, emphasis: Tensor, layer: int, rule: TargetRule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Likelihood loss, drift and number of missed target tokens, (n,) each; ν · NLL + kl_weight · KL is differentiated
+    into `delta`.
+    """
+    nll, kl, wrong = (torch.zeros_like(emphasis) for _ in range(3))
+    for part in parts:
+        logits = score(lm, part, delta, layer)
+        part_nll, part_kl = part.bucket.losses(logits, len(nll))
+        if part_nll.requires_grad:
+            (emphasis * part_nll + rule.kl_weight * part_kl).sum().backward()
+        nll, kl = nll + part_nll.detach(), kl + part_kl.detach()
+        if rule.relax is not None:
+            wrong += part.bucket.missed(logits.detach(), len(nll))
+    return nll, kl, wrong
+
+
+def _update(delta: Tensor, optimizer: torch.optim.Optimizer, active: Tensor, limit: Tensor) -> None:
+    """One step of the requests that are still active, each vector clamped to its own limit."""
+    before = delta.detach().clone()
+    optimizer.step()
+    with torch.no_grad():
+        norm = delta.norm(dim=-1, keepdim=True)
+        delta.mul_(torch.where(norm > limit[..., None], limit[..., None] / norm, 1.0))
+        delta[:, ~active] = before[:, ~active]
+
+
+def _record(trace: list[dict], active: Tensor, loss: Tensor, nll: Tensor, kl: Tensor, step: int) -> None:
+    if not torch.isfinite(loss[active]).all():
+        bad = (active & ~torch.isfinite(loss)).nonzero()[:, 0].tolist()
+        raise NumericalError(
+            f"the target loss of request(s) {bad} is not finite at step {step}; try a smaller step size, or a "
+            "wider dtype than the model's"
+        )
+    for i in active.nonzero()[:, 0].tolist():
+        for name, value in (("loss", loss), ("nll", nll), ("kl", kl)):
+            trace[i][name].append(value[i].item())
+
+
+def _compact(parts: list[Plant], active: Tensor) -> list[Plant]:
+    kept = []
+    for part in parts:
+        stays = active[part.bucket.owner]
+        if stays.all():
+            kept.append(part)
+        elif stays.any():
+            kept.append(part.keep(stays.nonzero()[:, 0]))
+    return kept

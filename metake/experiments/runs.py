@@ -1,0 +1,287 @@
+"""A whole run on disk: sequential batches of edits, resumable after each, and the evaluation of every case.
+
+config.json           what was asked for; a folder of another configuration is refused
+batches/0000/         the edit of a batch (`Edit.save`) and the keys that the next batches must remember
+finish/               what the method does once all batches are applied, if anything (`Editor.finish`)
+before.jsonl          one line per case, evaluated before the first edit
+cases.jsonl           one line per case, evaluated after the last batch
+summary.json          metrics before and after, seconds, peak memory, digests
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from metake import methods
+from metake.algebra.geometry import KeyStatistics
+from metake.algebra.update import Edit, total
+from metake.data.facts import facts
+from metake.data.requests import Cases, EditRequest, batches, counterfact, zsre
+from metake.editing.editor import Editor, EditorState, digest_of
+from metake.editing.statistics import statistics
+from metake.editing.targets import Targets, optimize_targets
+from metake.language.model import LanguageModel, load
+from metake.language.tokens import locate
+from metake.scoring.evaluation import Evaluation, evaluate, require_prompts
+from metake.support.errors import ParameterError, ProvenanceError, RequestError, near_misses
+from metake.support.machine import peak_memory, versions
+from metake.support.progress import progress
+from metake.support.storage import atomic_path, load_tensors, save_tensors, write_file
+
+log = logging.getLogger("metake")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run does. `data`: "facts", "facts-zsre", or a CounterFact or ZsRE file; `text`: of the key statistics."""
+
+    model: str = "tiny"
+    method: str = "metake"
+    data: str = "facts"
+    edits: int = 100
+    batch: int = 20
+    seed: int = 0
+    text: str = "embedded"
+    text_tokens: int | None = None
+    dtype: str | None = None
+    generate: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)  # parts of the editor to replace
+
+    def __post_init__(self) -> None:
+        for name in ("edits", "batch"):
+            if getattr(self, name) < 1:
+                raise ParameterError(f"{name} must be at least 1; found {getattr(self, name)}")
+
+
+def read_cases(data: str) -> Cases:
+    """Cases by name or path: the embedded facts in either format, or a file whose format its records tell."""
+    if data in ("facts", "facts-zsre"):
+        return facts(format="zsre" if data == "facts-zsre" else "counterfact")
+    if not Path(data).is_file():
+        raise ParameterError(
+            f"{near_misses(data, ('facts', 'facts-zsre'), 'data set')} Or the path of a CounterFact or ZsRE file."
+        )
+    try:
+        return counterfact(data)
+    except RequestError as not_counterfact:
+        try:
+            return zsre(data)
+        except RequestError as not_zsre:
+            raise (not_zsre if "a ZsRE file" in str(not_counterfact) else not_counterfact) from None
+
+
+def select(lm: LanguageModel, cases: Cases, edits: int, seed: int) -> Cases:
+    """`edits` cases in an order drawn by `seed`; those that this model's tokenizer cannot locate, and second requests
+    about the same prompt and subject, are passed over and counted in `.skipped`."""
+    order = list(range(len(cases)))
+    random.Random(seed).shuffle(order)
+    chosen, seen, skipped = [], set(), dict(cases.skipped)
+    for i in order:
+        if len(chosen) == edits:
+            break
+        request = cases[i].request
+        try:
+            locate(lm.tokenizer, request.prompt, request.subject)
+            reason = "second request about the same prompt and subject" if request.text in seen else None
+        except RequestError:
+            reason = "subject ends inside a token"
+        if reason:
+            skipped[reason] = skipped.get(reason, 0) + 1
+            continue
+        seen.add(request.text)
+        chosen.append(i)
+    if len(chosen) < edits:
+        raise ParameterError(
+            f"{edits} edits were asked for, but the data has only {len(chosen)} usable cases for this model; "
+            f"skipped: {skipped or 'none'}"
+        )
+    return Cases([cases[i] for i in chosen], cases.format, cases.source, skipped, cases.skipped_ids)
+
+
+def edit_sequence(
+    lm: LanguageModel, editor: Editor, requests: Sequence[EditRequest], given: Mapping[int, KeyStatistics], size: int
+) -> Iterator[tuple[Edit, EditorState]]:
+    """Edit in consecutive batches, each applied to `lm` before the next is computed; yields after each application."""
+    state = editor.init(lm, given)
+    for batch in batches(requests, size):
+        edit, state = editor.step(lm, batch, state)
+        edit.apply(lm)
+        yield edit, state
+
+
+@dataclass
+class Unedited:
+    """What runs that start from the same model on the same cases need not do again: filled by the first,
+    read by the others.
+
+    before: the evaluation of the unedited model; plans: Stage I of the first batch, by `Editor.plan_key`.
+    """
+
+    before: Evaluation | None = None
+    plans: dict[Any, Targets] = field(default_factory=dict)
+
+    def plan(
+        self, lm: LanguageModel, editor: Editor, state: EditorState, requests: Sequence[EditRequest]
+    ) -> Targets | None:
+        """Stage I of an editor's first batch, None if it plans in pieces. `lm` must be unedited."""
+        if (key := editor.plan_key(state)) is not None and key not in self.plans:
+            self.plans[key] = optimize_targets(lm, requests, state.contexts, editor.layers[-1], editor.target)
+        return self.plans.get(key)
+
+
+def run(config: RunConfig, out: str | Path, device: str | None = None, shared: Unedited | None = None) -> Evaluation:
+    """Carry out a run in folder `out`, going on where an earlier call with the same configuration stopped.
+
+    shared: what runs of the same model, data, edits, batch and seed share; the seconds of their batches then exclude
+    the first batch's Stage I.
+
+    Returns the evaluation of all edited cases after the last batch. Raises ParameterError if `out` holds anything else.
+    """
+    out = Path(out)
+    editor = methods.method(config.method, config.model, seed=config.seed, **config.changes)
+    resumes = holds(out, config)
+    lm = load(config.model, config.dtype, device)
+    cases = select(lm, read_cases(config.data), config.edits, config.seed)
+    if config.generate:
+        require_prompts(cases)
+    state = editor.init(lm, statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens))
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    original = shared.before if shared and shared.before else evaluate(lm, cases, config.generate, seed=config.seed)
+    if shared:
+        shared.before = original
+    if not resumes:  # claimed only now: a setting that cannot be carried out leaves nothing behind
+        write_file(out / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True) + "\n")
+    with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
+        edits = _resume(lm, editor, cases, state, config.batch, out, shared)
+        result = evaluate(lm, cases, config.generate, original, config.seed)
+    seconds = {"total": time.perf_counter() - started, **total(edits).record.seconds}
+    _report(out, config, cases, original, result, edits[0], seconds, peak_memory(lm.device))
+    return result
+
+
+def holds(out: Path, config: RunConfig) -> bool:
+    """Whether a folder holds the run of this configuration. Raises ParameterError if it holds anything else."""
+    if (out / "config.json").is_file():
+        found, wanted = _read_config(out), json.loads(json.dumps(asdict(config)))
+        if changed := sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k)):
+            raise ParameterError(
+                f"{out} holds a run with another {', '.join(changed)}; choose another folder, or repeat that "
+                "run's settings to resume it"
+            )
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ParameterError(f"{out} is not empty and holds no run; choose another folder")
+    return False
+
+
+def _read_config(out: Path) -> dict[str, Any]:
+    """The settings in a run's folder. Raises ProvenanceError if the file is damaged."""
+    try:
+        found = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        RunConfig(**found)
+    except (ValueError, TypeError) as error:
+        raise ProvenanceError(
+            f"{out / 'config.json'} is damaged, or of another version ({error}); choose another folder, or "
+            "remove this one"
+        ) from error
+    return found
+
+
+def _resume(
+    lm: LanguageModel, editor: Editor, cases: Cases, state: EditorState, size: int, out: Path, shared: Unedited | None
+) -> list[Edit]:
+    """Apply the batches already on disk, compute and save the rest; the model is left edited."""
+    edits = []
+    for number, batch in enumerate(progress(list(batches([c.request for c in cases], size)), "batches")):
+        folder = out / "batches" / f"{number:04d}"
+        if folder.is_dir():
+            edit, state = _load_batch(folder, batch, state, lm.device)
+        else:
+            edit, state = editor.step(
+                lm, batch, state, planned=shared.plan(lm, editor, state, batch) if shared and not number else None
+            )
+            with atomic_path(folder) as temporary:
+                edit.save(temporary)
+                save_tensors({str(i): k for i, k in state.keys.items()}, temporary / "keys.safetensors")
+        edit.apply(lm)
+        edits.append(edit)
+    if last := editor.finish(lm, state):
+        last.save(out / "finish")
+        last.apply(lm)
+        edits.append(last)
+    return edits
+
+
+def _load_batch(folder: Path, batch: list[EditRequest], state: EditorState, device: Any) -> tuple[Edit, EditorState]:
+    """A batch's edit and the state after it, from disk. Raises ProvenanceError if it is damaged,
+    or not of these requests.
+    """
+    edit = Edit.load(folder)
+    for what, found, expected in (
+        ("requests", edit.record.requests_digest, digest_of(batch)),
+        ("key statistics", edit.record.statistics_digest, state.statistics_digest),
+    ):
+        if found != expected:
+            raise ProvenanceError(
+                f"{folder} holds the edit of other {what} than this run's; the data, text or model has changed: "
+                "choose another folder"
+            )
+    try:
+        keys = {int(k): t.to(device) for k, t in load_tensors(folder / "keys.safetensors")[0].items()}
+    except (OSError, ValueError) as error:
+        raise ProvenanceError(f"{folder} is damaged ({error}); remove it to compute it again") from error
+    return edit, replace(state.after(edit, keys, len(batch)), contexts=edit.record.context_templates)
+
+
+def _report(
+    out: Path, config: RunConfig, cases: Cases, before: Evaluation, after: Evaluation, first: Edit, seconds: dict,
+    peak: int
+) -> None:
+    for name, evaluation in (("before.jsonl", before), ("cases.jsonl", after)):
+        write_file(out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.records()))
+    summary = {
+        "before": before.metrics, "after": after.metrics, "cases": len(cases), "skipped": cases.skipped,
+        "seconds": seconds, "peak_memory_bytes": peak,
+        "data": {"source": Path(cases.source).name, "digest": cases.digest},
+        "statistics_digest": first.record.statistics_digest,
+        "base": first.record.base, "recipe": first.record.recipe, "context_templates": first.record.context_templates,
+        "versions": versions(), "config": asdict(config),
+    }  # fmt: skip
+    write_file(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+
+
+def open_run(folder: str | Path) -> tuple[RunConfig, list[Edit]]:
+    """Configuration and edits of a run's folder, in order. Raises ParameterError if it is none or has no batch yet."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ParameterError(f"{folder} holds no run (no config.json); make one with: metake run --out {folder}")
+    config = RunConfig(**_read_config(folder))
+    edits = [Edit.load(f) for f in (*sorted((folder / "batches").glob("[0-9]*")), *folder.glob("finish"))]
+    if not edits:
+        raise ParameterError(
+            f"{folder} has no finished batch yet; go on with: metake run --out {folder} and the same settings"
+        )
+    return config, edits
+
+
+def reevaluate(folder: str | Path, device: str | None = None) -> Evaluation:
+    """Evaluate a finished run again, from its saved edits on a freshly loaded base."""
+    config, edits = open_run(folder)
+    lm = load(config.model, config.dtype, device)
+    cases = select(lm, read_cases(config.data), config.edits, config.seed)
+    done = [id for e in edits for id in e.record.requests]
+    if done != [c.request.id for c in cases[: len(done)]]:
+        raise ProvenanceError(f"{folder} holds edits of other cases than {config.data} gives now: the data has changed")
+    original = evaluate(lm, cases[: len(done)], config.generate, seed=config.seed)
+    with lm.scratch(edits[0].modules):
+        for edit in edits:
+            edit.apply(lm)
+        return evaluate(lm, cases[: len(done)], config.generate, original, config.seed)

@@ -1,0 +1,167 @@
+"""MetaKE v3 Table 1: methods on both data formats, edits in sequential batches, every case evaluated after the last."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from metake.experiments.runs import RunConfig, Unedited, holds, run
+from metake.support.errors import ParameterError, near_misses
+
+PRIMARY = ("memit", "alphaedit", "metake")
+METRICS = ("efficacy", "generalization", "specificity", "specificity_pre_edit", "fluency", "consistency")
+
+
+def comparison(
+    model: str = "tiny",
+    methods: Sequence[str] = PRIMARY,
+    data: dict[str, str] | None = None,
+    edits: int = 60,
+    batch: int = 20,
+    seeds: Sequence[int] = (0,),
+    text: str = "embedded",
+    text_tokens: int | None = None,
+    generate: bool = False,
+    out: str | Path | None = None,
+) -> pd.DataFrame:
+    """Run every (data set, method, seed): sequential batches, all cases evaluated after the last.
+
+    out: folder of the runs, which are resumable; None: a temporary one. One row per case, run and method, and one per
+    case and seed for "pre-edit", measured before the first edit: dataset, method, seed, id, metrics as shares.
+    attrs["runs"]: the summary of every run.
+    """
+    rows, summaries = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, source in (data or {"CounterFact format": "facts", "ZsRE format": "facts-zsre"}).items():
+            for seed in seeds:
+                # of every method: the model before any edit, and the plans of those that plan alike
+                shared = Unedited()
+                for place, method in enumerate(methods):
+                    folder = Path(out or scratch) / f"{Path(source).stem}-{method.replace('/', '-')}-{seed}"
+                    sampled = generate and "zsre" not in Path(source).stem
+                    config = RunConfig(model, method, source, edits, batch, seed, text, text_tokens, generate=sampled)
+                    if not (holds(folder, config) and (folder / "summary.json").is_file()):
+                        run(config, folder, shared=shared)
+                    summaries.append(
+                        {"dataset": name, "method": method, "seed": seed, "folder": folder.name}
+                        | json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+                    )
+                    for label, file in ([] if place else [("pre-edit", "before.jsonl")]) + [(method, "cases.jsonl")]:
+                        rows += [
+                            {"dataset": name, "method": label, "seed": seed} | row for row in case_rows(folder / file)
+                        ]
+    frame = pd.DataFrame(rows)
+    frame.attrs["runs"] = summaries
+    return frame
+
+
+def case_rows(file: Path) -> list[dict]:
+    """What a run keeps of its cases (before.jsonl, cases.jsonl), a row each, without generations."""
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return [{k: v for k, v in row.items() if k != "generations"} for row in rows]
+
+
+def summarize(records: pd.DataFrame) -> pd.DataFrame:
+    """Percent per data set and method: the mean over cases within a seed, then mean and sample standard deviation over
+    seeds.
+    """
+    metrics = [m for m in METRICS if m in records and records[m].notna().any()]
+    by_seed = 100 * records.groupby(["dataset", "method", "seed"], sort=False)[metrics].mean()
+    grouped = by_seed.groupby(["dataset", "method"], sort=False)
+    mean, deviation = grouped.mean(), grouped.std()
+    return labelled(
+        (mean.join(deviation.add_suffix("_sd")) if records.seed.nunique() > 1 else mean).reset_index(), records
+    )
+
+
+def labelled(frame: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
+    """`frame`, computed from `records`, with their label and provenance."""
+    frame.attrs = {k: records.attrs[k] for k in ("label", "provenance") if k in records.attrs}
+    return frame
+
+
+def paired_differences(
+    records: pd.DataFrame, one: str = "metake", other: str = "alphaedit", draws: int = 4000, seed: int = 0,
+    level: float = 0.95, metrics: Sequence[str] = METRICS[:3]
+) -> pd.DataFrame:
+    """`one` minus `other` on the same cases, with a bootstrap interval over cases (default: of 95 %).
+
+    metrics: columns of the records; those of `METRICS`, shares, in percentage points, others as they are.
+    Raises ParameterError if one of the two is not among the records' methods.
+    """
+    for name in (one, other):
+        if name not in set(records.method):
+            raise ParameterError(near_misses(name, set(records.method), "method among the records"))
+    generator, rows = np.random.default_rng(seed), []
+    for dataset, group in records.groupby("dataset", sort=False):
+        for metric in metrics:
+            sides = [group[group.method == m].set_index(["seed", "id"])[metric] for m in (one, other)]
+            difference = (100 if metric in METRICS else 1) * (sides[0] - sides[1]).dropna().to_numpy()
+            means = generator.choice(difference, (draws, len(difference))).mean(1)
+            low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
+            rows.append(
+                {
+                    "dataset": dataset, "metric": metric, "cases": len(difference), "difference": difference.mean(),
+                    "low": low, "high": high
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def differences(records: pd.DataFrame, pairs: dict[str, str] | None = None, **bootstrap: Any) -> pd.DataFrame:
+    """`paired_differences` of every pair: other → one, so that a column `method` says what is subtracted.
+
+    pairs: default "metake" minus every other method of the records. The label of the records goes along.
+    """
+    pairs = pairs or {m: "metake" for m in records.method.unique() if m not in ("metake", "pre-edit")}
+    if not pairs:
+        raise ParameterError(
+            f"the records hold nothing to compare MetaKE with; found {', '.join(records.method.unique())}: add a method"
+        )
+    found = pd.concat(
+        [paired_differences(records, one, other, **bootstrap).assign(method=other) for other, one in pairs.items()],
+        ignore_index=True,
+    )
+    return labelled(found[["dataset", "metric", "method", "cases", "difference", "low", "high"]], records)
+
+
+def setting(records: pd.DataFrame) -> pd.DataFrame:
+    """What was measured, and how, in one row per question: from the runs, or from a recording's provenance."""
+    runs, told = records.attrs.get("runs"), records.attrs.get("provenance", {})
+    first = runs[0]["config"] if runs else told
+    edits, batch = first["edits"], min(first["batch"], first["edits"])
+    batches = (
+        f"in {-(-edits // batch)} consecutive batches of {batch}; the weights accumulate"
+        if batch < edits
+        else "in one batch"
+    )
+    tokens = "all" if first.get("text_tokens") is None else f"{first['text_tokens']:,}"
+    rows = {
+        "model": first["model"],
+        "key statistics": f"{Path(first['text']).name}, {tokens} tokens" if runs else told["statistics"],
+        "data": ", ".join(dict.fromkeys(f"{r['dataset']}: {r['data']['source']}" for r in runs))
+        if runs
+        else told["dataset"],
+        "editing": f"{edits} edits {batches}",
+        "evaluated": "every edited case once, after the last batch",
+        "seeds": ", ".join(map(str, sorted(records.seed.unique()))),
+    }
+    return labelled(pd.DataFrame({"what": list(rows), "here": list(rows.values())}), records)
+
+
+def judge(differences: pd.DataFrame) -> dict:
+    """The paper's claim, efficacy and generalization above AlphaEdit's: holds if an interval lies above zero and none
+    below; does not hold if one lies below; inconclusive if all include zero."""
+    claimed = differences[differences.metric.isin(["efficacy", "generalization"])]
+    better, worse = (claimed.low > 0).sum(), (claimed.high < 0).sum()
+    parts = [f"{r.metric} {r.dataset} {r.difference:+.1f} [{r.low:.1f}, {r.high:.1f}]" for r in claimed.itertuples()]
+    return {
+        "holds": False if worse else True if better else None,
+        "decided_by": "MetaKE − AlphaEdit in points: " + "; ".join(parts),
+    }

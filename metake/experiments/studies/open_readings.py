@@ -1,0 +1,297 @@
+"""What the paper leaves open of MetaKE's outer level: every reading against the ordering of v3 Table 2 and the
+direction of Figure 4.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from metake import methods
+from metake.data.requests import Cases
+from metake.editing.editor import Editor
+from metake.editing.statistics import statistics
+from metake.experiments.runs import read_cases, select
+from metake.experiments.studies import comparison, realized_residual
+from metake.experiments.studies.readings import FEW, LEVELS, LITERAL, READINGS
+from metake.experiments.studies.study import Batch, one
+from metake.language.model import load
+from metake.support.errors import ParameterError, near_misses
+
+SHARED = "every reading"
+NO_REFINEMENT, KEY_ONLY, STOPPED = methods.ABLATIONS
+CLAIMED = ("log_p", "log_p_paraphrase")  # what efficacy and generalization cut to success or failure
+SHARES = ("efficacy", "generalization", "specificity")
+WORDS = {True: "yes", False: "no", None: "open"}
+
+
+def open_readings(
+    model: str = "tiny",
+    readings: Sequence[str] = tuple(FEW),
+    edits: int = 3,
+    seeds: Sequence[int] = (0, 1),
+    test_edits: int = 4,
+    test_seeds: Sequence[int] = (2, 3),
+    data: Mapping[str, str] | None = None,
+    text: str = "embedded",
+    text_tokens: int | None = None,
+    out: str | Path | None = None,
+) -> pd.DataFrame:
+    """Every reading with its ablations on records for choosing; the best of them and the literal default on records
+    for testing.
+
+    readings: names of `READINGS`; the literal one is always among them. A record belongs to one part by its subject
+    (CRC-32), so that no subject, in whatever format or relation, is in both. edits, seeds: batches of the first part;
+    test_edits, test_seeds:
+    of the second. data: default ZsRE, as in Table 2 and Figure 4. out: see `study`.
+
+    One row per part ("choosing", "testing"), data set, seed, reading, variant ("method": "metake" or an ablation)
+    and request: see `study`, with the outer loss. What is the same under every reading stands once,
+    as reading "every reading": without the refinement, and with a stopped gradient, whose only force, the anchor's,
+    is zero where it starts.
+    Raises ParameterError for an unknown reading, or seeds that are in both parts. Cost: two refinements a reading and
+    batch.
+    """
+    wanted = {LITERAL: READINGS[LITERAL]}
+    for name in readings:
+        if name not in READINGS:
+            raise ParameterError(near_misses(name, READINGS, "reading"))
+        wanted[name] = READINGS[name]
+    if both := set(seeds) & set(test_seeds):
+        raise ParameterError(
+            f"seeds for choosing and for testing must differ; found {', '.join(map(str, sorted(both)))} in both"
+        )
+    lm, full = load(model), methods.metake(model)
+    given = statistics(lm, text, layers=list(full.layers), tokens=text_tokens)
+    state = full.init(lm, given)
+
+    def rows(part: str, names: Sequence[str], count: int, drawn: Sequence[int]) -> Iterator[dict[str, Any]]:
+        for dataset, source in (data or {"ZsRE format": "facts-zsre"}).items():
+            for seed in drawn:
+                batch = Batch.of(lm, given, select(lm, part_of(read_cases(source), part), count, seed))
+                for (name, method), editor in _editors(full, {n: wanted[n] for n in names}).items():
+                    where = {"part": part, "dataset": dataset, "seed": seed, "reading": name, "method": method}
+                    yield from (where | row for row in one(batch, editor, state, outer=True, out=out))
+
+    chosen = pd.DataFrame(rows("choosing", list(wanted), edits, seeds))
+    tested = pd.DataFrame(rows("testing", list(dict.fromkeys((LITERAL, best(chosen)))), test_edits, test_seeds))
+    frame = pd.concat([chosen, tested], ignore_index=True)
+    frame.attrs["settings"] = {
+        "edits": edits, "seeds": list(seeds), "test_edits": test_edits, "test_seeds": list(test_seeds)
+    }
+    return frame
+
+
+def part_of(cases: Cases, part: str) -> Cases:
+    """The cases of one part: "choosing" or "testing", by the subject alone."""
+    place = ("choosing", "testing").index(part)
+    return Cases(
+        [c for c in cases if zlib.crc32(c.request.subject.encode()) % 2 == place], cases.format, cases.source,
+        cases.skipped, cases.skipped_ids
+    )
+
+
+def _editors(full: Editor, wanted: Mapping[str, Reading]) -> dict[tuple[str, str], Editor]:
+    found = {(SHARED, name): methods.ABLATIONS[name](full) for name in (NO_REFINEMENT, STOPPED)}
+    for name, reading in wanted.items():
+        own = replace(full, refine=replace(full.refine, **reading.changes))
+        found |= {(name, "metake"): own, (name, KEY_ONLY): methods.ABLATIONS[KEY_ONLY](own)}
+    return found
+
+
+def names(records: pd.DataFrame, part: str) -> list[str]:
+    """The readings of a part, in the order of `READINGS`."""
+    there = set(records.reading[records.part == part])
+    return [name for name in READINGS if name in there]
+
+
+def of(records: pd.DataFrame, part: str, reading: str) -> pd.DataFrame:
+    """One reading's rows of a part, with those that every reading shares."""
+    return records[(records.part == part) & records.reading.isin([reading, SHARED])]
+
+
+def differences(records: pd.DataFrame, part: str, reading: str, draws: int = 4000) -> pd.DataFrame:
+    """The full method minus each ablation on the same requests: shares in points, log-probabilities in nats,
+    with 95 % intervals.
+
+    below: whether the difference lies below zero even by an interval widened so that all of them together have 95 %
+    (Bonferroni).
+    """
+    own, pairs = of(records, part, reading), dict.fromkeys(methods.ABLATIONS, "metake")
+    found = comparison.differences(own, pairs, metrics=SHARES + CLAIMED, draws=draws)
+    return comparison.labelled(found.assign(below=_together(own, pairs, len(found)).high < 0), records)
+
+
+def _together(records: pd.DataFrame, pairs: dict[str, str], count: int) -> pd.DataFrame:
+    """Differences with intervals of 95 % together: with a dozen of 95 % each, one beside zero would be no surprise."""
+    return comparison.differences(records, pairs, metrics=SHARES + CLAIMED, level=1 - 0.05 / count, draws=10_000)
+
+
+def ordering(found: pd.DataFrame) -> bool | None:
+    """Table 2: is the full method above each ablation in efficacy and generalization, on every data set?
+
+    True if the log-probability of the target is higher after the prompt and after its paraphrases,
+    every interval above zero; False if one of these, or of efficacy or generalization themselves, is `below`;
+    None otherwise. found: of `differences`.
+    """
+    if found.below[found.metric != "specificity"].any():
+        return False
+    return True if (found.low[found.metric.isin(CLAIMED)] > 0).all() else None
+
+
+def gains(records: pd.DataFrame, part: str, reading: str, draws: int = 4000) -> pd.DataFrame:
+    """Figure 4: β̂ of the refined plan minus AlphaEdit's, in each of `realized_residual.READINGS` of β̂."""
+    return realized_residual.gains(of(records, part, reading), "metake", NO_REFINEMENT, draws)
+
+
+def summary(records: pd.DataFrame, part: str = "choosing", draws: int = 4000) -> pd.DataFrame:
+    """One row per reading and data set: what it does to its own outer loss, and whether it reproduces the two claims.
+
+    outer_before, outer_after: means over requests, at Stage I's plan and at the refined one; anchor_after:
+    the anchor's part of the latter; change: outer_after over outer_before, lowest and highest of the seeds beside it;
+    moved: median, percent of the plan;
+    generalization: MetaKE minus AlphaEdit, points; paraphrase: the same of log p after paraphrases, nats,
+    with its interval;
+    realized: of β̂ over all layers against Stage I's plan, with its interval; ordering, figure4: "yes", "no" or "open".
+    """
+    rows = []
+    for name in names(records, part):
+        compared, realized = differences(records, part, name, draws), gains(records, part, name, draws)
+        says = {"ordering": WORDS[ordering(compared)], "figure4": WORDS[realized_residual.judge(realized)["holds"]]}
+        own = records[(records.part == part) & (records.reading == name) & (records.method == "metake")]
+        for dataset, group in own.groupby("dataset", sort=False):
+            against = compared[(compared.dataset == dataset) & (compared.method == NO_REFINEMENT)].set_index("metric")
+            share = realized[
+                (realized.dataset == dataset) & (realized.reading == realized_residual.READINGS["whole_initial"])
+            ].iloc[0]
+            rows.append({"reading": name, "factor": READINGS[name].factor, "dataset": dataset,
+            "requests": len(group)} | _outer(group) | {
+                "generalization": against.difference["generalization"],
+                **_interval("paraphrase", against.loc["log_p_paraphrase"]), **_interval("realized", share),
+            } | says)  # fmt: skip
+    return comparison.labelled(pd.DataFrame(rows), records)
+
+
+def _outer(group: pd.DataFrame) -> dict[str, float]:
+    mean = group[["outer_before", "outer_after", "anchor_after"]].mean()
+    by_seed = group.groupby("seed")[["outer_before", "outer_after"]].mean()
+    ratio = by_seed.outer_after / by_seed.outer_before
+    return mean.to_dict() | {
+        "change": mean.outer_after / mean.outer_before, "change_low": ratio.min(), "change_high": ratio.max(),
+        "moved": 100 * group.moved.median()
+    }
+
+
+def _interval(name: str, row: pd.Series) -> dict[str, float]:
+    return {name: row.difference, f"{name}_low": row.low, f"{name}_high": row.high}
+
+
+def best(records: pd.DataFrame) -> str:
+    """The reading to be tested: by the records for choosing alone, the one that reproduces most.
+
+    A claim counts 1 if it is reproduced, 0 if open, −1 if contradicted; of equal ones,
+    the largest gain in the log-probability after paraphrases over AlphaEdit, mean over data sets.
+    """
+    found = summary(records).assign(
+        score=lambda s: sum(s[c].map({"yes": 1, "open": 0, "no": -1}) for c in ("ordering", "figure4"))
+    )
+    by_reading = found.groupby("reading", sort=False)[["score", "paraphrase"]].mean()
+    return str(by_reading.sort_values(["score", "paraphrase"], ascending=False, kind="stable").index[0])
+
+
+def winner(records: pd.DataFrame) -> str:
+    """The reading that was tested beside the literal default: `best`, as the records tell it."""
+    return next((name for name in names(records, "testing") if name != LITERAL), LITERAL)
+
+
+def against_default(records: pd.DataFrame) -> pd.DataFrame:
+    """The winner minus the literal default on the records for testing: shares in points, log-probabilities in nats,
+    with intervals of 95 % together."""
+    own = records[(records.part == "testing") & (records.method == "metake")].assign(method=lambda r: r.reading)
+    return _together(
+        comparison.labelled(own, records), {LITERAL: winner(records)}, len(SHARES + CLAIMED) * own.dataset.nunique()
+    )
+
+
+def beats(found: pd.DataFrame) -> bool | None:
+    """True if some interval of efficacy or generalization, or of their log-probabilities, lies above zero and none,
+    nor that of specificity, below; False if one lies below; None otherwise. found: what `against_default` returns."""
+    if (found.high < 0).any():
+        return False
+    return True if (found[found.metric != "specificity"].low > 0).any() else None
+
+
+def effects(records: pd.DataFrame) -> pd.DataFrame:
+    """Which factor matters: in the factorial design of `LEVELS`, each one's mean effect over the combinations of the
+    others.
+
+    Per data set and factor, second level minus first: of log₂ of the outer loss's change (1: twice as high),
+    of the percent that the plan moves, of log p after paraphrases (nats) and of the realized share.
+    Empty if the records do not hold all combinations.
+    """
+    found = summary(records, draws=1)
+    table = pd.DataFrame([READINGS[name].settings for name in found.reading], index=found.index)
+    literal = READINGS[LITERAL].settings
+    inside = np.logical_and.reduce([table[k].isin(LEVELS[k]) if k in LEVELS else table[k] == literal[k] for k in table])
+    found, table, rows = found[inside].assign(outer=np.log2(found.change[inside])), table[inside], []
+    for dataset, own in found.groupby("dataset", sort=False):
+        if len(own) < np.prod([len(levels) for levels in LEVELS.values()]):
+            continue
+        for factor, (first, second) in LEVELS.items():
+            means = own.groupby(table[factor])[["outer", "moved", "paraphrase", "realized"]].mean()
+            rows.append(
+                {"dataset": dataset, "factor": factor.replace("_", " "), "from": str(first), "to": str(second)}
+                | (means.loc[second] - means.loc[first]).to_dict()
+            )
+    columns = ["dataset", "factor", "from", "to", "outer", "moved", "paraphrase", "realized"]
+    return comparison.labelled(pd.DataFrame(rows, columns=columns), records)
+
+
+def answers(records: pd.DataFrame) -> pd.DataFrame:
+    """The three questions, a row each: what the winner and the literal default say on either part of the records."""
+    name, parts = winner(records), ("choosing", "testing")
+    rows = {"Table 2's ordering": {}, "Figure 4's direction": {}}
+    for part, reading in product(parts, dict.fromkeys((name, LITERAL))):
+        column = f"{reading}, {part}"
+        rows["Table 2's ordering"][column] = WORDS[ordering(differences(records, part, reading))]
+        rows["Figure 4's direction"][column] = WORDS[realized_residual.judge(gains(records, part, reading))["holds"]]
+    frame = pd.DataFrame([{"reproduced": question} | found for question, found in rows.items()])
+    return comparison.labelled(frame, records)
+
+
+def judge(records: pd.DataFrame) -> dict[str, Any]:
+    """The claim, a reading reproduces Table 2's ordering and Figure 4's direction: holds if the winner does both on
+    the records for testing; does not hold if it contradicts one there; inconclusive otherwise. Also said:
+    whether it beats the literal default there.
+    """
+    name = winner(records)
+    compared, realized = differences(records, "testing", name), realized_residual.judge(gains(records, "testing", name))
+    says = (ordering(compared), realized["holds"])
+    finer = compared[compared.metric.isin(CLAIMED)]
+    weakest = finer.loc[finer.difference.idxmin()]
+    told = f"chosen of {len(names(records, 'choosing'))}: {name}; on held-out records the ordering is {WORDS[says[0]]} "
+    told += (
+        f"(weakest: {weakest.difference:+.3f} [{weakest.low:.3f}, {weakest.high:.3f}] nats, "
+        f"{weakest.metric.replace('_', ' ')} over "
+        f"{weakest.method}, {weakest.dataset})"
+    )
+    told += f", Figure 4's direction {WORDS[says[1]]} ({realized['decided_by']}); {consequence(records)}"
+    return {"holds": False if False in says else True if all(says) else None, "decided_by": told}
+
+
+def consequence(records: pd.DataFrame) -> str:
+    """What follows for the default, in words."""
+    if winner(records) == LITERAL:
+        return "the literal default is itself the best: it stays"
+    wins = beats(against_default(records))
+    return {True: "it beats the literal default there, and is a candidate for the default",
+    False: "it is below the literal default in some "
+        "metric there: the default stays",
+            None: "it is not told apart from the literal default there: the default stays"}[wins]  # fmt: skip

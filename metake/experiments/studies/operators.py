@@ -1,0 +1,116 @@
+"""MetaKE's refinement through the gates of other methods: the same outer level, the same interface, another base."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from metake import methods
+from metake.experiments.runs import open_run
+from metake.experiments.studies import comparison
+from metake.report import style
+from metake.report.studies.comparison import signed
+from metake.support.errors import ParameterError
+
+PAIRS = {"alphaedit": "metake"} | {name.partition("/")[2]: name for name in methods.OPERATORS}
+"""Base → the same with its targets refined."""
+CLAIMED = ("efficacy", "generalization")
+
+
+def operators(
+    model: str = "tiny", bases: Sequence[str] = tuple(PAIRS), out: str | Path | None = None, **settings: Any
+) -> pd.DataFrame:
+    """`comparison` of every base with its refined twin; the rows of a refined method gain its request's outer losses.
+
+    outer_first, outer_last: L_edit + L_loc + L_reg (v3 eq. 7) of the request at the initial targets and at the last
+    step, at the last edited layer. settings: as for `comparison`.
+    """
+    methods_ = [method for base in bases for method in (base, PAIRS[base])]
+    with tempfile.TemporaryDirectory() as scratch:
+        records = comparison.comparison(model, methods_, out=out or scratch, **settings)
+        losses = [row for run in records.attrs["runs"] for row in _outer(run, Path(out or scratch) / run["folder"])]
+    found = records.merge(pd.DataFrame(losses), how="left", on=["dataset", "method", "seed", "id"])
+    found.attrs = records.attrs
+    return found
+
+
+def _outer(run: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+    where = {k: run[k] for k in ("dataset", "method", "seed")}
+    for edit in open_run(folder)[1] if run["method"] in PAIRS.values() else ():
+        for id, told in edit.record.trace.items():
+            first, last = (sum(told["refine"][step].values()) for step in (0, -1))
+            yield where | {"id": id, "outer_first": first, "outer_last": last}
+
+
+def differences(records: pd.DataFrame, **bootstrap: Any) -> pd.DataFrame:
+    """Refined minus base on the same cases, in points, per base (column `method`), data set and metric,
+    as far as recorded.
+    """
+    there = set(records.method)
+    pairs = {base: refined for base, refined in PAIRS.items() if {base, refined} <= there}
+    if not pairs:
+        raise ParameterError(
+            f"the records hold no base together with its refined twin ({PAIRS}); found {', '.join(sorted(there))}"
+        )
+    return comparison.differences(records, pairs, **bootstrap)
+
+
+def look_ahead(records: pd.DataFrame) -> pd.DataFrame:
+    """Did the refinement lower what it minimizes? Per refined method and data set, the outer loss of its requests.
+
+    before, after: mean at the initial targets, and at the last step; fell_for: of how many requests it is lower there.
+    """
+    found = records.dropna(subset="outer_first") if "outer_first" in records else records[:0]
+    if found.empty:
+        raise ParameterError(
+            "the records hold no outer losses; expected the columns outer_first and outer_last, as `operators` "
+            "returns them"
+        )
+    found = found.assign(fell=found.outer_last < found.outer_first)
+    groups = found.groupby(["dataset", "method"], sort=False)
+    return comparison.labelled(
+        groups.agg(
+            requests=("id", "size"), before=("outer_first", "mean"), after=("outer_last", "mean"),
+            fell_for=("fell", "sum")
+        ).reset_index(),
+        records,
+    )
+
+
+def by_base(records: pd.DataFrame, confidence: float = 0.95, draws: int = 40_000) -> pd.DataFrame:
+    """Does the refinement help? Per base, from efficacy and generalization on every data set.
+
+    The intervals are widened (Bonferroni) so that all of them together have the given confidence:
+    with a dozen intervals of 95 % each, one beside zero would be no surprise. helps: "yes" if one lies above zero and
+    none below, "no" if one lies below, else "open"; decided_by: the interval that says so, or the largest difference.
+    """
+    count = len(differences(records, draws=1).query("metric in @CLAIMED"))
+    found = differences(records, level=1 - (1 - confidence) / count, draws=draws)
+    rows = []
+    for base, group in found[found.metric.isin(CLAIMED)].groupby("method", sort=False):
+        helps = {True: "yes", False: "no", None: "open"}[comparison.judge(group)["holds"]]
+        order = {"yes": group.low, "no": -group.high, "open": group.difference.abs()}[helps]
+        row = group.loc[order.idxmax()]
+        rows.append(
+            {
+                "method": base, "helps": helps,
+                "decided_by": f"{row.metric} {row.dataset} {signed(row.difference)} [{signed(row.low)}, "
+                f"{signed(row.high)}]"
+            }
+        )
+    return comparison.labelled(pd.DataFrame(rows), records)
+
+
+def judge(records: pd.DataFrame) -> dict:
+    """The refinement helps on each base: holds if it does on all, does not hold if it harms on one,
+    else inconclusive.
+    """
+    found = by_base(records)
+    words = {"yes": "helps", "no": "harms", "open": "open"}
+    parts = [f"on {style(row.method).name} {words[row.helps]} ({row.decided_by})" for row in found.itertuples()]
+    holds = True if set(found.helps) == {"yes"} else False if "no" in set(found.helps) else None
+    return {"holds": holds, "decided_by": "refined − base in points, intervals of 95 % together: " + "; ".join(parts)}

@@ -1,0 +1,100 @@
+"""One fact, before and after its edit."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pandas as pd
+import torch
+
+from metake import methods
+from metake.algebra.update import Edit
+from metake.data.requests import EditRequest
+from metake.editing.statistics import statistics
+from metake.language.model import LanguageModel, load
+from metake.language.tokens import encode, pad
+from metake.scoring.evaluation import read
+
+
+@torch.no_grad()
+def next_words(lm: LanguageModel, prompt: str, count: int = 5) -> list[tuple[str, float]]:
+    """The most probable next tokens after a prompt, with their probabilities."""
+    ids = encode(lm.tokenizer, prompt)
+    at = torch.tensor([len(ids) - 1], device=lm.device)
+    best = torch.softmax(lm.logits(pad([ids], lm.device), torch.zeros_like(at), at).double(), -1)[0].topk(count)
+    return [(lm.tokenizer.decode(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
+def compare(lm: LanguageModel, edit: Edit, request: EditRequest) -> str:
+    """What the model says after the request's prompt, before and after the edit, as two lines."""
+    before = next_words(lm, request.text)
+    with edit.applied(lm):
+        after = next_words(lm, request.text)
+    lines = [
+        f"{when:<6} {request.text} …  " + "  ".join(f"{w!r} {p:.3f}" for w, p in words)
+        for when, words in (("before", before), ("after", after))
+    ]
+    return "\n".join(lines)
+
+
+def quickstart(
+    model: str = "tiny",
+    method: str = "metake",
+    prompt: str = "The capital of {} is",
+    subject: str = "France",
+    target: str = "Rome",
+    truth: str = "Paris",
+    paraphrase: str = "Anyone who looks for the capital city of {} should travel to",
+    others: tuple[tuple[str, str], ...] = (("Germany", "Berlin"), ("Italy", "Rome")),
+    text: str = "embedded",
+    text_tokens: int | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Edit one fact and read probabilities before, during and after.
+
+    Returns one row per (probe, answer): probability p(answer) = exp(mean log-probability) `before`, `after` the edit,
+    and `restored` once it was taken back; attrs: seconds of the edit, whether the restored weights are bit-identical.
+    """
+    lm = load(model)
+    editor = methods.method(method, model, seed=seed)
+    found = statistics(lm, text, layers=editor.layers, tokens=text_tokens)
+    request = EditRequest(prompt, subject, target, "quickstart")
+    asked = [("edited prompt", prompt.format(subject), target), ("edited prompt", prompt.format(subject), truth)]
+    asked += [("paraphrase", paraphrase.format(subject), target), ("paraphrase", paraphrase.format(subject), truth)]
+    asked += [("another subject", prompt.format(other), answer) for other, answer in others]
+
+    def probabilities() -> list[float]:
+        return torch.tensor([r.log_p for r in read(lm, [(p, a) for _, p, a in asked])]).exp().tolist()
+
+    start = time.perf_counter()
+    edit = editor.edit(lm, [request], found)
+    seconds = time.perf_counter() - start
+    before = probabilities()
+    with edit.applied(lm):
+        after = probabilities()
+    frame = pd.DataFrame(
+        [
+            {"probe": kind, "prompt": p, "answer": a, "before": b, "after": c, "restored": d}
+            for (kind, p, a), b, c, d in zip(asked, before, after, probabilities(), strict=True)
+        ]
+    )
+    frame.attrs |= {"seconds": seconds, "restored_exactly": _identical(lm, edit), "provenance": provenance(edit)}
+    return frame
+
+
+def _identical(lm: LanguageModel, edit: Edit) -> bool:
+    return all(lm.digest(module) == digest for module, digest in edit.record.weights.items())
+
+
+def provenance(edit: Edit) -> dict[str, Any]:
+    """What a page says of the edit that it shows."""
+    record = edit.record
+    digests = {
+        "model_digest": next(iter(record.weights.values()), ""), "statistics_digest": record.statistics_digest,
+        "data_digest": record.requests_digest
+    }
+    return {
+        "model": record.base["id"], **{k: record.base[k] for k in ("origin", "revision", "note", "dtype", "device")},
+        **digests, "seed": record.seed, "versions": record.versions
+    }

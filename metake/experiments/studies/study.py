@@ -1,0 +1,229 @@
+"""One batch of edits by several editors from the same unedited model: what each request planned,
+what was realized of it, and what came of it. The pages on the ablation, the open readings, the hyper-parameters and
+the realized residual read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from metake.algebra.solve import association, attenuation
+from metake.algebra.update import Edit
+from metake.data.requests import Cases, EditRequest
+from metake.editing.bilevel import outer_objective
+from metake.editing.editor import Editor, EditorState, describe
+from metake.editing.keys import KeyReader
+from metake.editing.statistics import Statistics, statistics
+from metake.editing.targets import Targets
+from metake.experiments.kept import kept
+from metake.experiments.runs import Unedited, read_cases, select
+from metake.language.model import LanguageModel, load
+from metake.scoring.evaluation import CaseScore, Evaluation, evaluate
+from metake.support.errors import ParameterError
+
+FORMATS = {"CounterFact format": "facts", "ZsRE format": "facts-zsre"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The same for every editor: the model, its statistics and the cases before any edit; Stage I's targets as they
+    are made.
+    """
+
+    lm: LanguageModel
+    statistics: Statistics
+    cases: Cases
+    before: Evaluation
+    shared: Unedited = field(default_factory=Unedited)  # Stage I of the editors that plan alike
+    whole: Batch | None = None  # a part of another batch takes its plans from there: requests are planned one by one
+    places: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, lm: LanguageModel, statistics: Statistics, cases: Cases) -> Batch:
+        """The batch of these cases on the unedited model."""
+        return cls(lm, statistics, cases, evaluate(lm, cases))
+
+    def part(self, places: Sequence[int]) -> Batch:
+        """The batch of the cases at these places alone."""
+        cases = Cases([self.cases[i] for i in places], self.cases.format, self.cases.source)
+        return replace(
+            self, cases=cases, before=Evaluation(tuple(self.before.cases[i] for i in places)), shared=Unedited(),
+            whole=self, places=tuple(places)
+        )
+
+    @property
+    def requests(self) -> list[EditRequest]:
+        return [c.request for c in self.cases]
+
+    def plan(self, editor: Editor, state: EditorState) -> Targets:
+        """Stage I's targets, made once for all editors that plan alike. Raises ParameterError if this one plans in
+        pieces.
+        """
+        if editor.plan_key(state) is None:
+            raise ParameterError(
+                "a study compares editors with one plan a request; found one with its own targets at each "
+                "layer, or one request at a time"
+            )
+        if self.whole:
+            found, own = self.whole.plan(editor, state), list(self.places)
+            return replace(
+                found, anchor=found.anchor[own], planned=found.planned[own], trace=tuple(found.trace[i] for i in own)
+            )
+        return self.shared.plan(self.lm, editor, state, self.requests)
+
+
+def study(
+    model: str,
+    editors: Mapping[str, Editor],
+    data: Mapping[str, str] | None = None,
+    edits: int = 20,
+    seeds: Sequence[int] = (0,),
+    text: str = "embedded",
+    text_tokens: int | None = None,
+    outer: bool = False,
+    out: str | Path | None = None,
+) -> pd.DataFrame:
+    """Every editor on the same batch of `edits` requests of each data set, for each seed, which draws the requests.
+
+    One row per data set, seed, editor ("method") and request: the metrics of `Evaluation.records` as shares;
+    `likelihood`'s logarithms, which still tell editors apart where every request succeeds;
+    and at the last edited layer, by ‖·‖ and ⟨·,·⟩
+    over the residual stream:
+
+    gamma, beta      γ and β = γ/(1+γ) under the editor's own metric, before any edit          (MetaKE v3 eqs 111–112,
+    116)
+    planned          ‖v − h‖;  moved: ‖v − v_init‖ / ‖v_init − h‖, what the refinement changed
+    beta_layer       ⟨Δ k, r⟩ / ‖r‖², the last layer's own share r of the plan                 (eqs 113–115)
+    beta_initial     ⟨Δ k, r⟩ / ‖r‖² with r the share that v_init would have left to this layer
+    whole, whole_initial   ⟨h_after − h, v − h⟩ / ‖v − h‖², all layers' work, against the plan and against v_init
+
+    outer: also the outer objective of an editor that refines, at Stage I's plan ("outer_before") and at the refined one
+    ("outer_after", of it the anchor's part "anchor_after"), per request under the editor's own weights (eqs 79–81).
+    out: a folder that keeps what every finished editor gave; None: nothing is kept.
+
+    Editors that plan alike share Stage I. The model is restored after each edit.
+    """
+    lm = load(model)
+    given = statistics(
+        lm, text, layers=sorted({layer for e in editors.values() for layer in e.layers}), tokens=text_tokens
+    )
+    rows = []
+    for name, source in (data or FORMATS).items():
+        for seed in seeds:
+            batch = Batch.of(lm, given, select(lm, read_cases(source), edits, seed))
+            for method, editor in editors.items():
+                rows += [
+                    {"dataset": name, "seed": seed, "method": method} | row
+                    for row in one(batch, editor, outer=outer, out=out)
+                ]
+    frame = pd.DataFrame(rows)
+    frame.attrs["settings"] = {"edits": edits, "seeds": list(seeds)}
+    return frame
+
+
+def one(
+    batch: Batch, editor: Editor, state: EditorState | None = None, outer: bool = False, out: str | Path | None = None
+) -> list[dict[str, Any]]:
+    """What one editor does to a batch, a row a request, as `study` says; state: what `Editor.init` gives,
+    if it is at hand.
+    """
+    state = state or editor.init(batch.lm, batch.statistics)
+    told = (
+        describe(editor), state.contexts, state.statistics_digest, batch.lm.base(),
+        batch.lm.digest(batch.lm.write_path(0)), batch.cases.digest, outer
+    )
+    return kept(out, told, lambda: _measured(batch, editor, state, outer))
+
+
+def _measured(batch: Batch, editor: Editor, state: EditorState, outer: bool) -> list[dict[str, Any]]:
+    lm, plan = batch.lm, batch.plan(editor, state)
+    edit, _ = editor.step(lm, batch.requests, state, planned=plan)
+    columns = _realized(lm, editor, state, batch.requests, edit, plan)
+    if outer and editor.refine:
+        columns |= _outer(lm, editor, state, batch.requests, edit, plan)
+    with edit.applied(lm):
+        found = evaluate(lm, batch.cases, before=batch.before)
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [
+        row | likelihood(case) | dict(zip(columns, own, strict=True))
+        for row, case, own in zip(found.records(), found.cases, values, strict=True)
+    ]
+
+
+def likelihood(case: CaseScore) -> dict[str, float]:
+    """Logarithms of what the scores cut to success or failure, natural, means over the target's tokens and the case's
+    probes.
+
+    log_p, log_p_paraphrase: of the target after the edited prompt and after its paraphrases; log_odds:
+    log p of the target minus that of the true object, after the edited prompt, where there is a rival (CounterFact).
+    NaN without such a probe.
+    """
+    found = {}
+    for name, kind in (("log_p", "efficacy"), ("log_p_paraphrase", "paraphrase")):
+        values = [p.target.log_p for p in case.probes if p.kind == kind]
+        found[name] = fmean(values) if values else float("nan")
+    against = [p.target.log_p - p.rival.log_p for p in case.probes if p.kind == "efficacy" and p.rival]
+    return found | {"log_odds": fmean(against) if against else float("nan")}
+
+
+def _outer(
+    lm: LanguageModel, editor: Editor, state: EditorState, requests: Sequence[EditRequest], edit: Edit, plan: Targets
+) -> dict[str, Tensor]:
+    """The outer objective of each request at both ends of the refinement; the trace ends one step before the last."""
+    rule, layer = editor.refine, editor.layers[-1]
+    weights = torch.tensor((rule.edit_weight, rule.locality_weight, rule.anchor_weight), dtype=torch.float64)
+    reader = KeyReader(lm, requests, state.contexts, layer, flat=editor.context_rule.flat)
+    tokens = min(rule.tokens, lm.room(lm.depth - layer, gradients=True))
+    objective = outer_objective(
+        lm, requests, state.contexts, plan, editor._frozen_gate(reader, state, layer), replace(rule, tokens=tokens)
+    )
+    before, after = (
+        (objective.losses(value.to(objective.initial).clone().requires_grad_()).cpu().double() * weights)
+        for value in (plan.value, refined(edit, editor, plan))
+    )
+    return {"outer_before": before.sum(1), "outer_after": after.sum(1), "anchor_after": after[:, 2]}
+
+
+def refined(edit: Edit, editor: Editor, plan: Targets) -> Tensor:
+    """The targets v that an edit was solved for, (n, d): the first layer still sees the anchor h itself."""
+    return plan.anchor + edit.updates[0].left.T / editor.allocation(0, len(editor.layers))
+
+
+def _realized(
+    lm: LanguageModel, editor: Editor, state: EditorState, requests: Sequence[EditRequest], edit: Edit, plan: Targets
+) -> dict[str, Tensor]:
+    layer, count = editor.layers[-1], len(editor.layers)
+    reader = KeyReader(
+        lm, requests, state.contexts, layer, flat=editor.context_rule.flat,
+        site="block" if editor.target.site == "block" else "mlp"
+    )
+    gamma = association(reader.read(layer).keys, state.metrics[layer])
+    value = refined(edit, editor, plan)
+    with edit.applied(lm):
+        after = KeyReader(lm, requests, state.contexts, layer, flat=editor.context_rule.flat, site=reader.site).read(
+            layer
+        )
+    last = edit.updates[-1]
+    written, share = after.keys @ last.delta.T, last.left.T
+    return {
+        "gamma": gamma, "beta": attenuation(gamma),
+        "planned": (value - plan.anchor).norm(dim=1),
+        "moved": (value - plan.value).norm(dim=1) / plan.planned.norm(dim=1),
+        "beta_layer": _along(written, share),
+        "beta_initial": _along(written, share - (value - plan.value) * editor.allocation(count - 1, count)),
+        "whole": _along(after.current - plan.anchor, value - plan.anchor),
+        "whole_initial": _along(after.current - plan.anchor, plan.planned),
+    }  # fmt: skip
+
+
+def _along(realized: Tensor, planned: Tensor) -> Tensor:
+    """⟨r̂, r⟩ / ‖r‖² per row; NaN where nothing was planned."""
+    return (realized * planned).sum(1) / planned.square().sum(1).where(planned.any(1), torch.nan)

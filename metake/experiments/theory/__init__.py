@@ -1,0 +1,1 @@
+"""The paper's statements, each by code that could find it false."""

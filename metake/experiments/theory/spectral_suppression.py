@@ -1,0 +1,342 @@
+"""MetaKE v1 Theorem 1: how the spectrum of the preserved keys decides what share of an edit is written (eqs 13–35).
+
+A = C + λI with C = Σ sᵢ uᵢuᵢᵀ; H is a set of directions, *protected* if their sᵢ are large. Checked is the library's
+own `InverseCovariance`, against an eigendecomposition that it does not use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from metake import methods
+from metake.algebra.geometry import InverseCovariance, KeyStatistics, NullSpace
+from metake.algebra.solve import association, attenuation, solve
+from metake.data.facts import facts
+from metake.editing.keys import KeyReader
+from metake.editing.statistics import statistics
+from metake.experiments.theory.adversary import ascend
+from metake.experiments.theory.solves import draw
+from metake.language.model import load
+from metake.support.errors import StatisticsError
+
+SLACK = 1e-9  # rounding of γ next to its bound
+
+
+def spectral_association(keys: Tensor, spectrum: Tensor, directions: Tensor, ridge: float | Tensor) -> Tensor:
+    """γ = Σᵢ ⟨uᵢ, k⟩² / (sᵢ + λ), (n,)          (v1 eq. 24)
+
+    keys: (n, d); spectrum: (d,) sᵢ of C, or of λ_C C; directions: (d, d) with columns uᵢ; ridge: λ ≥ 0. Cost n d².
+    """
+    return ((keys @ directions).square() / (spectrum + ridge)).sum(-1)
+
+
+def suppression_bound(
+    keys: Tensor, spectrum: Tensor, directions: Tensor, protected: Tensor, ridge: float | Tensor
+) -> Tensor:
+    """γ ≤ ‖k‖² ((1−ε)/(s_H+λ) + ε/λ), (n,), with s_H = min of sᵢ in H and ε = the share of ‖k‖² outside H      (v1 eq.
+    25)
+
+    protected: (d,) bool, the set H; ε = 0 gives the ideal case, v1 eq. 26. Infinite where λ = 0 and some energy lies
+    outside H.
+    """
+    energy = (keys @ directions).square()
+    inside, outside = energy[:, protected].sum(-1), energy[:, ~protected].sum(-1)
+    return inside / (spectrum[protected].min() + ridge) + torch.where(outside > 0, outside / ridge, 0)
+
+
+def _layer(spectrum: Tensor, directions: Tensor) -> KeyStatistics:
+    """Statistics whose C has this spectrum."""
+    moment, count = (directions * spectrum) @ directions.T, 100 * len(directions)
+    return KeyStatistics((moment + moment.T) / 2 * count, count)
+
+
+def suppression_check(trials: int = 300, seed: int = 0, dims: tuple[int, ...] = (4, 16, 64)) -> pd.DataFrame:
+    """Random instances in float64: γ of the library against its spectral form (v1 eq. 24),
+    what is really written against β r, and the bound (v1 eq. 25).
+
+    Swept: dimension, rank (directions of variance zero), conditioning to 1e6, scale of C (1e-3 to 1e3) and of the key,
+    λ, how much of the key lies in the most used directions, and the set H. One row per instance: dim, rank, ridge,
+    outside = ε, gamma, beta, bound, excess = γ/bound − 1, spectral_error and share_error (relative),
+    projector_error of β = ‖Pk‖²/(‖Pk‖²+λ) (eq. 35).
+    """
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for trial in range(trials):
+        dim = dims[trial % len(dims)]
+        case, (a, b, c, e) = draw(generator, dim, 1), torch.rand(4, dtype=torch.float64, generator=generator).tolist()
+        scale, ridge = 10 ** (6 * a - 3), 10 ** (6 * b - 3)
+        found = KeyStatistics(case.statistics(case.rank if trial % 2 else None).moment * scale, 100 * dim)
+        spectrum, directions = torch.linalg.eigh(found.covariance)
+        # the key's energy leans toward the large eigenvalues
+        tilt = (torch.arange(dim, dtype=torch.float64) - dim) / dim * 8 * c
+        key, protected = ((case.keys.T @ directions) * 10**tilt) @ directions.T, torch.arange(dim) >= int(e * dim)
+        metric, planned = InverseCovariance(found, ridge=ridge), case.residuals.T
+        gamma, expected = association(key, metric), spectral_association(key, spectrum, directions, ridge)
+        foretold = attenuation(expected) * planned
+        written, bound = (
+            solve(key, planned, metric).realized, suppression_bound(key, spectrum, directions, protected, ridge)
+        )
+        rows.append({
+            "dim": dim, "rank": case.rank if trial % 2 else dim, "ridge": ridge,
+            "outside": ((key @ directions)[0, ~protected].norm() / key.norm()).square().item(),
+            "gamma": gamma.item(), "beta": attenuation(gamma).item(), "bound": bound.item(),
+            "excess": (gamma / bound - 1).item(),
+            "spectral_error": (gamma / expected - 1).abs().item(),
+            "share_error": ((written - foretold).norm() / foretold.norm()).item(),
+            "projector_error": _projector_error(case.statistics(case.rank), case.keys.T,
+            ridge) if case.rank < dim else float("nan"),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _projector_error(found: KeyStatistics, key: Tensor, ridge: float) -> float:
+    """How far AlphaEdit's β is from ‖Pk‖²/(‖Pk‖²+λ), relative (v1 eq. 35)."""
+    spectrum, directions = torch.linalg.eigh(found.covariance)
+    size = (key @ directions[:, spectrum < 1e-9]).square().sum()
+    return (attenuation(association(key, NullSpace(found, ridge, 1e-9)))[0] * (size + ridge) / size - 1).abs().item()
+
+
+def adversarial_search(
+    starts: int = 3, steps: int = 120, seed: int = 0, dims: Sequence[int] = (3, 6, 12)
+) -> pd.DataFrame:
+    """Gradient ascent on γ/bound over the key, the spectrum and λ, in a random orientation; H are the larger half of
+    the eigenvalues.
+
+    One row per dimension: the largest γ/bound met, `broken` if it exceeds 1; the bound is attained,
+    so a good search comes near 1.
+    """
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for dim in dims:
+        directions = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0]
+        found = ascend(
+            partial(_tightness, directions), torch.randn(starts, 2 * dim + 1, dtype=torch.float64, generator=generator),
+            steps, rate=0.1
+        )
+        largest = math.exp(found.score)
+        rows.append(
+            {
+                "dim": dim, "starts": starts, "evaluations": found.evaluations, "largest": largest, "limit": 1.0,
+                "broken": largest > 1 + SLACK
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _tightness(directions: Tensor, points: Tensor) -> Tensor:
+    """log γ/bound at each point: key in eigen-coordinates, log spectrum, log λ; with the library's γ."""
+    return torch.stack([_log_ratio(directions, point) for point in points])
+
+
+def _log_ratio(directions: Tensor, point: Tensor) -> Tensor:
+    dim = len(directions)
+    key, spectrum, ridge = point[None, :dim] @ directions.T, point[dim:-1].exp(), point[-1].exp()
+    protected = spectrum >= spectrum.median()
+    gamma = association(key, InverseCovariance(_layer(spectrum, directions), ridge=ridge))
+    return (gamma.log() - suppression_bound(key, spectrum, directions, protected, ridge).log())[0]
+
+
+def limits(seed: int = 0, dim: int = 12, outside: Sequence[float] = (0.0, 1e-4, 1e-2), powers: int = 8) -> pd.DataFrame:
+    """β as the protected half of the spectrum grows, s_H from 1 to 10^powers, of keys with a share ε of their energy
+    outside it.
+
+    λ = 1, ‖k‖² = 10, the other half of the spectrum is 0.1. Columns: outside = ε, floor_at = s_H, beta,
+    bound = what the bound allows for β, and limit = what is left as s_H → ∞: γ_out/(1+γ_out) of the energy outside,
+    0 for ε = 0.
+    """
+    generator, rows = torch.Generator().manual_seed(seed), []
+    directions = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0]
+    protected = torch.arange(dim) >= dim // 2
+    for share in outside:
+        coordinates = torch.ones(dim, dtype=torch.float64) * torch.where(protected, (1 - share) ** 0.5, share**0.5)
+        key = (10 / (dim // 2)) ** 0.5 * coordinates[None] @ directions.T
+        rest = spectral_association(key, torch.where(protected, torch.inf, 0.1), directions, 1.0)
+        for power in range(powers + 1):
+            spectrum = torch.where(protected, 10.0**power, 0.1).double()
+            gamma = association(key, InverseCovariance(_layer(spectrum, directions), ridge=1.0))
+            bound = suppression_bound(key, spectrum, directions, protected, 1.0)
+            rows.append(
+                {
+                    "outside": share, "floor": 10.0**power, "beta": attenuation(gamma).item(),
+                    "bound": attenuation(bound).item(), "limit": attenuation(rest).item()
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+EDGES = {
+    "all energy in H, ideal bound": "none", "energy outside H, judged by the ideal bound": "some",
+    "a small eigenvalue counted into H": "some",
+    "all energy in H: β → 0": "none", "1 % of the energy outside H: β → 0": "some",
+    "λ = 0 and C singular: A can be inverted": "some",
+}  # fmt: skip
+"""The theorem and its limit as stated, and where an assumption is dropped: how many instances should then break it."""
+
+
+def edges(trials: int = 40, seed: int = 0, dim: int = 12) -> pd.DataFrame:
+    """Columns: case, judged, wrong, foretold ("none" or "some" wrong), as_foretold.
+
+    A bound is broken if γ exceeds it by more than rounding; β → 0 is judged at s_H = 1e8, λ = 1, ‖k‖² = d,
+    where the ideal bound allows 1e-6.
+    """
+    generator, wrong = torch.Generator().manual_seed(seed), dict.fromkeys(EDGES, 0)
+    protected = torch.arange(dim) >= dim // 2
+    for _ in range(trials):
+        directions = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0]
+        spectrum = torch.where(protected, 10.0, 0.1) * (1 + torch.rand(dim, dtype=torch.float64, generator=generator))
+        drawn = torch.randn(dim, dtype=torch.float64, generator=generator)
+        inside, leaning = (
+            ((drawn * m) / (drawn * m).norm() * dim**0.5)[None] @ directions.T
+            for m in (protected, torch.where(protected, 1.0, 0.5))
+        )
+        one_percent = 0.99**0.5 * inside + 0.1 * dim**0.5 * directions[:, 0][None]
+        allowed = dim / (spectrum[protected].min() + 1)
+        gammas = [
+            association(key, InverseCovariance(_layer(spectrum, directions), ridge=1.0)) for key in (inside, leaning)
+        ]
+        grown = InverseCovariance(_layer(torch.where(protected, 1e8, spectrum), directions), ridge=1.0)
+        counted = suppression_bound(
+            leaning, torch.where(protected, spectrum, 10.0), directions, protected | (torch.arange(dim) > 0), 1.0
+        )
+        broken = [
+            bool(gammas[0] > allowed * (1 + SLACK)), bool(gammas[1] > allowed * (1 + SLACK)),
+            bool(gammas[1] > counted * (1 + SLACK))
+        ]
+        broken += [bool(attenuation(association(key, grown)) > 1e-6) for key in (inside, one_percent)]
+        broken.append(_refused(_layer(torch.where(protected, spectrum, 0.0), directions)))
+        for case, found in zip(EDGES, broken, strict=True):
+            wrong[case] += found
+    rows = [{"case": case, "judged": trials, "wrong": count, "foretold": EDGES[case]} for case, count in wrong.items()]
+    return pd.DataFrame([row | {"as_foretold": (row["wrong"] > 0) == (row["foretold"] == "some")} for row in rows])
+
+
+def _refused(found: KeyStatistics) -> bool:
+    """Whether the library refuses to invert C without a ridge."""
+    try:
+        InverseCovariance(found)
+    except StatisticsError:
+        return True
+    return False
+
+
+def readings(seed: int = 0, dim: int = 8, counts: Sequence[int] = (100, 1000, 10_000, 100_000)) -> pd.DataFrame:
+    """Whether more text of the same kind suppresses an edit: β of one key as the number N of preserved keys grows a
+    thousandfold.
+
+    (13) needs a C; the texts allow the mean of kkᵀ over the preserved keys, as the code of the whole family has it,
+    or the sum K₀K₀ᵀ. The proof's "increasing old-key density ⇒ s_H → ∞" speaks of N. Columns: reading, at N = 100, …,
+    falls.
+    """
+    generator, rows = torch.Generator().manual_seed(seed), []
+    scales = torch.logspace(0.5, -1, dim, dtype=torch.float64)
+    key = (torch.arange(dim) == 0).double()[None]  # along what the preserved keys use most
+    for name in ("mean, E[kkᵀ]", "sum, K₀K₀ᵀ"):
+        betas = []
+        for count in counts:
+            found = KeyStatistics.empty(dim)
+            found.update(torch.randn(count, dim, dtype=torch.float64, generator=generator) * scales)
+            found = KeyStatistics(found.moment, 1) if name.startswith("sum") else found
+            betas.append(attenuation(association(key, InverseCovariance(found, ridge=1.0))).item())
+        rows.append(
+            {"C": name}
+            | {f"β at N = {n:,}": b for n, b in zip(counts, betas, strict=True)}
+            | {"β → 0": betas[-1] < 0.1 * betas[0]}
+        )
+    return pd.DataFrame(rows)
+
+
+def spectrum_on_model(
+    model: str = "tiny", requests: int = 40, text: str = "embedded", seed: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The last edited layer: β of a key of typical length along each eigen-direction of C, and of real requests.
+
+    Returns (one row per method and direction: method, eigenvalue of C, beta, energy = mean share of a real key's
+    energy there;
+    one row per method, request and set H: method, id, share = the least energy that H must hold, size of H, gamma,
+    bound).
+    """
+    lm, asked, rows, bounds = load(model), [c.request for c in facts(limit=requests)], [], []
+    for name in ("memit", "metake_v1", "alphaedit"):
+        editor = methods.method(name, model, seed=seed)
+        layer, found = editor.layers[-1], statistics(lm, text, layers=editor.layers)
+        state = editor.init(lm, found)
+        keys, metric = KeyReader(lm, asked, state.contexts, layer).read(layer).keys, state.metrics[layer]
+        spectrum, directions = torch.linalg.eigh(found[layer].covariance)
+        spectrum, size = spectrum.clamp_min(0), keys.norm(dim=1).median()
+        beta, energy = attenuation(association(size * directions.T, metric)), (keys @ directions).square()
+        mean = (energy / energy.sum(1, keepdim=True)).mean(0)
+        rows += [
+            {"method": name, "eigenvalue": s, "beta": b, "energy": e}
+            for s, b, e in zip(spectrum.tolist(), beta.tolist(), mean.tolist(), strict=True)
+        ]
+        if name == "metake_v1":
+            bounds = _bounds(
+                keys, spectrum * editor.metric.weight, directions, editor.metric.ridge, association(keys, metric)
+            )
+    return pd.DataFrame(rows), pd.DataFrame(bounds)
+
+
+def _bounds(keys: Tensor, spectrum: Tensor, directions: Tensor, ridge: float, gamma: Tensor) -> list[dict]:
+    """The bound for the sets H of largest eigenvalues that hold at least half, 90 % and 99 % of a key's energy,
+    and for all directions.
+    """
+    rows = []
+    energy = (keys @ directions).square().flip(1).cumsum(1) / keys.square().sum(1, keepdim=True)
+    for i, share in ((i, s) for i in range(len(keys)) for s in (0.5, 0.9, 0.99, 1.0)):
+        size = len(spectrum) if share == 1 else int((energy[i] < share).sum()) + 1
+        protected = torch.arange(len(spectrum), device=keys.device) >= len(spectrum) - size
+        bound = suppression_bound(keys[i : i + 1], spectrum, directions, protected, ridge).item()
+        rows.append(
+            {
+                "request": i, "share": share, "size": size, "gamma": gamma[i].item(), "bound": bound,
+                "ratio": bound / gamma[i].item()
+            }
+        )
+    return rows
+
+
+def looseness(bounds: pd.DataFrame) -> pd.DataFrame:
+    """Medians over requests, by the share of a key's energy that H must hold."""
+    return bounds.groupby("share", as_index=False)[["size", "gamma", "bound", "ratio"]].median()
+
+
+def departures(records: pd.DataFrame, tolerance: float = 1e-6) -> pd.DataFrame:
+    """Per dimension: instances, whether the equations are met to `tolerance`, and how many exceed the bound;
+    how near the nearest comes.
+    """
+    grouped = records.groupby("dim", as_index=False)
+    errors = {
+        "the three equations met": grouped[["spectral_error", "share_error", "projector_error"]]
+        .max()
+        .iloc[:, 1:]
+        .max(axis=1)
+        < tolerance
+    }
+    found = grouped.size().rename(columns={"size": "instances"})
+    return found.assign(
+        **errors, above_the_bound=grouped.excess.agg(lambda e: int((e > SLACK).sum())).excess,
+        nearest=grouped.excess.max().excess + 1
+    )
+
+
+def judge(records: pd.DataFrame, searched: pd.DataFrame, dropped: pd.DataFrame, tolerance: float = 1e-6) -> dict:
+    """Holds if γ's spectral form, β and the projector's share (v1 eqs 24, 23, 35) are met to `tolerance`,
+    nothing exceeds the bound (25), no search does, and it fails where an assumption is dropped.
+    """
+    error = records[["spectral_error", "share_error", "projector_error"]].max().max()
+    over, broken, fails = (
+        int((records.excess > SLACK).sum()), int(searched.broken.sum()), bool(dropped.as_foretold.all())
+    )
+    told = (
+        "largest relative departure from γ's spectral form, β = γ/(1+γ) and the projector's share "
+        f"{'below' if error < tolerance else 'above'} "
+        f"{tolerance:.0e} in {len(records)} random layers"
+    )
+    told += f"; the bound exceeded in {over} of them"
+    told += f" and in {broken} of {len(searched)} directed searches, which came to {searched.largest.max():.2f} of it"
+    told += f"; dropped assumptions fail as foretold: {'yes' if fails else 'no'}"
+    return {"holds": bool(error < tolerance) and not over and not broken and fails, "decided_by": told}

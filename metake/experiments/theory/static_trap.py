@@ -1,0 +1,307 @@
+"""MetaKE v1 Theorem 2 and its Lemmas 1 and 2: a penalty that all requests share is a ball, what can be written is an
+ellipsoid (eqs 36–50).
+
+u is the displacement of a target from where Stage I begins. No part of the editor solves its problem (v1 eq. 38)
+in closed form, so the formulas stand here; that a real batch has an ellipsoid at all is measured with the library's
+own solve (`trap_edges.batch_trap`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from metake.experiments.theory.adversary import ascend
+
+SLACK = 1e-9  # rounding
+STEP = 1e-6  # how far beside a boundary something is tried, relative
+
+
+def displacement(gradient: Tensor, hessian: Tensor, strength: float | Tensor) -> Tensor:
+    """u*(λ) = −(H + λI)⁻¹ g, the minimizer of gᵀu + ½uᵀHu + (λ/2)‖u‖², (d,)          (v1 eqs 38, 39; H = 0: eq. 46)
+
+    gradient: (d,); hessian: (d, d) symmetric; strength: λ with H + λI positive definite, else u* is no minimum.
+    Cost d³/3.
+    """
+    return -torch.linalg.solve(hessian + strength * torch.eye(len(gradient), dtype=gradient.dtype), gradient)
+
+
+def radii(operator: Tensor, delta: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The largest ball inside E = {u: uᵀAu ≤ δ²} and the smallest around it: δ/√λmax(A), δ/√λmin(A); ratio √κ(A)
+    (v1 Lemma 2, eq. 42)
+    """
+    values = torch.linalg.eigvalsh(operator)
+    return delta / values[-1].sqrt(), delta / values[0].sqrt()
+
+
+def strengths(operator: Tensor, delta: float, tau: float, easy: float = 1.0, hard: float = 1.0) -> tuple[float, float]:
+    """The λ that serve both requests: from α_hard √λmax / δ, safety of the hard one, to α_easy / τ,
+    progress of the easy one.
+
+    Empty (the first is larger) iff τ/α_easy > δ/(α_hard √λmax): τ > δ/√λmax where both gradients have one size α
+    (v1 eqs 45, 49, 50)
+    """
+    return (hard / radii(operator, delta)[0]).item(), easy / tau
+
+
+class Trap(NamedTuple):
+    """Two requests with g = −α q along the least and the most restricted direction of E (v1 eq. 47),
+    and the curvature of their loss.
+    """
+
+    operator: Tensor  # A
+    delta: float
+    tau: float
+    hessian: Tensor
+    easy: float  #      α of the request along q_min
+    hard: float  #      α of the request along q_max
+
+    def margins(self, strength: float | Tensor) -> tuple[Tensor, Tensor]:
+        """(⟨q_min, u_easy⟩/τ, δ/√(uᵀAu) of u_hard) at a shared λ: progress and safety hold where they are ≥ 1."""
+        directions = torch.linalg.eigh(self.operator)[1]
+        easy = displacement(-self.easy * directions[:, 0], self.hessian, strength)
+        hard = displacement(-self.hard * directions[:, -1], self.hessian, strength)
+        return easy @ directions[:, 0] / self.tau, self.delta / (hard @ self.operator @ hard).sqrt()
+
+    def serves(self, strength: float | Tensor) -> bool:
+        return bool(min(m.item() for m in self.margins(strength)) >= 1 - SLACK)
+
+
+def uniform(generator: torch.Generator, low: float, high: float) -> float:
+    return 10 ** (low + (high - low) * torch.rand((), dtype=torch.float64, generator=generator).item())
+
+
+def random_operator(generator: torch.Generator, dim: int, condition: float, scale: float = 1.0) -> Tensor:
+    """A random symmetric matrix of a given condition number and largest eigenvalue."""
+    values = 10 ** (-math.log10(condition) * torch.rand(dim, dtype=torch.float64, generator=generator))
+    values[0], values[-1] = 1.0, 1 / condition
+    directions = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0]
+    made = scale * (directions * values) @ directions.T
+    return (made + made.T) / 2
+
+
+def penalty_check(
+    trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2, 8, 32), rivals: int = 200
+) -> pd.DataFrame:
+    """Lemma 1 on random quadratics, singular ones among them: the penalized minimizer against points of its own ball.
+
+    One row per instance: dim, rank, strength, radius, `better` = by how much the best of many rivals in the ball beats
+    u*, relative (≤ 0: none does), `multiplier` = −d(minimum)/d(½ρ²) by finite differences over λ, in units of λ,
+    `stretched` = whether any larger λ has a larger radius.
+    """
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for trial in range(trials):
+        dim, scale = dims[trial % len(dims)], uniform(generator, -3, 3)
+        rank = dim if trial % 2 else dim // 2  # a singular H: the problem is convex only
+        values, directions = torch.linalg.eigh(random_operator(generator, dim, uniform(generator, 0, 6), scale))
+        hessian, gradient = (
+            (directions * values * (torch.arange(dim) < rank)) @ directions.T,
+            torch.randn(dim, dtype=torch.float64, generator=generator),
+        )
+        strength = scale * uniform(generator, -3, 3)
+        at = displacement(gradient, hessian, strength)
+        drawn = torch.randn(rivals, dim, dtype=torch.float64, generator=generator)
+        drawn = torch.cat([drawn, at / at.norm() + 0.01 * drawn])  # anywhere, and next to it
+        inside = torch.rand(2 * rivals, 1, dtype=torch.float64, generator=generator).pow(1 / dim)
+        tried = at.norm() * torch.cat(
+            [drawn / drawn.norm(dim=1, keepdim=True), inside * drawn / drawn.norm(dim=1, keepdim=True)]
+        )
+        best = _quadratic(tried, gradient, hessian).min()
+        sides = [displacement(gradient, hessian, strength * (1 + s * 1e-4)) for s in (-1, 1)]
+        multiplier = -(_quadratic(sides[1], gradient, hessian) - _quadratic(sides[0], gradient, hessian)) / (
+            (sides[1].square().sum() - sides[0].square().sum()) / 2
+        )
+        norms = torch.stack(
+            [
+                displacement(gradient, hessian, strength * x).norm()
+                for x in torch.logspace(0, 4, 30, dtype=torch.float64)
+            ]
+        )
+        value = _quadratic(at, gradient, hessian)
+        rows.append({
+            "dim": dim, "rank": rank, "strength": strength, "radius": at.norm().item(),
+            "better": ((value - best) / value.abs()).item(),
+            "multiplier": (multiplier / strength).item(), "stretched": bool((norms.diff() > SLACK * norms[:-1]).any()),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _quadratic(points: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
+    """gᵀu + ½uᵀHu of one point or of rows."""
+    return points @ gradient + (points @ hessian * points).sum(-1) / 2
+
+
+def ellipsoid_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2, 8, 32)) -> pd.DataFrame:
+    """Lemma 2 on random A: balls a little smaller and a little larger than the two of the lemma,
+    probed along random directions and along A's own.
+
+    One row per instance: dim, kappa, `inside` and `around` = probes that contradict the two bounds,
+    `tight` = both bounds fail once they are moved by a millionth, ratio_error = of √κ, relative.
+    """
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for trial in range(trials):
+        dim, condition, delta = dims[trial % len(dims)], uniform(generator, 0, 6), uniform(generator, -2, 2)
+        operator = random_operator(generator, dim, condition, uniform(generator, -2, 2))
+        inner, outer = radii(operator, delta)
+        probes = torch.randn(400, dim, dtype=torch.float64, generator=generator)
+        probes = torch.cat([probes, torch.linalg.eigh(operator)[1].T])
+        probes = probes / probes.norm(dim=1, keepdim=True)
+        reach = delta / (probes @ operator * probes).sum(1).sqrt()  # how far E goes in each direction
+        inside, around = (reach < inner * (1 - STEP)).sum(), (reach > outer * (1 + STEP)).sum()
+        tight = bool((reach < inner * (1 + STEP)).any() and (reach > outer * (1 - STEP)).any())
+        rows.append(
+            {
+                "dim": dim, "kappa": condition, "inside": int(inside), "around": int(around), "tight": tight,
+                "ratio_error": abs((outer / inner).item() / condition**0.5 - 1)
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def trap_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2, 8, 32), grid: int = 61) -> pd.DataFrame:
+    """The two-request construction (v1 eqs 46–50): λ over eight decades around both requirements,
+    and next to each of them, is really tried.
+
+    Every third instance lies within 1e-5 of the boundary τ = δ/√λmax. One row per instance: dim, kappa,
+    boundary = τ√λmax/δ, trapped where τ > δ/√λmax, served = a tried λ serves both, alone = the easy request's own
+    displacement of size τ is feasible, wrong = trapped and served or neither, tried,
+    best = the largest of min(progress, safety) over λ, whose foretold value is (τ√λmax/δ)^−½.
+    """
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for trial in range(trials):
+        dim, condition = dims[trial % len(dims)], uniform(generator, 0, 6)
+        operator, delta, alpha = (
+            random_operator(generator, dim, condition, uniform(generator, -2, 2)), uniform(generator, -2, 2),
+            uniform(generator, -2, 2)
+        )
+        inner, outer = (r.item() for r in radii(operator, delta))
+        boundary = (
+            1 + 1e-5 * (2 * torch.rand((), generator=generator).item() - 1)
+            if trial // 3 % 3 == 2
+            else uniform(generator, -2, 2)
+        )
+        trap = Trap(operator, delta, boundary * inner, torch.zeros_like(operator), alpha, alpha)
+        first, last = strengths(operator, delta, trap.tau, alpha, alpha)
+        middle = (first * last) ** 0.5
+        tried = [middle * 10 ** (8 * i / (grid - 1) - 4) for i in range(grid)] + [
+            end * (1 + s * STEP) for end in (first, last) for s in (-1, 1)
+        ]
+        served, best = any(trap.serves(x) for x in tried), min(trap.margins(middle)).item()
+        rows.append({
+            "dim": dim, "kappa": condition, "boundary": boundary, "trapped": boundary > 1, "served": served,
+            "alone": trap.tau <= outer, "wrong": served == (boundary > 1),
+            "tried": len(tried), "best": best, "best_error": abs(best * boundary**0.5 - 1),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def adversarial_search(
+    starts: int = 2, steps: int = 120, seed: int = 0, dims: Sequence[int] = (2, 5), boundary: float = 1.02
+) -> pd.DataFrame:
+    """Gradient ascent against each statement. One row per statement and dimension: largest, limit, broken.
+
+    "Lemma 1": a point of the ball, H, g and λ climb 1 + how much the point beats u*, relative to |minimum|: at most 1.
+    "Lemma 2": the center and A climb the size of a ball inside E, anywhere, in units of δ/√λmax: at most 1.
+    "Theorem 2": λ and A climb min(progress/τ, δ/√(uᵀAu)) where τ = `boundary` · δ/√λmax: at most boundary^−½ < 1.
+    """
+    generator, rows = torch.Generator().manual_seed(seed), []
+    searches = {
+        "Lemma 1": (_rival, 2, 1.0), "Lemma 2": (_ball, 1, 1.0),
+        "Theorem 2": (partial(_shared, boundary), 0, boundary**-0.5)
+    }
+    for (name, (objective, vectors, limit)), dim in ((s, d) for s in searches.items() for d in dims):
+        size = dim * dim + vectors * dim + (name != "Lemma 2")
+        begin = torch.randn(starts, size, dtype=torch.float64, generator=generator)
+        found = ascend(partial(_each, objective, dim), begin, steps, rate=0.1)
+        row = {"statement": name, "dim": dim, "starts": starts, "evaluations": found.evaluations}
+        rows.append(row | {"largest": found.score, "limit": limit, "broken": found.score > limit * (1 + SLACK)})
+    return pd.DataFrame(rows)
+
+
+def _each(objective: Callable[[int, Tensor], Tensor], dim: int, points: Tensor) -> Tensor:
+    return torch.stack([objective(dim, point) for point in points])
+
+
+def _rival(dim: int, point: Tensor) -> Tensor:
+    root, gradient, inside, strength = point.split([dim * dim, dim, dim, 1])
+    hessian = root.view(dim, dim) @ root.view(dim, dim).T
+    at = displacement(gradient, hessian, strength.exp())
+    rival = at.norm() * inside / (1 + inside.square().sum()).sqrt() * (1 + 1e-12)
+    value = _quadratic(at, gradient, hessian)
+    return 1 + (value - _quadratic(rival, gradient, hessian)) / value.abs()
+
+
+def _ball(dim: int, point: Tensor) -> Tensor:
+    """The way out of E from a center inside it, along A's own directions and between them, at its shortest; δ = 1."""
+    root, center = point.split([dim * dim, dim])
+    operator = root.view(dim, dim) @ root.view(dim, dim).T + 0.01 * torch.eye(dim, dtype=point.dtype)
+    values, directions = torch.linalg.eigh(operator)
+    center = directions @ (center / (1 + center.square().sum()).sqrt() / values.sqrt())
+    probes = torch.cat([directions.T, -directions.T, (directions[:, :1] + directions).T / 2**0.5])
+    across, along = probes @ operator @ center, (probes @ operator * probes).sum(1)
+    out = (-across + (across.square() + along * (1 - center @ operator @ center)).sqrt()) / along
+    return out.min() * values[-1].sqrt()
+
+
+def _shared(boundary: float, dim: int, point: Tensor) -> Tensor:
+    root, strength = point[:-1].view(dim, dim), point[-1].exp()
+    operator = root @ root.T + 0.01 * torch.eye(dim, dtype=point.dtype)
+    trap = Trap(operator, 1.0, boundary * radii(operator, 1.0)[0], torch.zeros_like(operator), 1.0, 1.0)
+    return torch.minimum(*trap.margins(strength))
+
+
+def judge(
+    penalty: pd.DataFrame, ellipsoid: pd.DataFrame, trapped: pd.DataFrame, searched: pd.DataFrame,
+    dropped: pd.DataFrame, tolerance: float = 1e-6
+) -> dict:
+    """Holds if no instance contradicts either lemma or the construction, no search breaks one,
+    and they fail where an assumption is dropped.
+    """
+    against = counted(penalty, ellipsoid, trapped, tolerance).groupby("statement").found.sum()
+    broken, fails = int(searched.broken.sum()), bool(dropped.as_foretold.all())
+    told = (
+        f"contradictions: {against['Lemma 1']} to Lemma 1 in {len(penalty)} quadratics, {against['Lemma 2']} "
+        f"to Lemma 2 in {len(ellipsoid)} "
+        "ellipsoids, "
+    )
+    told += (
+        f"{against['Theorem 2']} to the condition τ > δ/√λmax in {len(trapped)} pairs of requests with "
+        f"{trapped.tried.sum()} λ tried"
+    )
+    told += f"; {broken} of {len(searched)} directed searches broke one"
+    return {
+        "holds": not (against.sum() or broken) and fails,
+        "decided_by": f"{told}; dropped assumptions fail as foretold: {'yes' if fails else 'no'}",
+    }
+
+
+def counted(
+    penalty: pd.DataFrame, ellipsoid: pd.DataFrame, trapped: pd.DataFrame, tolerance: float = 1e-6
+) -> pd.DataFrame:
+    """What would contradict each statement, in how many instances it was looked for, and in how many it was found."""
+    rows = [
+        ("Lemma 1", "a point of the ball is better than u*", penalty.better > SLACK),
+        ("Lemma 1", "the multiplier is not λ", (penalty.multiplier - 1).abs() > tolerance),
+        ("Lemma 1", "a larger λ has a larger ball", penalty.stretched),
+        (
+            "Lemma 2", "the inscribed ball sticks out, or the other is too small",
+            ellipsoid.inside + ellipsoid.around > 0
+        ),
+        ("Lemma 2", "either bound could be moved by a millionth", ~ellipsoid.tight),
+        ("Lemma 2", "the ratio is not √κ", ellipsoid.ratio_error > tolerance),
+        ("Theorem 2", "τ > δ/√λmax, and a λ serves both", trapped.served[trapped.trapped]),
+        ("Theorem 2", "τ ≤ δ/√λmax, and no λ serves both", ~trapped.served[~trapped.trapped]),
+        ("Theorem 2", "the best λ meets another share than foretold", trapped.best_error > tolerance),
+    ]
+    return pd.DataFrame(
+        [
+            {"statement": name, "contradiction": text, "instances": len(found), "found": int(found.sum())}
+            for name, text, found in rows
+        ]
+    )

@@ -1,0 +1,144 @@
+"""Read activations, replace blocks and gather logits, as context managers over a model's own modules.
+
+Decoder blocks return a tensor or a tuple whose first item is the hidden state, depending on architecture and version of
+transformers: `hidden` and `rewrap` are the only two places that know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Stop(Exception):
+    """Raised by a hook once the last wanted activation was read; never leaves this module."""
+
+
+def hidden(output: Any) -> Tensor:
+    """The hidden state in a block's output: the tensor itself, or the first item of the tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def rewrap(output: Any, replacement: Tensor) -> Any:
+    """`output` with its hidden state replaced, in the shape the block returned."""
+    return (replacement, *output[1:]) if isinstance(output, tuple) else replacement
+
+
+@contextlib.contextmanager
+def reading(
+    inputs: dict[Any, nn.Module] | None = None,
+    outputs: dict[Any, nn.Module] | None = None,
+    then: Callable[[Tensor], Tensor] = lambda t: t,
+    stop_after: nn.Module | None = None,
+) -> Iterator[dict[Any, Tensor]]:
+    """Collect, under the given names, what goes into and comes out of modules while the block runs.
+
+    then: applied to each activation as it is read, (rows, positions, width), so that only what is needed is kept.
+    stop_after: the forward pass ends once this module has run; blocks after it are never computed.
+    """
+    found: dict[Any, Tensor] = {}
+    handles = []
+    try:
+        for name, module in (inputs or {}).items():
+            handles.append(
+                module.register_forward_pre_hook(lambda _, args, name=name: found.__setitem__(name, then(args[0])))
+            )
+        for name, module in (outputs or {}).items():
+            handles.append(
+                module.register_forward_hook(lambda _, __, out, name=name: found.__setitem__(name, then(hidden(out))))
+            )
+        if stop_after is not None:
+            handles.append(stop_after.register_forward_hook(_raise_stop))
+        with contextlib.suppress(_Stop):
+            yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _raise_stop(*_: Any) -> None:
+    raise _Stop
+
+
+def moved(state: Tensor, vector: Tensor) -> Tensor:
+    """A hidden state, (rows, positions, width), with (rows, width) added at each row's first position."""
+    first = state[:, 0].to(vector.dtype) + vector
+    return torch.cat([first.to(state.dtype)[:, None], state[:, 1:]], 1)
+
+
+@contextlib.contextmanager
+def adding(module: nn.Module, vector: Tensor) -> Iterator[None]:
+    """Add (rows, width) to what the module returns at each row's first position; may require a gradient."""
+    handle = module.register_forward_hook(lambda _, __, out: rewrap(out, moved(hidden(out), vector)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def resumed(blocks: Sequence[nn.Module], last: int, state: Tensor, arity: int) -> Iterator[None]:
+    """Start the forward pass after block `last`: blocks 0..last are not computed, and `state` is what `last` returns.
+
+    The model's own forward still builds masks, positions and caches. state: (rows, positions, width), may require a
+    gradient. arity: how many items the architecture's blocks return (1: a bare tensor). last = −1 changes nothing.
+    """
+
+    def passing(replacement: Tensor | None) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+            out = hidden_states if replacement is None else replacement
+            return out if arity == 1 else (out, *[None] * (arity - 1))
+
+        return forward
+
+    replaced = list(blocks[: last + 1])
+    own = [block.__dict__.get("forward") for block in replaced]  # somebody's hook may already stand there
+    try:
+        for i, block in enumerate(replaced):
+            block.forward = passing(state if i == last else None)
+        yield
+    finally:
+        for block, forward in zip(replaced, own, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+@contextlib.contextmanager
+def gathered(head: nn.Module, last_mlp: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]:
+    """Let the model compute logits only at the given (row, position) pairs: it then returns them as (pairs,
+    vocabulary).
+
+    The head, its bias and the final norm stay the model's own; only the rows that reach the head are chosen. The last
+    block's MLP acts on each position alone and feeds nothing but the head: it too runs only there.
+    """
+    shape: list[int] = []
+
+    def choose(_: nn.Module, args: tuple) -> tuple:
+        return args[0].flatten(0, 1).index_select(0, rows * args[0].shape[1] + positions), *args[1:]
+
+    def thin(_: nn.Module, args: tuple) -> tuple:
+        shape[:] = args[0].shape[:2]
+        return args[0].flatten(0, 1).index_select(0, once())[None], *args[1:]
+
+    def spread(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+        return (
+            output.new_zeros(shape[0] * shape[1], output.shape[-1]).index_copy(0, once(), output[0]).unflatten(0, shape)
+        )
+
+    def once() -> Tensor:
+        return torch.unique(rows * shape[1] + positions)  # a pair may be asked for twice
+
+    handles = (
+        head.register_forward_pre_hook(choose), last_mlp.register_forward_pre_hook(thin),
+        last_mlp.register_forward_hook(spread)
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,344 @@
+"""A language model as the editors see it: the model, its tokenizer, and one row of the architecture table.
+
+This is the only module that knows where weights live and how they are stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.pytorch_utils import Conv1D
+
+from metake.language import assets
+from metake.language.capture import gathered, hidden, reading, resumed
+from metake.language.kernels import fast_products
+from metake.language.tokens import Padded, buckets, shared_beginnings
+from metake.support.errors import ArchitectureError, ParameterError, RequestError, near_misses
+from metake.support.machine import default_device, start_cost, usable, working_memory
+from metake.support.progress import no_bars_in_pipes
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Where a family of models keeps its parts; paths with one {} for the block's number."""
+
+    block: str
+    mlp: str
+    write: str  # the MLP's output projection: its input is the key
+    attention: str
+
+
+_LLAMA = Architecture(
+    "model.layers.{}", "model.layers.{}.mlp", "model.layers.{}.mlp.down_proj", "model.layers.{}.self_attn"
+)
+_GPT2 = Architecture("transformer.h.{}", "transformer.h.{}.mlp", "transformer.h.{}.mlp.c_proj", "transformer.h.{}.attn")
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": _GPT2,
+    "gptj": Architecture(_GPT2.block, _GPT2.mlp, "transformer.h.{}.mlp.fc_out", _GPT2.attention),
+    "gpt_neox": Architecture(
+        "gpt_neox.layers.{}", "gpt_neox.layers.{}.mlp", "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+        "gpt_neox.layers.{}.attention"
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "phi": Architecture(_LLAMA.block, _LLAMA.mlp, "model.layers.{}.mlp.fc2", _LLAMA.attention),
+}
+"""One row per `config.model_type`. A user may add a row at run time."""
+
+
+@dataclass
+class LanguageModel:
+    """Model, tokenizer and architecture row. Parameters are frozen (no gradients) and the model is in eval mode."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    origin: dict[str, str] = field(default_factory=dict)
+    arity: int = 1  # items that a decoder block returns
+
+    def __post_init__(self) -> None:
+        kind = getattr(self.model.config, "model_type", "?")
+        if kind not in ARCHITECTURES:
+            raise ArchitectureError(
+                near_misses(kind, ARCHITECTURES, "architecture")
+                + " Add a row: metake.ARCHITECTURES[model_type] = Architecture(...)."
+            )
+        self.architecture = ARCHITECTURES[kind]
+        self.model.eval().requires_grad_(False)
+        self._check()
+
+    def _check_paths(self) -> None:
+        """The row must name modules that exist, one set a block, each where its name says. Raises ArchitectureError."""
+        row, kind, modules = self.architecture, self.model.config.model_type, dict(self.model.named_modules())
+        for what, inside in (("block", None), ("mlp", "block"), ("write", "mlp"), ("attention", "block")):
+            path, whole = getattr(row, what), inside and getattr(row, inside)
+            flaws = {
+                "which must contain exactly one {} for the block's number": path.count("{}") != 1,
+                "but the model has no such module": path.replace("{}", "0") not in modules,
+                f"which is not inside its {inside} = {whole!r}": whole and not f"{path}.".startswith(f"{whole}."),
+            }
+            if flaw := next((said for said, found in flaws.items() if found), ""):
+                raise ArchitectureError(
+                    f"row {kind!r} names {what} = {path!r}, {flaw}; correct metake.ARCHITECTURES[{kind!r}]"
+                )
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """One two-token forward with hooks: the row must name modules of the expected shapes.
+        Raises ArchitectureError.
+        """
+        self._check_paths()
+        row, kind, width = self.architecture, self.model.config.model_type, self.width
+        seen: dict[str, Any] = {}
+        block, write = self.block(0), self.write(0)
+        handles = [
+            block.register_forward_hook(lambda *a: seen.__setitem__("block", a[2])),
+            write.register_forward_pre_hook(lambda _, a: seen.__setitem__("key", a[0])),
+        ]
+        try:
+            self.model(torch.tensor([[1, 2]], device=self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        key, (d_out, d_in) = seen["key"].shape[-1], self.shape(row.write.format(0))
+        out = tuple(hidden(seen["block"]).shape)
+        if (d_out, d_in) != (width, key) or out != (1, 2, width):
+            raise ArchitectureError(
+                f"row {kind!r}: the weight of {row.write.format(0)!r} is {(d_out, d_in)} (d_out, d_in) where "
+                f"{(width, key)} was expected, and "
+                f"{row.block.format(0)!r} returns {out} where (1, 2, {width}) was expected; correct the row"
+            )
+        self.arity = len(seen["block"]) if isinstance(seen["block"], tuple) else 1
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream, d."""
+        return self.model.config.hidden_size
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder blocks."""
+        return self.model.config.num_hidden_layers
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def block(self, layer: int) -> nn.Module:
+        return self.model.get_submodule(self.architecture.block.format(layer))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [self.block(i) for i in range(self.depth)]
+
+    def write(self, layer: int) -> nn.Module:
+        """The MLP's output projection of a block: the weight that is edited."""
+        return self.model.get_submodule(self.write_path(layer))
+
+    def attention(self, layer: int) -> nn.Module:
+        """The attention of a block; its output is added to the residual stream."""
+        return self.model.get_submodule(self.architecture.attention.format(layer))
+
+    def write_path(self, layer: int) -> str:
+        if not 0 <= layer < self.depth:
+            raise ParameterError(f"layer {layer} does not exist: {self.name!r} has blocks 0 to {self.depth - 1}")
+        return self.architecture.write.format(layer)
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def run(self, batch: Padded, past: DynamicCache | None = None, use_cache: bool = False) -> Any:
+        """The model's own forward on padded rows; with `past`, `batch.ids` and `.positions` are the new columns only.
+
+        Raises RequestError for a row that is longer than the model's window.
+        """
+        room = getattr(self.model.config, "max_position_embeddings", None)
+        if room is not None and batch.mask.shape[1] > room:
+            raise RequestError(
+                f"a row of {batch.mask.shape[1]} tokens does not fit {self.name!r}, which has room for {room}; "
+                "shorten the prompt"
+            )
+        with fast_products(self.model.modules()):
+            return self.model(
+                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, past_key_values=past,
+                use_cache=use_cache or past is not None
+            )
+
+    def logits(self, batch: Padded, rows: Tensor, columns: Tensor, past: DynamicCache | None = None) -> Tensor:
+        """Next-token logits at (row, column) pairs only, (pairs, vocabulary)."""
+        last = self.model.get_submodule(self.architecture.mlp.format(self.depth - 1))
+        with gathered(self.model.get_output_embeddings(), last, rows, columns):
+            return self.run(batch, past).logits
+
+    def read(
+        self, batch: Padded, keys: Sequence[int] = (), states: Sequence[int] = (), then: Any = lambda t: t,
+        past: DynamicCache | None = None
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Keys (inputs of `write`) and block outputs of the given layers; blocks after the last of them are not run."""
+        last = max((*keys, *states))
+        inputs = {("key", i): self.write(i) for i in keys}
+        outputs = {("state", i): self.block(i) for i in states}
+        with reading(
+            inputs, outputs, then, stop_after=self.block(last) if last in states else self.write(last)
+        ) as found:
+            self.run(batch, past)
+        return {i: found["key", i] for i in keys}, {i: found["state", i] for i in states}
+
+    def resumed(self, last: int, state: Tensor | None) -> contextlib.AbstractContextManager[None]:
+        """Start forwards after block `last`, which returns `state`; see `capture.resumed`."""
+        return resumed(self.blocks, last, state, self.arity)
+
+    def room(self, blocks: int, gradients: bool) -> int:
+        """Tokens of a micro-batch in a pass over so many blocks that fit in `machine.working_memory`: an estimate.
+
+        A block keeps about 8 activations of the model's width and 4 of the MLP's for the backward pass; one token in
+        four is scored, which takes three vectors of the vocabulary's size.
+        """
+        width, inner = self.shape(self.write_path(0))
+        numbers = (8 * width + 4 * inner) * (blocks if gradients else 1) + 0.75 * self.model.config.vocab_size
+        return max(1, int(working_memory(self.device) / numbers / self.dtype.itemsize))
+
+    def groups(self, sizes: Sequence[int | tuple[int, ...]], tokens: int, passes: int = 1) -> list[list[int]]:
+        """Rows in micro-batches of at most `tokens`, such that this device computes least; see `tokens.buckets`.
+
+        passes: forwards that every micro-batch makes, one after the other.
+        """
+        return list(buckets(sizes, tokens, passes * start_cost(self.device)))
+
+    def continuing(
+        self, rows: Sequence[Sequence[int]], limits: Sequence[int], tokens: int
+    ) -> tuple[list[list[int]], list[int]]:
+        """Micro-batches as `groups`, and how many first tokens of each row, at most its limit,
+        others share and run with it once.
+        """
+        cuts = shared_beginnings(rows, limits, start_cost(self.device))
+        return self.groups(
+            [len(row) - cut for row, cut in zip(rows, cuts, strict=True)], tokens, 2 if any(cuts) else 1
+        ), cuts
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def _parameter(self, module: str) -> tuple[nn.Parameter, bool]:
+        """The stored parameter, and whether it is stored transposed: asked of the module, never of the shape."""
+        owner = dict(self.model.named_modules()).get(module)
+        stored = getattr(getattr(owner, "weight", None), "dtype", "no weight")
+        if not isinstance(owner, nn.Linear | Conv1D) or not stored.is_floating_point:
+            found = f"a {type(owner).__name__} ({stored})" if owner is not None else "missing"
+            raise ArchitectureError(
+                f"{module!r} of {self.name!r} is {found}; only nn.Linear and Conv1D weights can be edited "
+                "(quantized weights cannot)"
+            )
+        return owner.weight, isinstance(owner, Conv1D)
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(d_out, d_in) of a weight, whatever its storage."""
+        parameter, transposed = self._parameter(module)
+        return tuple(reversed(parameter.shape)) if transposed else tuple(parameter.shape)
+
+    def weight(self, module: str) -> Tensor:
+        """The weight as (d_out, d_in): a view that follows later edits."""
+        parameter, transposed = self._parameter(module)
+        return parameter.data.T if transposed else parameter.data
+
+    def write_weight(self, module: str, weight: Tensor) -> None:
+        """Store (d_out, d_in), rounded to the parameter's dtype."""
+        self._fitting(module, weight).copy_(weight)
+
+    def add(self, module: str, update: Any) -> None:
+        """W ← W + Δ, summed in float64 and rounded once to the parameter's dtype."""
+        delta = update.delta.to(device=self.device, dtype=torch.float64)
+        view = self._fitting(module, delta)
+        view.copy_(view.double() + delta)
+
+    def _fitting(self, module: str, given: Tensor) -> Tensor:
+        view = self.weight(module)
+        if view.shape != given.shape:
+            raise ArchitectureError(f"{module!r} is {tuple(view.shape)} (d_out, d_in); found {tuple(given.shape)}")
+        return view
+
+    @contextlib.contextmanager
+    def scratch(self, modules: Sequence[str]) -> Iterator[None]:
+        """Keep these weights' original tensors and copy them back on exit, bit for bit, also after an error."""
+        kept = {m: self.weight(m).clone() for m in modules}
+        try:
+            yield
+        finally:
+            for module, weight in kept.items():
+                self.write_weight(module, weight)
+
+    @contextlib.contextmanager
+    def restored_on_error(self, modules: Sequence[str]) -> Iterator[None]:
+        """Copy these weights back if the block raises; keep its changes if it does not."""
+        kept = {m: self.weight(m).clone() for m in modules}
+        try:
+            yield
+        except BaseException:
+            for module, weight in kept.items():
+                self.write_weight(module, weight)
+            raise
+
+    def digest(self, module: str) -> str:
+        """SHA-256 of a weight as (d_out, d_in) little-endian bytes of its own dtype."""
+        raw = self.weight(module).contiguous().cpu().view(torch.uint8).numpy()
+        return hashlib.sha256(raw.tobytes()).hexdigest()
+
+    def base(self) -> dict[str, Any]:
+        """What an edit's record says of the model that it was made on."""
+        stored = {
+            "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device),
+            "conv1d": isinstance(self.write(0), Conv1D)
+        }
+        return {"id": self.name, **self.origin, **stored}
+
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16
+}
+
+
+def load(
+    name: str | os.PathLike, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None,
+    source: str = "auto"
+) -> LanguageModel:
+    """Load a model to edit: "tiny", "smollm2-135m", a hub name, or a local folder.
+
+    dtype: default float32 (float64 for `tiny`), never taken silently from a checkpoint; device:
+    default the best at hand.
+    Raises ParameterError for an unknown name, dtype or device, or a model that cannot be read; ArchitectureError if the
+    table has no matching row.
+    """
+    place = usable(device) if device else default_device()
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ParameterError(near_misses(dtype, DTYPES, "dtype"))
+        dtype = DTYPES[dtype]
+    dtype = dtype or (torch.float64 if os.fspath(name) == "tiny" else torch.float32)
+    with no_bars_in_pipes():
+        found = assets.resolve(os.fspath(name), source)
+        try:
+            model, tokenizer = (
+                AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype), assets.read_tokenizer(found.path)
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            said = str(error).strip().partition("\n")[0]
+            raise ParameterError(
+                f"{os.fspath(name)!r} cannot be loaded: {said} Expected a folder with config.json, weights and "
+                "tokenizer, or a model of the hub."
+            ) from error
+    origin = {"origin": found.origin, "revision": found.revision, "note": found.note}
+    return LanguageModel(model.to(place), tokenizer, os.fspath(name), origin)

@@ -1,0 +1,210 @@
+"""Text to token rows: where the subject ends, where the target's logits are read, how rows are padded.
+
+Everything here is exact bookkeeping in absolute positions of one row; padding shifts it in one place (`pad`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metake.data.requests import EditRequest
+from metake.support.errors import RequestError
+
+
+class Located(NamedTuple):
+    """A prompt as tokens, and the position of its subject's last token."""
+
+    ids: tuple[int, ...]
+    lookup: int
+
+
+class Row(NamedTuple):
+    """One sequence of an objective: its tokens, its lookup position, and the tokens whose logits are scored."""
+
+    request: int  # index in the batch
+    ids: tuple[int, ...]
+    lookup: int
+    read: tuple[int, ...]  # positions whose next-token logits are used
+    labels: tuple[int, ...]  # the tokens scored there; empty: the whole distribution is compared (locality)
+    weight: float = 1.0  # of each read position in the request's loss
+
+
+class Padded(NamedTuple):
+    """Rows in one rectangle, (rows, width) each; the mask also covers columns that a cache holds before them."""
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+
+
+def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids as the model expects a text to begin: with its special tokens (BOS), if it has any."""
+    # not verbose: a text may be longer than the model's window
+    return tuple(tokenizer(text, verbose=False)["input_ids"])
+
+
+def continuation(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of `text` as it continues a sentence: after exactly one space, without special tokens.
+
+    Read off as the difference of "is" and "is text", which serves tokenizers that carry the space in the token
+    (byte-level BPE) and those that mark the beginning of words alike.
+    """
+    text = text.strip()
+    if not text:
+        raise RequestError("the target is empty or only white space; expected at least one word")
+    stem = tokenizer("is", add_special_tokens=False)["input_ids"]
+    both = tokenizer(f"is {text}", add_special_tokens=False)["input_ids"]
+    if both[: len(stem)] == stem:
+        return tuple(both[len(stem) :])
+    return tuple(tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
+
+
+def locate(tokenizer: Any, template: str, subject: str) -> Located:
+    """Tokens of the template with its subject filled in, and the position of the subject's last token.
+
+    The position is len(tokens(prefix + subject)) − 1, special tokens counted. Raises RequestError if the tokens of
+    prefix + subject are not the beginning of the tokens of the whole prompt: the subject's end lies inside a token.
+    """
+    prefix, found, suffix = template.partition("{}")
+    if not found or "{}" in suffix:
+        raise RequestError(f"prompt {template!r} must contain exactly one '{{}}' where the subject goes")
+    upto, full = encode(tokenizer, prefix + subject), encode(tokenizer, prefix + subject + suffix)
+    if full[: len(upto)] != upto:
+        torn = tokenizer.decode(next((t for t, u in zip(full, upto, strict=False) if t != u), full[-1]))
+        raise RequestError(
+            f"subject {subject!r} in {template!r} ends inside the token {torn!r}, so it has no last token of its own; "
+            "put a space or punctuation after '{}', or choose another subject"
+        )
+    return Located(full, len(upto) - 1)
+
+
+def in_context(context: str, template: str) -> str:
+    """The prompt template inside a context template: `context`'s {} becomes the prompt, whose own {} stays."""
+    return context.replace("{}", template, 1)
+
+
+def prompt_rows(tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]) -> list[Located]:
+    """Every request in every context, cut after the subject's last token; request-major order, n × contexts rows."""
+    rows = (locate(tokenizer, in_context(c, r.prompt), r.subject) for r in requests for c in contexts)
+    return [Located(row.ids[: row.lookup + 1], row.lookup) for row in rows]
+
+
+def rewriting_rows(tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]) -> list[Row]:
+    """Rows that teach the target: each request in each context, teacher-forced on its target.
+
+    The weight of a position is 1/(contexts · target tokens), so that a request's weighted sum is its mean loss.
+    """
+    rows = []
+    for i, request in enumerate(requests):
+        target = continuation(tokenizer, request.target)
+        for context in contexts:
+            prompt, lookup = locate(tokenizer, in_context(context, request.prompt), request.subject)
+            read = tuple(range(len(prompt) - 1, len(prompt) - 1 + len(target)))
+            rows.append(Row(i, prompt + target[:-1], lookup, read, target, 1 / (len(contexts) * len(target))))
+    return rows
+
+
+def locality_rows(
+    tokenizer: Any, requests: Sequence[EditRequest], position: str = "subject", template: str = "{} is a"
+) -> list[Row]:
+    """Rows that watch for drift: the next-token distribution of "{subject} is a".
+
+    position: "subject" reads it at the subject's last token, as the released code of the family does (the words after
+    it then play no part and are cut off); "final" at the last token, the literal reading of MetaKE v3 eq. 98.
+    """
+    rows = []
+    for i, request in enumerate(requests):
+        ids, lookup = locate(tokenizer, template, request.subject)
+        end = lookup if position == "subject" else len(ids) - 1
+        rows.append(Row(i, ids[: end + 1], lookup, (end,), ()))
+    return rows
+
+
+def pad(rows: Sequence[Sequence[int]], device: Any) -> Padded:
+    """Rows in one rectangle, padded on the right; padding is masked, positions count on."""
+    width = max(map(len, rows))
+    ids = torch.tensor([(*row, *[0] * (width - len(row))) for row in rows], dtype=torch.long, device=device)
+    columns = torch.arange(width, device=device)
+    mask = (columns < torch.tensor(list(map(len, rows)), device=device)[:, None]).long()
+    return Padded(ids, mask, columns.expand(len(rows), -1))
+
+
+def continued(rows: Sequence[Sequence[int]], past: Sequence[int], device: Any) -> Padded:
+    """Rows that continue sequences of these lengths, whose columns stand before theirs and end with them.
+
+    The mask covers both; ids and positions are the rows' own, padded on the right.
+    """
+    own, lengths, width = pad(rows, device), torch.tensor(past, device=device), max(past)
+    before = (torch.arange(width, device=device) >= (width - lengths)[:, None]).long()
+    return own._replace(mask=torch.cat([before, own.mask], 1), positions=own.positions + lengths[:, None])
+
+
+def shared_beginnings(
+    rows: Sequence[Sequence[int]], limits: Sequence[int], start: int = 0, least: int = 4
+) -> list[int]:
+    """Per row, how many first tokens it has in common with others, where running them once saves more than it costs.
+
+    limits: at most so many of a row may be cut off; start: tokens whose computation takes as long as one more pass,
+    which a beginning must save. Rows in alphabetical order are taken together as long as neighbors agree in `least`
+    tokens or more.
+    """
+    parts = [tuple(row[:limit]) for row, limit in zip(rows, limits, strict=True)]
+    order = sorted(range(len(rows)), key=parts.__getitem__)
+    common = [0, *(_agreement(parts[i], parts[j]) for i, j in zip(order, order[1:], strict=False)), 0][: len(order) + 1]
+    cuts, first = [0] * len(rows), 0
+    for end in range(1, len(order) + 1):
+        if common[end] < least:
+            cut = min(common[first + 1 : end], default=0)
+            for i in order[first:end] if cut * (end - first - 1) >= start else ():
+                cuts[i] = cut
+            first = end
+    return cuts
+
+
+def _agreement(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def buckets(sizes: Sequence[int | tuple[int, ...]], budget: int, start: int) -> Iterator[list[int]]:
+    """Indices of rows of similar size, in groups whose padded rectangle holds at most `budget` tokens
+    (at least one row).
+
+    What is computed is least: minimize Σ over groups of (rows · widest + start)   over runs of rows in order of size
+    start: tokens whose computation takes as long as one more group. A size may have several parts,
+    each padded on its own:
+    the first is what every step computes, the others count in the rectangle only.
+    """
+    parts = [s if isinstance(s, tuple) else (s,) for s in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: (parts[i], i), reverse=True)
+    for first, end in pairwise(_cheapest_cuts([parts[i][0] for i in order], budget, start)):
+        group: list[int] = []
+        widest = parts[order[first]]
+        for i in order[first:end]:
+            grown = tuple(map(max, widest, parts[i]))
+            if group and sum(grown) * (len(group) + 1) > budget:
+                yield group
+                group, grown = [], parts[i]
+            group.append(i)
+            widest = grown
+        yield group
+
+
+def _cheapest_cuts(widths: Sequence[int], budget: int, start: int) -> list[int]:
+    """Where to cut rows of descending width, ends included: only between widths, by dynamic programming over the
+    distinct ones.
+    """
+    ends = [0, *(i for i in range(1, len(widths)) if widths[i] != widths[i - 1]), len(widths)] if widths else [0]
+    best: list[tuple[int, int]] = [(0, 0)]  # per end: least cost up to it, and where its last run begins
+    for k, end in enumerate(ends[1:], 1):
+        area = [widths[first] * (end - first) for first in ends[:k]]
+        best.append(min((best[j][0] + area[j] + start * -(-area[j] // budget), j) for j in range(k)))
+    cuts, k = [len(widths)], len(ends) - 1
+    while k:
+        k = best[k][1]
+        cuts.append(ends[k])
+    return cuts[::-1]

@@ -1,0 +1,1 @@
+"""Drawings of the pages on models: figures and tables."""

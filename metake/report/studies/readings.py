@@ -1,0 +1,114 @@
+"""The drawing of the open readings: what each does to its own outer loss, to paraphrases, and to the realized share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+
+from metake.report.figure import Figure
+from metake.report.plots import _log_axis, _require, _soft
+from metake.report.shown import texts
+from metake.report.style import style
+
+PANELS = {
+    "change": "Outer loss,\nafter / before", "paraphrase": "Paraphrases: log p\nover AlphaEdit, nats",
+    "realized": "Realized share β̂\nover AlphaEdit"
+}
+MARKS = ("o", "s", "^", "D")  # one a data set
+# to either side of zero: a difference in the third decimal must not look large
+LEAST = {"paraphrase": 0.02, "realized": 0.02}
+
+
+def reading_dots(summary: pd.DataFrame, model: str | None = None, name: str = "open_readings") -> Figure:
+    """A row per reading, grouped by the factor in which it differs from the literal default,
+    whose values are the dashed lines.
+
+    summary: what `experiments.open_readings.summary` returns. Left: the outer loss at the refined plan over that at
+    Stage I's, the whisker from the lowest to the highest seed; middle and right: with 95 % intervals. A filled mark:
+    the whisker leaves out 1, or 0.
+    """
+    _require(
+        summary, "reading", "factor", "dataset", "outer_before", "outer_after",
+        *(f"{p}{end}" for p in PANELS for end in ("", "_low", "_high"))
+    )
+    readings, datasets = list(dict.fromkeys(summary.reading)), list(dict.fromkeys(summary.dataset))
+    factors = summary.drop_duplicates("reading").set_index("reading").factor
+
+    def draw(axes: Any) -> None:
+        for panel, quantity in zip(axes[0], PANELS, strict=True):
+            neutral = 1 if quantity == "change" else 0
+            panel.axvline(neutral, color=_soft(0.8), linewidth=1, zorder=1)
+            for k, dataset in enumerate(datasets):
+                own = summary[summary.dataset == dataset]
+                panel.axvline(
+                    own.loc[own.reading == readings[0], quantity].iloc[0], color=_color(k), linewidth=1,
+                    linestyle=(0, (3, 3)), alpha=0.8, zorder=1
+                )
+                for row in own.itertuples():
+                    _dot(
+                        panel, readings.index(row.reading) + 0.3 * (k - (len(datasets) - 1) / 2), k, neutral,
+                        *(getattr(row, f"{quantity}{end}") for end in ("", "_low", "_high"))
+                    )
+            _dress(panel, quantity, readings, factors)
+        for k, label in enumerate(texts(pd.Series(datasets, name="dataset"), 0)):
+            axes[0, 0].plot([], [], color=_color(k), marker=MARKS[k % 4], linestyle="", markersize=6, label=label)
+        if len(datasets) > 1:
+            axes[0, 0].figure.legend(
+                *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(datasets)
+            )
+
+    fell = summary[summary.change < 1]
+    told = "; ".join(
+        f"{r.reading}, {r.dataset}: {r.change:.2f} times, {r.paraphrase:+.3f} nats, {r.realized:+.3f}"
+        for r in summary.itertuples()
+    )
+    alt = f"""Per reading: outer loss after over before the refinement, difference of the paraphrases' log-probability
+        and of the realized share to AlphaEdit.
+        The outer loss falls for {len(fell)} of {len(summary)}. {told}."""
+    shown = summary[
+        [
+            "reading", "dataset", "requests", "outer_before", "outer_after", "moved", "paraphrase", "realized",
+            "ordering", "figure4"
+        ]
+    ]
+    return Figure(
+        draw, summary, name, alt, model, shown, (8.4, 1.3 + (0.2 + 0.08 * len(datasets)) * len(readings)),
+        ncols=len(PANELS), sharey=True
+    )
+
+
+def _color(place: int) -> str:
+    return style(("metake", "blue", "memit", "alphaedit")[place % 4]).color
+
+
+def _dot(panel: Any, height: float, place: int, neutral: float, value: float, low: float, high: float) -> None:
+    clear = low > neutral or high < neutral
+    panel.plot([low, high], [height, height], color=_color(place), linewidth=1.6, solid_capstyle="butt", zorder=2)
+    panel.plot(
+        value, height, marker=MARKS[place % 4], markersize=6, markerfacecolor=_color(place) if clear else "none",
+        markeredgecolor=_color(place), markeredgewidth=1.2, zorder=3
+    )
+
+
+def _dress(panel: Any, quantity: str, readings: list[str], factors: pd.Series) -> None:
+    panel.set(
+        title=PANELS[quantity], ylim=(len(readings) - 0.4, -0.6), yticks=range(len(readings)), yticklabels=readings
+    )
+    if quantity == "change":
+        panel.set_xscale("log")
+        panel.update_datalim([(0.5, 0), (2, 0)])
+        panel.autoscale_view(scaley=False)
+        _log_axis(panel.xaxis)
+    else:
+        panel.update_datalim([(-LEAST[quantity], 0), (LEAST[quantity], 0)])
+        panel.autoscale_view(scaley=False)
+        panel.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
+    for place in range(1, len(readings)):
+        if factors[readings[place]] != factors[readings[place - 1]]:
+            panel.axhline(place - 0.5, color=_soft(0.3), linewidth=0.8)
+    panel.grid(False, axis="y")
+    panel.tick_params(axis="y", length=0)
+    panel.tick_params(axis="x", labelsize=8.5)
+    panel.spines["left"].set_visible(False)

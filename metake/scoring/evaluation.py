@@ -1,0 +1,257 @@
+"""The family's metrics (methods of ROME, MEMIT, AlphaEdit): one batched pass, logits only where they are read.
+
+A probe asks for a continuation. With a rival it succeeds if the model finds the target strictly more probable, by the
+mean log-probability of its tokens (CounterFact); without one its score is the share of target tokens that are the
+model's arg-max when the answer is forced (ZsRE).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+
+from metake.data.requests import EditCase, Probe
+from metake.language.generation import sample
+from metake.language.model import LanguageModel
+from metake.language.tokens import continuation, encode, pad
+from metake.scoring.text_metrics import consistency, fluency
+from metake.support.errors import ParameterError, RequestError, near_misses
+from metake.support.machine import halving
+from metake.support.progress import progress
+
+NAMES = {"efficacy": "efficacy", "paraphrase": "generalization", "neighborhood": "specificity"}
+
+
+class Reading(NamedTuple):
+    """What the model says of one continuation of one prompt."""
+
+    log_p: float  # mean over the tokens
+    correct: tuple[bool, ...]  # per token: is it the arg-max?
+    greedy: tuple[int, ...]  # the arg-max tokens under forcing
+
+
+class ProbeScore(NamedTuple):
+    """One probe's outcome."""
+
+    kind: str
+    score: float  # success (with a rival) or share of correct tokens
+    accuracy: float  # 1 if every target token is the arg-max
+    target: Reading
+    rival: Reading | None
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """One case's outcome: its probes' scores, and its generations if they were asked for."""
+
+    id: str
+    probes: tuple[ProbeScore, ...]
+    generations: tuple[str, ...] = ()
+    fluency: float | None = None
+    consistency: float | None = None
+
+    def mean(self, kind: str, what: str = "score") -> float | None:
+        """Mean over the case's probes of a kind, None if it has none."""
+        values = [getattr(p, what) for p in self.probes if p.kind == kind]
+        return fmean(values) if values else None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of a set of cases, in percent where they are shares; `cases` holds what they are made of."""
+
+    cases: tuple[CaseScore, ...] = field(repr=False)
+    before: Evaluation | None = field(default=None, repr=False)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Name → mean over cases of the case's mean. Names: efficacy, generalization, specificity, their *_accuracy, …
+
+        specificity_pre_edit (MetaKE v3 eq. 105): share of unrelated answer tokens whose arg-max is as before the edit;
+        present if `before` was given. The plain `specificity` of ZsRE is against the ground truth,
+        as released code has it.
+        """
+        found = {}
+        for kind, name in NAMES.items():
+            for suffix, what in (("", "score"), ("_accuracy", "accuracy")):
+                values = [v for c in self.cases if (v := c.mean(kind, what)) is not None]
+                if values:
+                    found[name + suffix] = 100 * fmean(values)
+        for name in ("fluency", "consistency"):
+            values = [v for c in self.cases if (v := getattr(c, name)) is not None]
+            if values:
+                found[name] = 100 * fmean(values)
+        shares = [v for v in self._unchanged() if v is not None]
+        if shares:
+            found["specificity_pre_edit"] = 100 * fmean(shares)
+        return found
+
+    def _unchanged(self) -> list[float | None]:
+        """Per case: share of its neighborhood answers' tokens whose arg-max is as before; None without such probes."""
+        shares: list[float | None] = []
+        for now, then in zip(self.cases, self.before.cases if self.before else (), strict=bool(self.before)):
+            pairs = [
+                (a.target.greedy, b.target.greedy)
+                for a, b in zip(now.probes, then.probes, strict=True)
+                if a.kind == "neighborhood"
+            ]
+            shares.append(fmean(fmean(x == y for x, y in zip(a, b, strict=True)) for a, b in pairs) if pairs else None)
+        return shares
+
+    def __getitem__(self, name: str) -> float:
+        """One metric, in percent. Raises ParameterError, naming those there are, if these cases have no probe for
+        it.
+        """
+        if name not in (metrics := self.metrics):
+            raise ParameterError(near_misses(str(name), metrics, "metric of these cases"))
+        return metrics[name]
+
+    def records(self) -> list[dict[str, Any]]:
+        """One plain dictionary per case, as `metake run` writes them."""
+        rows = []
+        for case, unchanged in zip(self.cases, self._unchanged() or [None] * len(self.cases), strict=True):
+            row: dict[str, Any] = {"id": case.id} | ({} if unchanged is None else {"specificity_pre_edit": unchanged})
+            for kind, name in NAMES.items():
+                if (value := case.mean(kind)) is not None:
+                    row |= {name: value, f"{name}_accuracy": case.mean(kind, "accuracy")}
+            if case.generations:
+                row |= {"fluency": case.fluency, "consistency": case.consistency, "generations": list(case.generations)}
+            rows.append(row)
+        return rows
+
+    def __str__(self) -> str:
+        return f"{len(self.cases)} cases: " + ", ".join(f"{name} {value:.2f}" for name, value in self.metrics.items())
+
+
+def evaluate(
+    lm: LanguageModel, cases: Sequence[EditCase], generate: bool = False, before: Evaluation | None = None,
+    seed: int = 0, length: int = 100, tokens: int = 8192
+) -> Evaluation:
+    """Metrics of `lm` as it is now on the cases' probes (methods: CounterFact and ZsRE protocols of the family).
+
+    generate: also sample the generation prompts to `length` tokens (fluency, and consistency where cases carry
+    reference texts); before: an Evaluation of the same cases before the edit, for `specificity_pre_edit`; seed: of the
+    sampling; tokens: of one micro-batch, which does not change the result. Raises ParameterError for zero cases.
+    """
+    cases = list(cases)
+    if not cases:
+        raise ParameterError("a metric of zero cases is undefined: give at least one case")
+    if before is not None and not _same_cases(lm, cases, before.cases):
+        raise ParameterError(
+            "`before` was evaluated on other cases than these; evaluate the same cases before and after"
+        )
+    pairs = [
+        (p.prompt, text)
+        for c in cases
+        for p in c.probes
+        if p.kind in NAMES
+        for text in (p.target, p.rival)
+        if text is not None
+    ]
+    readings = dict(zip(pairs, read(lm, pairs, tokens), strict=True))
+    written = _generate(lm, cases, length, seed) if generate else [()] * len(cases)
+    return Evaluation(tuple(_case(c, readings, texts) for c, texts in zip(cases, written, strict=True)), before)
+
+
+def _same_cases(lm: LanguageModel, cases: list[EditCase], scores: Sequence[CaseScore]) -> bool:
+    """Whether these scores can be those of these cases: ids, kinds of the probes, lengths of their targets."""
+    asked = [
+        (c.request.id, [(p.kind, len(continuation(lm.tokenizer, p.target))) for p in c.probes if p.kind in NAMES])
+        for c in cases
+    ]
+    return asked == [(c.id, [(p.kind, len(p.target.greedy)) for p in c.probes]) for c in scores]
+
+
+def _case(case: EditCase, readings: dict[tuple[str, str], Reading], texts: tuple[str, ...]) -> CaseScore:
+    probes = tuple(_score(p, readings) for p in case.probes if p.kind in NAMES)
+    references = [p.target for p in case.probes if p.kind == "generation" and p.target]
+    scores = (fluency(texts), consistency(texts, references[:1])) if texts else (None, None)
+    return CaseScore(case.request.id, probes, texts, *scores)
+
+
+def _score(probe: Probe, readings: dict[tuple[str, str], Reading]) -> ProbeScore:
+    target = readings[probe.prompt, probe.target]
+    rival = readings[probe.prompt, probe.rival] if probe.rival is not None else None
+    score = fmean(target.correct) if rival is None else float(target.log_p > rival.log_p)
+    return ProbeScore(probe.kind, score, float(all(target.correct)), target, rival)
+
+
+@torch.no_grad()
+def read(lm: LanguageModel, pairs: Sequence[tuple[str, str]], tokens: int = 8192) -> list[Reading]:
+    """Log-probabilities and arg-max tokens of continuations, (prompt, continuation) pairs, in the given order.
+
+    Pairs that need the same forward (all continuations of one token share their prompt's) are run once; rows of similar
+    length go together.
+    """
+    wanted: dict[tuple[int, ...], list[tuple[int, int, tuple[int, ...]]]] = {}
+    for i, (prompt, text) in enumerate(pairs):
+        start, answer = encode(lm.tokenizer, prompt), continuation(lm.tokenizer, text)
+        if not start:
+            raise RequestError(
+                f"the probe prompt {prompt!r} has no tokens; expected at least one before the answer {text!r}"
+            )
+        wanted.setdefault(start + answer[:-1], []).append((i, len(start) - 1, answer))
+    return halving(lambda tokens: _read(lm, wanted, len(pairs), tokens), min(tokens, lm.room(1, gradients=False)))
+
+
+def _read(
+    lm: LanguageModel, wanted: dict[tuple[int, ...], list[tuple[int, int, tuple[int, ...]]]], count: int, tokens: int
+) -> list[Reading]:
+    """wanted: per row its questions (place in the answer, first position, continuation)."""
+    rows = list(wanted)
+    result: list[Reading | None] = [None] * count
+    for group in progress(lm.groups([len(r) for r in rows], tokens), "evaluate"):
+        asked = [(k, *question) for k, row in enumerate(group) for question in wanted[rows[row]]]
+        where = [(k, first + j) for k, _, first, answer in asked for j in range(len(answer))]
+        row, column = (torch.tensor(x, device=lm.device) for x in zip(*where, strict=True))
+        labels = torch.tensor([t for *_, answer in asked for t in answer], device=lm.device)
+        logits = lm.logits(pad([rows[i] for i in group], lm.device), row, column)
+        log_p = (
+            torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+            .gather(1, labels[:, None])[:, 0]
+            .tolist()
+        )
+        best, at = logits.argmax(-1).tolist(), 0
+        for _, i, _, answer in asked:
+            span = slice(at, at + len(answer))
+            result[i] = Reading(
+                fmean(log_p[span]), tuple(a == b for a, b in zip(best[span], answer, strict=True)), tuple(best[span])
+            )
+            at += len(answer)
+    return result
+
+
+def require_prompts(cases: Sequence[EditCase]) -> None:
+    """Raise ParameterError if none of the cases has a prompt to generate from."""
+    if not any(p.kind == "generation" for c in cases for p in c.probes):
+        raise ParameterError("generation was asked for, but these cases have no generation prompts (ZsRE has none)")
+
+
+def _generate(lm: LanguageModel, cases: list[EditCase], length: int, seed: int) -> list[tuple[str, ...]]:
+    require_prompts(cases)
+    asked = [
+        (i, j, p.prompt)
+        for i, c in enumerate(cases)
+        for j, p in enumerate(p for p in c.probes if p.kind == "generation")
+    ]
+    streams = [f"{cases[i].request.id}/{j}" for i, j, _ in asked]
+    texts = sample(lm, [p for *_, p in asked], length, seed=seed, streams=streams)
+    return [tuple(t for (i, *_), t in zip(asked, texts, strict=True) if i == case) for case in range(len(cases))]
+
+
+def recall(lm: LanguageModel, cases: Sequence[EditCase]) -> dict[str, float]:
+    """Share of what the cases hold true that the model gives by greedy arg-max: on plain prompts and on paraphrases.
+
+    True is a probe's rival (CounterFact: the object before the edit), or its target where it has none (ZsRE).
+    """
+    shares = {}
+    for name, kind in (("plain", "efficacy"), ("paraphrase", "paraphrase")):
+        asked = [(p.prompt, p.rival or p.target) for c in cases for p in c.probes if p.kind == kind]
+        if not asked:
+            raise ParameterError(f"recall needs {kind} probes; these cases have none")
+        shares[name] = fmean(all(r.correct) for r in read(lm, asked))
+    return shares

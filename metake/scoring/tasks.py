@@ -1,0 +1,255 @@
+"""Six tasks of general ability: their prompts, how an answer is read, and which items are asked
+(AlphaEdit's `glue_eval`; MetaKE v3 §6.5, App. C.4).
+
+Two readings. "parity" is the published harness to the letter, for curves beside published ones. "corrected",
+the default,
+mends what is a mistake there and nothing else:
+
+labels     RTE: GLUE's label 0 says that the second sentence follows, but the harness counts the answer "True" as label
+1
+spacing    CoLA: its prompt ends in a blank, after which most tokenizers cannot write an ordinary word
+answers    the harness looks for its words anywhere: "no" in "not", MMLU's "a" at the end of any line;
+here the first whole word counts
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metake.data.fact_tasks import fact_tasks
+from metake.support.errors import ParameterError, near_misses
+
+READINGS = ("corrected", "parity")
+RESERVED = 10  # first items of a file, kept for examples; none are shown here (zero-shot)
+INVALID = -1
+
+
+class Task(NamedTuple):
+    """One task. Classes are 0, 1, …: what `classes[i]` says.
+
+    form: the prompt, with the item's fields in braces; order: of the classes, as the harness looks for them; cue: its
+    answer is the text after the last of it, None: the new text; paper: the metric that MetaKE v3 App. C.4 names for it.
+    """
+
+    name: str
+    file: str
+    form: str
+    classes: tuple[str, ...]
+    order: tuple[int, ...]
+    cue: str | None
+    paper: str
+
+    def prompt(self, item: Mapping[str, Any], reading: str = "corrected") -> str:
+        """The question as text. Raises ParameterError if the item lacks a field."""
+        try:
+            found = self.form.format_map(item)
+        except (KeyError, IndexError, TypeError) as error:
+            raise ParameterError(
+                f"an item of {self.name} lacks {error}; found the fields {', '.join(item)}; its prompt is {self.form!r}"
+            ) from error
+        return found if reading == "parity" else found.rstrip(" ")
+
+    def label(self, item: Mapping[str, Any], reading: str = "corrected") -> int:
+        """The class that is right. Raises ParameterError for a label that is none of the task's."""
+        found = item.get("answer" if self.file == "mmlu" else "label")
+        if self.file == "nli":
+            found = {"entailment": 1, "not_entailment": 0}.get(found, found)
+        if isinstance(found, str) and found.isdigit():
+            found = int(found)
+        if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < len(self.classes):
+            raise ParameterError(
+                f"an item of {self.name} has the label {found!r}; expected one of {len(self.classes)} classes, "
+                "from 0 on"
+            )
+        return 1 - found if self.file == "rte" and reading == "corrected" else found
+
+    def read(self, prompt: str, written: str, reading: str = "corrected") -> int:
+        """The class that a generated answer names, or INVALID."""
+        if reading == "corrected":
+            words = {word.lower(): i for i, word in enumerate(self.classes)}
+            found = re.search(rf"\b({'|'.join(words)})\b", written.lower())
+            return words[found[1]] if found else INVALID
+        text = (written if self.cue is None else (prompt + written).split(self.cue)[-1]).lower()
+        words = [self.classes[i].lower() + ("\n" if self.cue is None else "") for i in range(len(self.classes))]
+        return next((i for i in self.order if words[i] in text), INVALID)
+
+
+_TWO = ("No", "Yes")
+_TRUTH = ("False", "True")
+TASKS: dict[str, Task] = {
+    task.file: task
+    for task in (
+        Task(
+            "SST-2", "sst2", "Review :{sentence}\nSentiment :", ("negative", "positive"), (1, 0), "Sentiment :",
+            "accuracy"
+        ),
+        Task(
+            "MRPC", "mrpc",
+            "Are the sentences paraphrases of each other.\nSentence 1: {sentence1}\nSentence 2: {sentence2}\nAnswer:",
+            _TWO, (1, 0), "Answer:", "F1"
+        ),
+        Task(
+            "CoLA", "cola", "Is this sentence linguistically acceptable?\nSentence: {sentence}\nAnswer: ", _TWO, (1, 0),
+            "Answer:", "MCC"
+        ),
+        Task(
+            "RTE", "rte", "{sentence1}\nquestion: {sentence2} True or False?\nanswer:", _TRUTH, (0, 1), "answer:",
+            "accuracy"
+        ),
+        Task(
+            "NLI", "nli", "{sentence1} entails the {sentence2} True or False? Answer:", _TRUTH, (1, 0),
+            "True or False? Answer:", "accuracy"
+        ),
+        Task(
+            "MMLU", "mmlu",
+            "Question: {question}\n(A) {choices[0]}\n(B) {choices[1]}\n(C) {choices[2]}\n(D) {choices[3]}\nAnswer:",
+            tuple("ABCD"), (0, 1, 2, 3), None, "accuracy"
+        ),
+    )
+}
+"""By the name of their file. "NLI" is RTE's training set, as the harness has it."""
+
+
+def task(name: str) -> Task:
+    """A task by the name of its file, or by its own. Raises ParameterError, with near matches, for an unknown one."""
+    found = {t.name: t for t in TASKS.values()} | TASKS
+    if name not in found:
+        raise ParameterError(near_misses(name, TASKS, "task"))
+    return found[name]
+
+
+class _PlainData(pickle.Unpickler):
+    """Lists, dictionaries, strings and numbers, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}; only lists of plain dictionaries are read")
+
+
+def lessons(rounds: int = 1, seed: int = 0) -> dict[str, list[tuple[str, str]]]:
+    """The small tasks' train split as text, by task: prompts, and the right answers with the blank before them."""
+    drawn = fact_tasks("train", rounds, seed)
+    return {
+        name: [(TASKS[name].prompt(item), f" {TASKS[name].classes[TASKS[name].label(item)]}") for item in items]
+        for name, items in drawn.items()
+    }
+
+
+def read_items(source: str | Path, name: str) -> list[dict[str, Any]]:
+    """Every item of a task: "facts" (made from the embedded facts, test split), "hub", or a folder.
+
+    A folder holds <name>.jsonl, one JSON object a line, or the harness's <name>.pkl, a pickled list of dictionaries, of
+    which nothing but plain data is read. "hub" takes GLUE and MMLU from the model hub, classes in turn as in the
+    harness's files. Raises ParameterError if there is no such task or file, or it is damaged.
+    """
+    wanted = task(name)
+    if str(source) == "facts":
+        return fact_tasks("test", rounds=2)[wanted.file]
+    if str(source) == "hub":
+        return _from_hub(wanted)
+    folder = Path(source)
+    if not folder.is_dir():
+        raise ParameterError(
+            f"task data {str(source)!r} is neither 'facts', nor 'hub', nor a folder with {wanted.file}.jsonl "
+            "and the like"
+        )
+    for kind, load in _KINDS.items():
+        if (file := folder / f"{wanted.file}.{kind}").is_file():
+            return _checked(wanted, file, load)
+    raise ParameterError(
+        f"{folder} has no {wanted.file}.jsonl and no {wanted.file}.pkl; found "
+        f"{', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}"
+    )
+
+
+_KINDS: dict[str, Callable[[bytes], Any]] = {
+    "jsonl": lambda raw: [json.loads(line) for line in raw.decode().split("\n") if line.strip()],
+    "pkl": lambda raw: _PlainData(io.BytesIO(raw)).load(),
+}
+
+
+def _checked(wanted: Task, file: Path, load: Callable[[bytes], Any]) -> list[dict[str, Any]]:
+    try:
+        items = load(file.read_bytes())
+    except (ValueError, pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
+        raise ParameterError(
+            f"{file} cannot be read ({error}); expected items of {wanted.name}, plain dictionaries with {wanted.form!r}"
+        ) from error
+    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
+        raise ParameterError(f"{file} holds no list of items; expected dictionaries with the fields of {wanted.form!r}")
+    for item in items:
+        wanted.prompt(item), wanted.label(item)
+    return items
+
+
+HUB = {"nli": ("nyu-mll/glue", "rte", "train"), "mmlu": ("cais/mmlu", "all", "validation")} | {
+    n: ("nyu-mll/glue", n, "validation") for n in ("sst2", "mrpc", "cola", "rte")
+}
+
+
+def _from_hub(wanted: Task) -> list[dict[str, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ParameterError(
+            "tasks from the hub need the package 'datasets': pip install datasets; or give a folder of JSON lines"
+        ) from None
+    name, config, split = HUB[wanted.file]
+    items = [dict(item) for item in load_dataset(name, config, split=split)]
+    if wanted.file == "nli":
+        items = [item | {"label": ("entailment", "not_entailment")[item["label"]]} for item in items]
+    classes = [[item for item in items if wanted.label(item) == c] for c in range(len(wanted.classes))]
+    return [item for turn in zip_longest(*classes) for item in turn if item is not None]
+
+
+def asked(
+    items: Sequence[dict[str, Any]], wanted: Task, tests: int, reading: str = "corrected", edited: Iterable[str] = ()
+) -> list[dict[str, Any]]:
+    """The first `tests` items after the reserved ones; in the corrected reading those that name an edited subject are
+    passed over.
+
+    Their answers are meant to change. Raises ParameterError if there are not so many.
+    """
+    found = items[RESERVED:]
+    if reading == "corrected" and (subjects := sorted(set(edited), key=len, reverse=True)):
+        named = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, subjects))})(?!\w)")
+        found = [item for item in found if not named.search(wanted.prompt(item))]
+    if len(found) < tests:
+        raise ParameterError(
+            f"{tests} items of {wanted.name} were asked for; {len(found)} can be asked, of {len(items)} in the "
+            "data: ask for fewer, or edit fewer facts"
+        )
+    return list(found[:tests])
+
+
+MEASURES = ("accuracy", "F1", "MCC")
+
+
+def measures(
+    labels: Sequence[int], predictions: Sequence[int], classes: int, draws: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Accuracy, weighted F1 and Matthews' correlation, in percent; an INVALID prediction is a class of its own that is
+    never right.
+
+    draws: how often each item counts, (draws, items); None: once. Returns one value a draw.
+    F1 is weighted by the classes' sizes; it and the correlation are 0 where they are undefined,
+    as scikit-learn has them.
+    """
+    cells = np.zeros((len(labels), classes, classes + 1))
+    cells[np.arange(len(labels)), labels, np.where(np.asarray(predictions) == INVALID, classes, predictions)] = 1
+    table = np.tensordot(np.ones((1, len(labels))) if draws is None else draws, cells, 1)  # draws × label × prediction
+    total, right = table.sum((1, 2)), np.trace(table[..., :classes], axis1=1, axis2=2)
+    true, said, hits = table.sum(2), table.sum(1), np.diagonal(table[..., :classes], axis1=1, axis2=2)
+    spread = (total**2 - (true**2).sum(1)) * (total**2 - (said**2).sum(1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        f1 = np.nan_to_num(2 * hits / (true + said[:, :classes]))
+        mcc = np.nan_to_num((right * total - (true * said[:, :classes]).sum(1)) / np.sqrt(spread))
+        return {"accuracy": 100 * right / total, "F1": 100 * (f1 * true).sum(1) / total, "MCC": 100 * mcc}

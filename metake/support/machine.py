@@ -1,0 +1,128 @@
+"""The machine at hand: its device, its memory, the versions of what runs on it. Nothing else asks which device it
+is.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+import transformers
+
+from metake.support.errors import ParameterError
+from metake.support.version import VERSION
+
+log = logging.getLogger("metake")
+T = TypeVar("T")
+
+
+def default_device() -> torch.device:
+    """The best device at hand: one CUDA GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def usable(name: str | torch.device) -> torch.device:
+    """A device by name. Raises ParameterError if this machine or this torch has none such."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ParameterError(
+            f"device {str(name)!r} cannot be used here; expected one that torch has, such as 'cpu', or none for "
+            f"{str(default_device())!r}, the best at hand"
+        ) from error
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Highest memory in use so far, bytes: of the accelerator's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # no such call outside POSIX
+        return 0
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of the accelerator, or of the machine on a CPU."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
+
+
+def working_memory(device: torch.device) -> int:
+    """Bytes that one micro-batch may take: a quarter of what is free, on a CPU 2 GiB at most.
+
+    What is larger the CPU's allocator returns to the system after every step and gets again page by page, a tenth of
+    Stage I's time on smollm2-135m.
+    """
+    free = free_memory(device) // 4
+    return free if device.type == "cuda" else min(free, 2**31)
+
+
+def start_cost(device: torch.device) -> int:
+    """Tokens whose computation takes as long as starting one more pass over a model's blocks.
+
+    CPU: 48, 96 and 160 took 4.7, 4.3 and 4.2 s a step of Stage I (smollm2-135m, 100 requests);
+    a GPU waits for thousands
+    of launches: an estimate.
+    """
+    return 512 if device.type == "cuda" else 96
+
+
+def halving(attempt: Callable[[int], T], tokens: int) -> T:
+    """`attempt(tokens)`; after an out-of-memory error again with micro-batches half as large,
+    down to one token (or row).
+
+    The attempt must start anew each time: a micro-batch decides memory, never the result.
+    """
+    while True:
+        try:
+            return attempt(tokens)
+        except RuntimeError as error:
+            if not _out_of_memory(error) or tokens <= 1:
+                raise
+        tokens //= 2
+        log.warning("out of memory: going on with micro-batches half as large (%d)", tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether MKL, which torch's float32 products call, leaves half of this processor unused:
+    AVX-512 that is not Intel's.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not (
+        torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    ):
+        return False
+    told = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (told.read_text(encoding="utf-8") if told.is_file() else platform.processor())
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide a number's last digits."""
+    return {
+        "metake": VERSION, "python": sys.version.split()[0], "torch": torch.__version__,
+        "transformers": transformers.__version__
+    }
