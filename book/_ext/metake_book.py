@@ -23,8 +23,10 @@ from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.fileutil import copy_asset
 
+from metake.report.shown import distance
+
 FONTS = "output/chtml/fonts/woff-v2"
-FIELDS = {"page", "title", "claim", "verdict", "decided_by", "label"}
+FIELDS = {"page", "title", "claim", "verdict", "decided_by", "label", "margin", "error"}
 VERDICTS = {"holds": "yes", "does not hold": "no", "inconclusive": "open"}
 CHECKED = ("Theory", "Figures and tables")  # parts of _toc.yml whose pages have verdicts
 LABELS = {"recomputed": "recomputed here", "recorded": "recorded"}
@@ -162,7 +164,8 @@ class Verdicts(SphinxDirective):
         )
         found = row([nodes.Text(verdict["claim"])], [badge(verdict["verdict"]), nodes.Text(" "), label], [link])
         found[1] += nodes.raw(
-            "", f"<details><summary>decided by</summary><p>{escape(verdict['decided_by'])}</p></details>", format="html"
+            "", f"<details><summary>decided by</summary><p>{escape(verdict['decided_by'])}</p><p>Distance from turning: "
+            f"{escape(distance(verdict['margin'], verdict['error']))}</p></details>", format="html"
         )
         return found
 

@@ -24,6 +24,7 @@ SHOWN = {
     "dataset": lambda v: {"counterfact": "CounterFact", "zsre": "ZsRE"}.get(v, v)
 }
 NOISE = 1e-9  # digits below it are rounding errors, which differ between machines
+FAR = 1e12  # a margin beyond it is written as this
 LINES = 40  # of a long text/plain
 LONG = 32  # characters of a cell that would be one word a line on a phone
 
@@ -158,15 +159,17 @@ class Verdict(Shown):
 
 
 def verdict(
-    page: str, title: str, claim: str, holds: bool | None, decided_by: str, label: str = "recomputed",
-    model: str = DEFAULT, part: str = ""
+    page: str, title: str, claim: str, holds: bool | None, decided_by: str, margin: float, error: str,
+    label: str = "recomputed", model: str = DEFAULT, part: str = ""
 ) -> Verdict:
-    """The page's claim, whether it holds (None: inconclusive), and the number that decided it.
+    """The page's claim, whether it holds (None: inconclusive), the number that decided it, and how far it is from turning.
+
+    margin: the distance from turning in units of its own error, and what that error is of (`experiments.decision`). A
+    verdict with a margin below 1 must say that it stands within its error.
 
     Kept as <page>.json in the folder METAKE_VERDICTS, else in the run's own in _build/verdicts: only `make notebooks`,
     which names the committed folder, speaks for the page. Other models than the default one go into the file's name,
-    and so does
-    part: which of several claims of one page this is.
+    and so does part: which of several claims of one page this is.
     """
     found = [
         word for key, word in VERDICTS.items() if (holds is None) == (key is None) and (key is None or holds == key)
@@ -175,8 +178,16 @@ def verdict(
         raise ParameterError(f"the verdict of {page!r} must be True, False or None (inconclusive); found {holds!r}")
     if label not in ("recomputed", "recorded"):
         raise ParameterError(f"a verdict is recomputed or recorded; found {label!r}")
+    if not margin >= 0 or (holds is not None and margin < 1 and "within" not in decided_by):
+        raise ParameterError(
+            f"the verdict of {page!r} is {margin:.2g} errors from turning, and does not say so; expected a margin of at "
+            "least 1, or in decided_by what stands within its error"
+        )
     (word, tone), name = found[0], artifact_name(f"{page}-{part}" if part else page, model)
-    content = {"page": page, "title": title, "claim": claim, "verdict": word, "decided_by": decided_by, "label": label}
+    content = {
+        "page": page, "title": title, "claim": claim, "verdict": word, "decided_by": decided_by, "label": label,
+        "margin": min(float(f"{margin:.2g}"), FAR), "error": error
+    }
     write_file(
         own_folder("METAKE_VERDICTS", "verdicts") / f"{name}.json",
         json.dumps(content, indent=1, ensure_ascii=False) + "\n",
@@ -184,9 +195,16 @@ def verdict(
     html = (
         f'<div class="admonition metake-verdict metake-verdict-{tone}"><p class="admonition-title">Verdict: '
         f'<span class="verdict verdict-{tone}">{word}</span></p>'
-        f"<p>{escape(claim)}</p><p>Decided by: {escape(decided_by)} {badge(label)}</p></div>"
+        f"<p>{escape(claim)}</p><p>Decided by: {escape(decided_by)} {badge(label)}</p>"
+        f"<p>Distance from turning: {distance(margin, error)}.</p></div>"
     )
     return Verdict(html, f"Verdict: {word} – {claim}\nDecided by: {decided_by} [{LABELS[label]}]", word)
+
+
+def distance(margin: float, error: str) -> str:
+    """How far a verdict is from turning, in words."""
+    size = "more than a million" if margin > 1e6 else f"{margin:.2g}"
+    return f"{size} times its error ({error})" if margin >= 1 else f"within its error ({error})"
 
 
 def provenance(source: pd.DataFrame | Mapping[str, Any]) -> Shown:

@@ -429,7 +429,7 @@ def test_grouped_and_pivoted_frames_become_flat_tables():
 
 @pytest.mark.parametrize(("holds", "word"), [(True, "holds"), (np.False_, "does not hold"), (None, "inconclusive")])
 def test_a_verdict_is_shown_and_kept(holds, word, project):
-    shown = report.verdict("page", "A page", "β < 1", holds, "largest β 0.97")
+    shown = report.verdict("page", "A page", "β < 1", holds, "largest β 0.97", 25.04, "rounding")
     assert (
         shown.verdict == word and shown.text == f"Verdict: {word} – β < 1\nDecided by: largest β 0.97 [recomputed here]"
     )
@@ -438,30 +438,40 @@ def test_a_verdict_is_shown_and_kept(holds, word, project):
     assert list(kept) == ["page.json"]
     assert json.loads(kept["page.json"]) == {
         "page": "page", "title": "A page", "claim": "β < 1", "verdict": word, "decided_by": "largest β 0.97",
-        "label": "recomputed"
+        "label": "recomputed", "margin": 25.0, "error": "rounding"
     }
+    assert "Distance from turning: 25 times its error (rounding)" in shown.html and "25" not in shown.text
+
+
+@pytest.mark.parametrize(("margin", "said"), [(0.5, "not within"), (float("nan"), "1"), (-1.0, "1")])
+def test_a_verdict_within_its_error_says_so(project, margin, said):
+    told = "smallest margin 0.0 is within its error" if said == "not within" else "1"
+    if told != "1":
+        assert "within its error (rounding)" in report.verdict("page", "A page", "claim", True, told, margin, "rounding").html
+    with pytest.raises(ParameterError, match="errors from turning, and does not say so"):
+        report.verdict("page", "A page", "claim", True, "1", margin, "rounding")
 
 
 def test_another_model_does_not_speak_for_the_page(project, monkeypatch):
-    report.verdict("page", "A page", "claim", True, "1")
+    report.verdict("page", "A page", "claim", True, "1", 9.0, "rounding")
     before = files(project / "_build" / "verdicts")["page.json"]
-    assert report.verdict("page", "A page", "claim", False, "2", model="smollm2-135m").verdict == "does not hold"
+    assert report.verdict("page", "A page", "claim", False, "2", 9.0, "rounding", model="smollm2-135m").verdict == "does not hold"
     assert files(project / "_build" / "verdicts")["page.json"] == before
     monkeypatch.setenv("METAKE_VERDICTS", "build/verdicts")
-    report.verdict("page", "A page", "claim", False, "2", model="smollm2-135m")
+    report.verdict("page", "A page", "claim", False, "2", 9.0, "rounding", model="smollm2-135m")
     assert list(files(project / "build" / "verdicts")) == ["page-smollm2-135m.json"]
 
 
 def test_several_claims_of_one_page_have_a_verdict_each(project):
     for part in ("", "figure3"):
-        report.verdict("page", "A page", f"claim {part}", True, "1", part=part)
+        report.verdict("page", "A page", f"claim {part}", True, "1", 9.0, "rounding", part=part)
     kept = {name: json.loads(text) for name, text in files(project / "_build" / "verdicts").items()}
     assert {name: found["page"] for name, found in kept.items()} == {"page.json": "page", "page-figure3.json": "page"}
 
 
 def test_outside_a_project_a_verdict_stays_in_the_working_folder(project):
     (project / "_config.yml").unlink()
-    report.verdict("page", "A page", "claim", True, "1")
+    report.verdict("page", "A page", "claim", True, "1", 9.0, "rounding")
     assert [path.relative_to(project).as_posix() for path in project.rglob("*.json")] == [
         "notebooks/_build/verdicts/page.json"
     ]
@@ -470,7 +480,7 @@ def test_outside_a_project_a_verdict_stays_in_the_working_folder(project):
 @pytest.mark.parametrize("holds", ["holds", float("nan"), 2])
 def test_a_verdict_is_not_typed(holds):
     with pytest.raises(ParameterError, match="True, False or None"):
-        report.verdict("page", "A page", "claim", holds, "1")
+        report.verdict("page", "A page", "claim", holds, "1", 9.0, "rounding")
 
 
 def test_provenance_prints_what_is_stable_and_shows_everything():
