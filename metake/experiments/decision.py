@@ -35,7 +35,7 @@ class Decision(NamedTuple):
     def verdict(self, told: str) -> dict[str, Any]:
         """What `report.verdict` takes; told: the numbers that decided."""
         text = "; ".join(filter(None, (told, self.said)))
-        return {"holds": self.holds, "decided_by": text, "margin": self.margin, "error": KINDS[self.error]}
+        return {"holds": self.holds, "decided_by": text, "margin": float(self.margin), "error": KINDS[self.error]}
 
 
 def at_most(
@@ -56,24 +56,24 @@ def at_least(
     return _compared(what, value, bound, value - bound, error, kind, attained)
 
 
-def _compared(
-    what: str, value: float, bound: float, gap: float, error: float, kind: str, attained: bool
-) -> Decision:
+def _compared(what: str, value: float, bound: float, gap: float, error: float, kind: str, attained: bool) -> Decision:
     distance = gap / error if error else math.copysign(math.inf, gap) if gap else 0.0
     if math.isnan(distance):
         return Decision(None, 0.0, kind, f"{what} cannot be computed")
     if abs(distance) > 1:
-        return Decision(distance > 0, abs(distance), kind)
-    said = f"{what} {rounded(value, error)} against {rounded(bound, error)} is within its error, {error:.1g} ({kind})"
+        return Decision(bool(distance > 0), abs(distance), kind)
+    there, limit = rounded(value, error), rounded(bound, error)
+    said = f"{what}: {there} against {limit}" if there != limit else f"{what} is {bound:.6g}"
+    said += f", within its error of {error:.1g} ({kind})"
     return Decision(True if attained else None, abs(distance), kind, f"{said}: reached" if attained else said)
 
 
 def equal(what: str, departure: float, error: float) -> Decision:
     """Two ways to the same number: they depart by no more than error, the bound of their rounding."""
-    if not departure > error:
-        known = departure == departure
-        return Decision(known or None, error / departure if departure else math.inf, "rounding", "" if known else f"{what} cannot be computed")
-    return Decision(False, departure / error if error else math.inf, "rounding")
+    if departure != departure:
+        return undecided(f"{what} cannot be computed", "rounding")
+    near, far = sorted((departure, error))
+    return Decision(bool(departure <= error), far / near if near else math.inf, "rounding")
 
 
 def interval(what: str, estimate: float, low: float, high: float, bound: float = 0.0) -> Decision:

@@ -8,17 +8,22 @@ floor     min_{t<T} ‖∇F(v_t)‖² ≤ 4 (F_VL(v_0) − inf F_VL) / (η T) + 
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import pandas as pd
 import torch
 from torch import Tensor
 
 from metake.editing.bilevel import OuterObjective, Refinement, refine
+from metake.experiments.decision import EPS, all_of, at_least, at_most
 from metake.experiments.theory.adversary import climb
 from metake.experiments.theory.landscapes import READINGS
 from metake.experiments.theory.real_layer import RealLayer
 
 STEP = 1e-3  # of finite differences of a gradient, in the units of a hidden state (norms of tens)
-SETTLED = 1e-9  # a step whose η‖∇F‖² is smaller than this share of F is rounding
+CLEAR = 1e-5  # a step's share of η‖∇F‖² is read to this, or the step is left out: its fall is lost in rounding
+CHANCE = 1e-3  # with which L may exceed the upper end of its interval
 
 
 def outer_rule(anchor: str, steps: int = 15, step_size: float = 1.0, optimizer: str = "sgd") -> Refinement:
@@ -29,54 +34,70 @@ def outer_rule(anchor: str, steps: int = 15, step_size: float = 1.0, optimizer: 
 # On a real layer
 
 
-def curvature(
-    outer: OuterObjective, value: Tensor, slope: Tensor, direction: Tensor, rounds: int
-) -> tuple[float, Tensor]:
-    """‖∇²F_VL‖ at V by power iteration on finite differences of the gradient, and the direction to go on from:
-    an estimate from below.
+class Curvature(NamedTuple):
+    """‖∇²F_VL‖ at one point: low is reached, high is exceeded with probability CHANCE at most."""
+
+    low: float
+    high: float
+
+
+def curvature(outer: OuterObjective, value: Tensor, rounds: int, seed: int = 0) -> Curvature:
+    """‖∇²F_VL‖ at V by `rounds` Lanczos steps on central differences of the gradient, from a random direction.
+
+    The extreme Ritz values θ approach the extreme eigenvalues from inside; by Kuczyński and Woźniakowski (1992, Theorem
+    4.2) P(λ₁ − θ₁ > ε (λ₁ − λ_n)) ≤ 1.648 √n exp(−√ε (2k − 1)) after k steps, which gives the other end of the interval.
     """
-    size = 0.0
+    count, rounds = value.numel(), min(rounds, value.numel())
+
+    def image(direction: Tensor, width: float = STEP) -> Tensor:
+        ahead, behind = (outer.evaluate(value + side * direction.view(value.shape))[1] for side in (width, -width))
+        return ((ahead - behind) / (2 * width)).flatten()
+
+    start = torch.randn(count, dtype=value.dtype, generator=torch.Generator().manual_seed(seed)).to(value.device)
+    basis, images = (start / start.norm())[None], []
     for _ in range(rounds):
-        direction = direction / direction.norm()
-        direction = (outer.evaluate(value + STEP * direction)[1] - slope) / STEP
-        size = direction.norm().item()
-    return size, direction
+        images.append(image(basis[-1]))
+        rest = images[-1] - basis.T @ (basis @ images[-1])
+        rest = rest - basis.T @ (basis @ rest)  # twice: once leaves rounding of the size of what was taken away
+        if rest.norm() <= 1e-7 * images[-1].norm():  # as exact as the differences are: nothing is left to see
+            break
+        basis = torch.cat([basis, (rest / rest.norm())[None]])
+    inside = torch.stack(images)
+    projected = basis[: len(inside)] @ inside.T
+    ritz = torch.linalg.eigvalsh((projected + projected.T) / 2)
+    lacks = (math.log(1.648 * count**0.5 / CHANCE) / (2 * len(inside) - 1)) ** 2 if len(inside) < count else 0.0
+    low, spread = ritz.abs().max().item(), (ritz[-1] - ritz[0]).item()
+    blurred = (image(basis[0], 2 * STEP) - images[0]).norm().item()  # differences of two widths show what they lose
+    return Curvature(low, low + blurred + min(lacks, 0.49) * spread / (1 - 2 * min(lacks, 0.49)))
 
 
-def descend(outer: OuterObjective, step_size: float, steps: int, direction: Tensor, every: int = 8) -> list[dict]:
+def descend(
+    outer: OuterObjective, step_size: float, steps: int, start: Curvature, terms: int = 1, every: int = 8
+) -> list[dict]:
     """v ← v − η ∇F_VL(v) from V_init (eq. 82): one row an iterate with F_VL, ‖∇F_VL‖ and L as far as it shows there.
 
-    smoothness: ‖∇F_VL(v) − ∇F_VL(v′)‖/‖v − v′‖ from the iterate before, and every so often ‖∇²F_VL‖, the larger.
+    low, high: ‖∇²F_VL‖ every so often (start: at V_init), and ‖∇F_VL(v) − ∇F_VL(v′)‖/‖v − v′‖ from the iterate before,
+    whichever is larger. rounding: of F_VL, whose longest chain of sums has so many terms.
     """
     value, last, rows = outer.initial, None, []
     for step in range(steps + 1):
         loss, slope = outer.evaluate(value)
-        moved = step and step_size * last.square().sum() > SETTLED * loss  # else the quotient is one of rounding errors
-        found = ((slope - last).norm() / (step_size * last.norm())).item() if moved else 0.0
-        if step % every == 0:
-            size, direction = curvature(outer, value, slope, direction, 4)
-            # along the step itself: close eigenvalues keep the iteration from it
-            own, _ = curvature(outer, value, slope, slope, 1)
-            found = max(found, size, own)
-        rows.append(
-            {
-                "step": step, "loss": loss.item(), "gradient": slope.norm().item(), "smoothness": found,
-                "moved": (value - outer.initial).norm().item()
-            }
-        )
+        rounding = 2 * EPS * terms * loss.item()
+        clear = step and rounding < CLEAR * step_size * last.square().sum().item()  # else the quotient is rounding's
+        turned = ((slope - last).norm() / (step_size * last.norm())).item() if clear else 0.0
+        own = start if not step else curvature(outer, value, 16) if step % every == 0 else Curvature(0.0, 0.0)
+        rows.append({
+            "step": step, "loss": loss.item(), "gradient": slope.norm().item(), "low": max(turned, own.low),
+            "high": max(turned, own.high), "rounding": rounding, "moved": (value - outer.initial).norm().item()
+        })
         value, last = value - step_size * slope, slope
     return rows
 
 
-def pilot(outer: OuterObjective, steps: int, seed: int = 0) -> tuple[float, list[dict], Tensor]:
-    """A cautious run with half of 1/L(V_init): its step size, its rows, and the direction of the largest curvature at
-    V_init.
-    """
-    direction = torch.randn(
-        outer.initial.shape, dtype=outer.initial.dtype, generator=torch.Generator().manual_seed(seed)
-    ).to(outer.initial.device)
-    size, direction = curvature(outer, outer.initial, outer.evaluate(outer.initial)[1], direction, 10)
-    return 0.5 / size, descend(outer, 0.5 / size, steps, direction), direction
+def pilot(outer: OuterObjective, steps: int, terms: int = 1) -> tuple[float, list[dict], Curvature]:
+    """A cautious run with half of 1/L(V_init): its step size, its rows, and the curvature at V_init."""
+    start = curvature(outer, outer.initial, 24)
+    return 0.5 / start.high, descend(outer, 0.5 / start.high, steps, start, terms), start
 
 
 def descents(
@@ -85,17 +106,16 @@ def descents(
 ) -> pd.DataFrame:
     """Runs of the look-ahead iteration with step sizes on both sides of 1/L and 2/L, as multiples of 1/L.
 
-    L is the largest that a cautious run shows, which is the first one returned. One row an iterate: anchor, factor,
-    step_size, then `descend`.
+    L is the upper end of what a cautious run shows, which is the first one returned. One row an iterate:
+    anchor, factor, step_size, then `descend`.
     """
     rows = []
     for anchor in anchors:
         outer = layer.outer(outer_rule(anchor))
-        size, cautious, direction = pilot(outer, steps)
-        measured = max(row["smoothness"] for row in cautious)
-        runs = {size * measured: cautious} | {
-            factor: descend(outer, factor / measured, steps, direction) for factor in factors
-        }
+        size, first, start = pilot(outer, steps, layer.terms)
+        measured = max(row["high"] for row in first)
+        runs = {size * measured: first}
+        runs |= {f: descend(outer, f / measured, steps, start, layer.terms) for f in factors}
         rows += [
             {"anchor": anchor, "factor": factor, "step_size": factor / measured} | row
             for factor, run in runs.items()
@@ -104,103 +124,113 @@ def descents(
     return pd.DataFrame(rows)
 
 
+def cautious(iterates: pd.DataFrame, anchor: str) -> pd.DataFrame:
+    """The iterates of the runs with η ≤ 1/L."""
+    return iterates[(iterates.anchor == anchor) & (iterates.factor <= 1)]
+
+
+def cautious_smoothness(iterates: pd.DataFrame, anchor: str) -> float:
+    """The upper end of L along these."""
+    return float(cautious(iterates, anchor).high.max())
+
+
 def falls(iterates: pd.DataFrame) -> pd.DataFrame:
     """One row a step that is more than rounding: what F_VL fell by, as a share of η‖∇F_VL‖², which the theorem bounds
     from below by 1 − ηL/2.
 
-    L is the largest that showed along the step's own run, so `product` = ηL is the run's.
+    bound: with the upper end of L along the step's own run, `product` = ηL; tight: with the lower end;
+    error: of the share, from the rounding of the two losses.
     """
     rows = []
     for (anchor, factor, size), run in iterates.groupby(["anchor", "factor", "step_size"], sort=False):
-        product = size * run.smoothness.max()
+        product, low = size * run.high.max(), size * run.low.max()
         for one, other in zip(run.itertuples(), run.iloc[1:].itertuples(), strict=False):
             predicted = size * one.gradient**2
-            if predicted > SETTLED * one.loss:
-                rows.append(
-                    {
-                        "anchor": anchor, "factor": factor, "step": one.step, "product": product,
-                        "share": (one.loss - other.loss) / predicted, "bound": 1 - product / 2
-                    }
-                )
+            if max(one.rounding, other.rounding) < CLEAR * predicted:
+                rows.append({
+                    "anchor": anchor, "factor": factor, "step": one.step, "product": product,
+                    "share": (one.loss - other.loss) / predicted, "bound": 1 - product / 2, "tight": 1 - low / 2,
+                    "error": (one.rounding + other.rounding) / predicted
+                })
     return pd.DataFrame(rows)
 
 
 def rates(iterates: pd.DataFrame) -> pd.DataFrame:
-    """One row a run: ηL, the smallest share of a fall, steps that went up, and min ‖∇F_VL‖² over its bound with inf
-    F_VL ≥ 0.
+    """One row a run: ηL, the smallest share of a fall, steps that went up, and min ‖∇F_VL‖² over its bound
+    with inf F_VL ≥ 0.
 
-    `covered` by the descent inequality if ηL < 2, by the rate if ηL ≤ 1.
+    L: the upper end of its interval. `covered` by the descent inequality if ηL < 2; `rated`, by the rate, if η times the
+    lower end is ≤ 1. nearest, error: of the step next to the bound, share − bound and what rounding may add to it.
     """
     steps, rows = falls(iterates), []
     for (anchor, factor, size), run in iterates.groupby(["anchor", "factor", "step_size"], sort=False):
         own, count = steps[(steps.anchor == anchor) & (steps.factor == factor)], len(run) - 1
-        bound = 2 * run.loss.iloc[0] / (size * count)
+        nearest = own.loc[((own.share - own.bound) / own.error).idxmin()]
+        product = size * run.high.max()
         row = {
-            "anchor": anchor, "step size": size, "times L": size * run.smoothness.max(),
-            "covered": size * run.smoothness.max() < 2, "smallest fall": own.share.min()
+            "anchor": anchor, "step size": size, "times L": product, "covered": product < 2,
+            "smallest fall": own.share.min(), "bound": own.bound.iloc[0], "steps up": int((own.share < -own.error).sum()),
+            "last loss / first": run.loss.iloc[-1] / run.loss.iloc[0],
+            "gradient over bound": run.gradient.iloc[:-1].min() ** 2 * size * count / (2 * run.loss.iloc[0]),
+            "moved": run.moved.iloc[-1], "rated": size * run.low.max() <= 1, "nearest": nearest.share - nearest.bound,
+            "error": nearest.error, "tight": (own.share - own.tight).min(), "rounding": own.error.max()
         }
-        row |= {
-            "bound": own.bound.iloc[0], "steps up": int((own.share < 0).sum()),
-            "last loss / first": run.loss.iloc[-1] / run.loss.iloc[0]
-        }
-        rows.append(
-            row | {"gradient over bound": run.gradient.iloc[:-1].min() ** 2 / bound, "moved": run.moved.iloc[-1]}
-        )
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
 def stress(
     layer: RealLayer, iterates: pd.DataFrame, anchor: str = "relative", trials: int = 40, seed: int = 0
 ) -> pd.DataFrame:
-    """A search around V_init, as far as the η ≤ 1/L runs went, for the point whose step at η = 1/L falls short of η/2
-    ‖∇F_VL‖².
+    """A search around V_init, as far as the η ≤ 1/L runs went, for the point whose step at η = 1/L falls short of
+    η/2 ‖∇F_VL‖².
 
-    L is the runs' own, so the search may find that it does not serve the whole neighborhood: then it is measured anew,
-    along the step found.
-    Six directions: the gradient, the plan, random ones. One row: the smallest share found, how far from V_init,
-    `L here` over L, and the `bound` 1 − ηL/2 with the larger of the two L.
+    L is the runs' own, so the search may find that it does not serve the whole neighborhood:
+    then it is measured anew, along the step found. Six directions: the gradient, the plan, random ones.
+    One row: the smallest share found and its rounding, how far from V_init, `L here` over L, and the `bound` 1 − ηL/2
+    with the larger of the two, each at the upper end.
     """
-    cautious = iterates[(iterates.anchor == anchor) & (iterates.factor <= 1)]
-    size, reach = float(1 / cautious.smoothness.max()), float(cautious.moved.max())
+    size, reach = 1 / cautious_smoothness(iterates, anchor), cautious(iterates, anchor).moved.max()
     outer, generator = layer.outer(outer_rule(anchor)), torch.Generator().manual_seed(seed)
     start = outer.initial
-    ways = [
-        outer.evaluate(start)[1], start - outer.anchor,
-        *(torch.randn(start.shape, dtype=start.dtype, generator=generator).to(start) for _ in range(4))
-    ]
+    ways = [torch.randn(start.shape, dtype=start.dtype, generator=generator).to(start) for _ in range(4)]
+    ways = [outer.evaluate(start)[1], start - outer.anchor, *ways]
     ways = torch.stack([way / way.norm() for way in ways])
 
     def at(point: Tensor) -> Tensor:
         spot = 2 * point - 1
         return start + reach * torch.einsum("i,inj->nj", spot.to(ways) / max(1.0, spot.norm().item()), ways)
 
-    def shortfall(point: Tensor) -> float:
-        loss, slope = outer.evaluate(at(point))
-        after = outer.evaluate(at(point) - size * slope)[0]
-        return -((loss - after) / (size * slope.square().sum())).item()
+    def share(where: Tensor) -> tuple[float, float]:
+        """What the step from here falls by over η‖∇F_VL‖², and the rounding of it."""
+        loss, slope = outer.evaluate(where)
+        predicted = size * slope.square().sum()
+        fall = loss - outer.evaluate(where - size * slope)[0]
+        return (fall / predicted).item(), (4 * EPS * layer.terms * loss / predicted).item()
 
-    found = climb(shortfall, torch.full((len(ways),), 0.5, dtype=torch.float64), trials, generator)
-    where, here, way = at(found.point), 0.0, ways[0]
-    step = size * outer.evaluate(where)[1]
-    for part in (0.0, 0.25, 0.5, 0.75, 1.0):
-        spot = where - part * step
-        local, way = curvature(outer, spot, outer.evaluate(spot)[1], way, 6)
-        here = max(here, local * size)
+    found = climb(
+        lambda point: -share(at(point))[0], torch.full((len(ways),), 0.5, dtype=torch.float64), trials, generator
+    )
+    where = at(found.point)
+    (fall, error), step = share(where), size * outer.evaluate(where)[1]
+    here = size * max(curvature(outer, where - part * step, 16).high for part in (0.0, 0.5, 1.0))
     row = {
-        "smallest fall": -found.score, "bound": 1 - max(1.0, here) / 2, "L here / L": here,
-        "distance": (where - start).norm().item()
+        "smallest fall": fall, "bound": 1 - max(1.0, here) / 2, "L here / L": here,
+        "distance": (where - start).norm().item(), "reach": reach, "points": found.evaluations, "error": error
     }
-    return pd.DataFrame([row | {"reach": reach, "points": found.evaluations}])
+    return pd.DataFrame([row])
 
 
-def floor(layer: RealLayer, anchor: str = "relative", steps: int = 40, every: int = 4) -> pd.DataFrame:
+def floor(
+    layer: RealLayer, iterates: pd.DataFrame, anchor: str = "relative", steps: int = 40, every: int = 4
+) -> pd.DataFrame:
     """Along the iteration at η = 1/L on F_VL: ‖∇F_VL‖ beside the whole pipeline's ‖∇F‖ and ‖∇F − ∇F_VL‖
     (Corollary 2's δ is their largest).
 
     One row at every `every`-th iterate; the exact gradient runs through all edited layers.
     """
     outer = layer.outer(outer_rule(anchor))
-    size = 1 / max(row["smoothness"] for row in pilot(outer, steps)[1])
+    size = 1 / cautious_smoothness(iterates, anchor)
     whole, _ = layer.downstream(outer.rule)
     value, rows = outer.initial, []
     for step in range(steps + 1):
@@ -230,31 +260,34 @@ def with_adam(layer: RealLayer, anchor: str = "sum") -> pd.DataFrame:
 
 
 def judge(
-    instances: pd.DataFrame, search: pd.DataFrame, runs: pd.DataFrame, stressed: pd.DataFrame, along: pd.DataFrame,
-    tolerance: float = 1e-6
+    instances: pd.DataFrame, search: pd.DataFrame, runs: pd.DataFrame, stressed: pd.DataFrame, along: pd.DataFrame
 ) -> dict:
-    """Holds if descent, rate and floor are violated nowhere they are claimed: at random, by the search,
-    on the real layer within the measured L.
+    """Holds if descent, rate and floor are violated nowhere they are claimed, beyond rounding and with L's upper end: at
+    random, by the search, on the real layer.
     """
-    names = list(READINGS)[:3]
-    worst = max(instances[names].max().max(), search[search.claimed][["T = 1", "T = 3"]].max().max())
-    covered = runs[runs.covered]
-    slack = (covered["smallest fall"] - covered.bound).min()
-    rated = runs[runs["times L"] <= 1 + 1e-9]
-    floor_ratio = floor_bound(along)["whole over bound"].max()
-    descends = slack > -tolerance and (stressed["smallest fall"] >= stressed.bound - tolerance).all()
-    real = descends and len(rated) > 0 and rated["gradient over bound"].max() <= 1 and floor_ratio <= 1
+    names, claimed = list(READINGS)[:3], search[search.claimed]
+    found = claimed[["T = 1", "T = 3"]].max(axis=1)
+    worst, covered = max(instances[names].max().max(), found.max()), runs[runs.covered]
+    most, floor_ratio = runs[runs.rated]["gradient over bound"].max(), floor_bound(along)["whole over bound"].max()
+    at_random = instances.loc[(instances.shortfall / instances.rounding).idxmax()]
+    nearest, point = covered.loc[(covered.nearest / covered.error).idxmin()], stressed.iloc[0]
+    decisions = [
+        *(at_most("a ratio of the search", r, 1.0, e, attained=True) for r, e in zip(found, claimed.rounding, strict=True)),
+        at_most("a ratio at random", instances[names].max().max(), 1.0, instances.rounding.max(), attained=True),
+        at_most("the descent's shortfall at random", at_random.shortfall, 0.0, at_random.rounding, attained=True),
+        at_least("a step's share over its bound", nearest.nearest, 0.0, nearest.error),
+        at_least("the share at the worst point found", point["smallest fall"], point.bound, point.error),
+        at_most("a run's smallest gradient over its bound", most, 1.0, runs.rounding.max()),
+        at_most("the whole gradient over its bound", floor_ratio, 1.0, runs.rounding.max()),
+    ]
+    tight = round(covered.tight.min(), 4)
     told = (
-        f"largest left over right side {worst:.3f} in {len(instances)} random landscapes and the search; on "
-        f"the real layer {len(covered)} runs with "
-        "ηL < 2"
+        f"largest left over right side {worst:.3f} in {len(instances)} random landscapes and the search; on the real "
+        f"layer {len(covered)} runs with ηL < 2, the nearest step {nearest.nearest:.4f} above the bound with L's upper "
+        f"end (rounding {nearest.error:.0e}) and {tight + 0.0:.4f} with its lower end; "
+        f"the whole gradient at most {floor_ratio:.2f} of Corollary 2's bound"
     )
-    holds = bool(worst <= 1 + 1e-9 and instances.shortfall.max() < 1e-9 and real)
-    return {
-        "holds": holds,
-        "decided_by": f"{told}, smallest margin over the bound {round(slack, 6) + 0.0:.6f} (rounding may take "
-        f"{tolerance:.0e}), and the whole gradient at most {floor_ratio:.2f} of Corollary 2's bound",
-    }
+    return all_of(decisions).verdict(told)
 
 
 def floor_bound(along: pd.DataFrame) -> pd.DataFrame:

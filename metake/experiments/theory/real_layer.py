@@ -37,6 +37,11 @@ class RealLayer(NamedTuple):
     def layer(self) -> int:
         return self.editor.layers[-1]
 
+    @property
+    def terms(self) -> int:
+        """Products that a number passes through, at most: the longest sum of a block, times the blocks."""
+        return self.lm.shape(self.lm.write_path(self.layer))[1] * self.lm.depth
+
     def outer(self, rule: Refinement) -> OuterObjective:
         """The look-ahead objective F_VL of the batch."""
         return outer_objective(self.lm, self.requests, self.state.contexts, self.targets, self.gate, rule)
