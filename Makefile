@@ -78,7 +78,7 @@ $(BUILD)/notebooks-run/%.ipynb: export MKL_NUM_THREADS = 1
 $(BUILD)/notebooks-run/%.ipynb: notebooks/%.ipynb $(SOURCES) $(STAMP)
 	@echo "running $<"
 	@mkdir -p $(@D)
-	@$(BIN)/papermill $< $@.part.ipynb --kernel python3 --cwd notebooks --no-progress-bar --log-level WARNING
+	@$(BIN)/python tools/run_page.py $< $@.part.ipynb
 	@mv $@.part.ipynb $@
 
 $(STAMP):

@@ -1,9 +1,11 @@
 """`make book` as it stands in the Makefile, on pages that take no time: side by side, interrupted, gone on with."""
 
 import contextlib
+import importlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from jupyter_client.connect import LocalPortCache
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120  # seconds, on a machine with much else to do
@@ -34,15 +37,17 @@ RAN = Path("_build/notebooks-run")
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder with this Makefile, pages of one cell each, papermill, and a program in the place of jupyter-book."""
-    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("notebooks", "met", ".venv/bin"):
+    """A folder with this Makefile, pages of one cell each, and a program that does nothing in jupyter-book's place."""
+    for name in ("notebooks", "met", "tools", ".venv/bin"):
         (tmp_path / name).mkdir(parents=True)
+    for name in ("Makefile", "requirements.txt", "pyproject.toml", "tools/run_page.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
     for name, others in PAGES.items():
         cell = nbformat.v4.new_code_cell(PAGE.format(name=name, others=", ".join(map(repr, others))))
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebooks" / f"{name}.ipynb")
-    (tmp_path / ".venv/bin/papermill").symlink_to(Path(sys.executable).with_name("papermill"))
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
     (tmp_path / ".venv/bin/jupyter-book").symlink_to(shutil.which("true"))
     database = subprocess.run(["make", "-pn"], cwd=tmp_path, capture_output=True, text=True).stdout
     (stamp,) = (line.split()[-1] for line in database.splitlines() if line.startswith("STAMP := "))
@@ -99,3 +104,24 @@ def test_pages_run_side_by_side_and_ctrl_c_leaves_whole_pages_only(checkout):
     assert [line for line in said.splitlines() if line.startswith("running ")] == ["running notebooks/slow.ipynb"]
     assert said.endswith(f"The book: {checkout}/_build/html/index.html\n")
     assert sorted(file.name for file in (checkout / RAN).iterdir()) == sorted(f"{name}.ipynb" for name in PAGES)
+
+
+def test_a_kernel_whose_port_was_taken_is_started_again(tmp_path, monkeypatch):
+    taken, ask, asked = socket.socket(), LocalPortCache.find_available_port, []
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+
+    def first_one_that_is_taken(self, ip):
+        asked.append(ip)
+        return taken.getsockname()[1] if len(asked) == 1 else ask(self, ip)
+
+    monkeypatch.setattr(LocalPortCache, "find_available_port", first_one_that_is_taken)
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("6 * 7")]), tmp_path / "page.ipynb")
+    with taken:
+        importlib.import_module("run_page").run(tmp_path / "page.ipynb", tmp_path / "out.ipynb")
+    (output,) = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs
+    assert output.data["text/plain"] == "42" and len(asked) == 10
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), tmp_path / "page.ipynb")
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        importlib.import_module("run_page").run(tmp_path / "page.ipynb", tmp_path / "out.ipynb")
