@@ -46,8 +46,9 @@ def command(words: str) -> str:
 
 @pytest.mark.parametrize(("words", "code"), {
     "--help": 0, "--version": 0, "methods": 0, "figure --list": 0, "figure": 0,
-    "rnu": 2, "run": 2, "run --out a --metod memit": 2, "run --out a --method memti": 2, "run --out a --dtype float3": 2,
-    "run --out a --edits 0": 2, "stats --model": 2, "figure atenuation": 2, "figure ablation -p edit=3": 2,
+    "rnu": 2, "run": 2, "run --out a --metod memit": 2, "run --out a --method memti": 2,
+    "run --out a --dtype float3": 2, "run --out a --edits 0": 2,
+    "stats --model": 2, "figure atenuation": 2, "figure ablation -p edit=3": 2,
     "figure ablation -p edits=many": 2, **{f"{name} --help": 0 for name, *_ in cli.COMMANDS},
 }.items())  # fmt: skip
 def test_what_computes_nothing_loads_nothing(tmp_path, words, code):
