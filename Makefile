@@ -10,17 +10,24 @@ BUILD := _build
 STAMP := $(VENV)/.installed-$(shell cat requirements.txt pyproject.toml | cksum | tr ' ' '-')
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 RUNS := $(NOTEBOOKS:notebooks/%=$(BUILD)/notebooks-run/%)
+# Pages run side by side, as many as there are cores (or as `make -jN book` says), each with one thread: two threads
+# of one page would wait for each other whenever the machine has something else to do.
+CORES = $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+SIDE_BY_SIDE = $(if $(filter -j%,$(MAKEFLAGS)),,-j$(CORES)) $(if $(filter output-sync,$(.FEATURES)),--output-sync=line)
 SOURCES := $(shell find metake results -type f ! -name '*.pyc' ! -path 'results/verdicts/*' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help book html test browser pdf zip notebooks record fetch clean distclean
+.PHONY: help book pages html test browser pdf zip notebooks record fetch clean distclean
 
 help:  ## this list
 	@echo "make <target>"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-book: $(RUNS)  ## run every notebook at its default parameters, build the book, print where it is
+book: $(STAMP)  ## run every notebook at its default parameters, build the book, print where it is
+	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) pages
 	@$(MAKE) --no-print-directory html
+
+pages: $(RUNS)
 
 html: $(STAMP)  ## only build the book, from the committed outputs; a warning is an error
 	@rm -rf $(BUILD)/html $(BUILD)/.doctrees
@@ -66,10 +73,12 @@ $(BUILD)/notebooks-run/%.ipynb: export METAKE_FIGURES = $(CURDIR)/$(BUILD)/figur
 $(BUILD)/notebooks-run/%.ipynb: export METAKE_VERDICTS = $(CURDIR)/$(BUILD)/verdicts
 $(BUILD)/notebooks-run/%.ipynb: export MPLBACKEND = agg
 $(BUILD)/notebooks-run/%.ipynb: export TQDM_DISABLE = 1
+$(BUILD)/notebooks-run/%.ipynb: export OMP_NUM_THREADS = 1
+$(BUILD)/notebooks-run/%.ipynb: export MKL_NUM_THREADS = 1
 $(BUILD)/notebooks-run/%.ipynb: notebooks/%.ipynb $(SOURCES) $(STAMP)
 	@echo "running $<"
 	@mkdir -p $(@D)
-	@$(BIN)/papermill $< $@.part.ipynb --kernel python3 --cwd notebooks --no-progress-bar --log-level WARNING
+	@$(BIN)/python tools/run_page.py $< $@.part.ipynb
 	@mv $@.part.ipynb $@
 
 $(STAMP):

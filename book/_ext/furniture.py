@@ -206,14 +206,11 @@ class Furniture(SphinxTransform):
                 if line.strip() != f"mkdir -p {OWN_RUNS}"
             ]
             parts += [nodes.paragraph("", "Larger, or another one:"), shell("\n".join(lines))]
-        if stamp.has_figure_command(Path(self.env.srcdir)):
-            parts += [
-                nodes.paragraph(
-                    "", "The same in one command, which refuses misspelled parameters and keeps runs apart:"
-                ),
-                shell(f".venv/bin/metake figure {name}"),
-            ]
-        return parts
+        return [
+            *parts,
+            nodes.paragraph("", "The same in one command, which refuses misspelled parameters and keeps runs apart:"),
+            shell(f".venv/bin/metake figure {name}"),
+        ]
 
 
 def shorten(caption):

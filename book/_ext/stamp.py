@@ -58,10 +58,6 @@ def is_word(text: str) -> bool:
     return False
 
 
-def has_figure_command(root: Path) -> bool:
-    return "figure_options" in (root / "metake" / "cli.py").read_text("utf-8")
-
-
 def record_command(name: str) -> str:
     """What makes the recording `name` (part-model) again. The data files that it needs are named in its provenance."""
     part, _, model = name.partition("-")

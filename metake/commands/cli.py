@@ -1,6 +1,7 @@
 """The command line: each sub-command parses, calls one library function, and prints what it gives.
 
 A user's mistake ends with exit code 2, an interruption with 130, and both with one line that says what to do next.
+A command imports what it needs when it runs: a help, a list and a mistyped word wait for no model's machinery.
 """
 
 from __future__ import annotations
@@ -12,27 +13,25 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import metake as mk
-from metake.algebra.update import total
-from metake.commands import options
+from metake.commands import listing, options
 from metake.commands.arguments import Parser
-from metake.editing.recipes import recipe
-from metake.experiments.runs import RunConfig, open_run, read_cases, reevaluate, run, select
-from metake.language import assets
-from metake.methods import DIFFERENCES, METHODS, OPERATORS
-from metake.scoring.evaluation import Evaluation
 from metake.support.errors import MetakeError
+
+if TYPE_CHECKING:
+    from metake.scoring.evaluation import Evaluation
 
 
 def _methods(_: argparse.Namespace) -> None:
     groups = {
-        "Methods": {name: " ".join(function.__doc__.split()) for name, function in METHODS.items()},
+        "Methods": listing.methods(),
         "MetaKE on the gates of other methods": {
-            name: f"`metake` with `{make.keywords['base'].__name__}` as its base" for name, make in OPERATORS.items()
+            name: f"`metake` with `{base}` as its base" for name, base in listing.operators().items()
         },
         "Where a paper and its released code differ: what the default does not do": {
-            name: f"{d.option}; by default: {d.usual}" for name, d in DIFFERENCES.items()
+            name: f"{own}; by default: {usual}" for name, (own, usual) in listing.differences().items()
         },
     }
     for title, entries in groups.items():
@@ -69,6 +68,8 @@ def _show(found: Evaluation) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from metake.experiments.runs import RunConfig, run
+
     config = RunConfig(
         args.model, args.method, args.data, args.edits, args.batch, args.seed, args.text, args.text_tokens, args.dtype,
         args.generate
@@ -78,10 +79,15 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    from metake.experiments.runs import reevaluate
+
     _show(reevaluate(args.folder, args.device))
 
 
 def _export(args: argparse.Namespace) -> None:
+    from metake.algebra.update import total
+    from metake.experiments.runs import open_run
+
     out = args.out or f"{args.folder.rstrip('/')}-{args.format}"
     edit = total(open_run(args.folder)[1])
     if args.format == "peft":
@@ -93,6 +99,8 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _diagnose(args: argparse.Namespace) -> None:
+    from metake.experiments.runs import read_cases, select
+
     lm = mk.load(args.model, args.dtype, args.device)
     editor = mk.methods.method(args.method, args.model, seed=args.seed)
     cases = select(lm, read_cases(args.data), args.edits, args.seed)
@@ -101,6 +109,8 @@ def _diagnose(args: argparse.Namespace) -> None:
 
 
 def _stats(args: argparse.Namespace) -> None:
+    from metake.editing.recipes import recipe
+
     lm = mk.load(args.model, args.dtype, args.device)
     threshold = args.threshold or recipe(args.model).threshold
     found = mk.statistics(lm, args.text, layers=args.layers, tokens=args.text_tokens)
@@ -113,6 +123,8 @@ def _stats(args: argparse.Namespace) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> None:
+    from metake.language import assets
+
     source = assets.fetch(args.model, args.source)
     print(f"{args.model}: {source.path} (from the {source.origin}; {source.note})")
 
@@ -138,7 +150,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _figure(args: argparse.Namespace) -> None:
-    from metake.commands import pages  # a kernel's machinery, which no other command needs
+    from metake.commands import pages
 
     if args.list or not args.name:
         print("\n".join(f"{name:<24} {title}" for name, title in pages.titles().items()))

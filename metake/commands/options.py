@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from metake.commands import listing
 from metake.commands.arguments import assignment, number
-from metake.language.model import DTYPES
-from metake.methods import named
 from metake.support.errors import near_misses
 
+DTYPES = ("float64", "float32", "bfloat16", "float16")  # as `load` takes them; importing its table would load torch
 _COUNT, _SEED, _POSITIVE = number(int, 1), number(int, 0), number(float, 0, open_end=True)
 
 
 def _method(name: str) -> str:
-    if name not in (known := named()):
+    if name not in (known := listing.names()):
         raise argparse.ArgumentTypeError(near_misses(name, known, "method").rstrip("."))
     return name
 

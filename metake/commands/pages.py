@@ -4,7 +4,7 @@
     figures/           drawings, and the CSV behind each
     verdicts/          what it found
 
-The notebooks stand in the checkout, not in the wheel.
+The notebooks stand in the checkout, not in the wheel. What runs one is imported when one runs.
 """
 
 from __future__ import annotations
@@ -13,19 +13,15 @@ import ast
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import papermill
-from papermill.exceptions import PapermillExecutionError
-
 from metake.experiments.parameters import KINDS, own_word
 from metake.support import errors
 from metake.support.errors import MetakeError, ParameterError, near_misses
-from metake.support.storage import remove, write_file
 
 QUIET = ["--log-level=ERROR"]  # a kernel's remarks on its own transport
 
@@ -44,7 +40,7 @@ def folder() -> Path:
 def titles() -> dict[str, str]:
     """Every page by the name of its notebook, with its title."""
     return {
-        path.stem: _cells(path, "markdown")[0].partition("\n")[0].lstrip("# ")
+        path.stem: next(_cells(path, "markdown")).partition("\n")[0].lstrip("# ")
         for path in sorted(folder().glob("*.ipynb"))
     }
 
@@ -54,7 +50,7 @@ def defaults(name: str) -> dict[str, Any]:
     known = [path.stem for path in folder().glob("*.ipynb")]
     if name not in known:
         raise ParameterError(near_misses(name, known, "page"))
-    source = _cells(folder() / f"{name}.ipynb", "code", "parameters")[0]
+    source = next(_cells(folder() / f"{name}.ipynb", "code", "parameters"))
     return {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in ast.parse(source).body
@@ -76,6 +72,12 @@ def figure(
     words = {**({"model": model} if model is not None else {}), **(given or {})}
     changed = {own: _value(own, text, usual[own]) for word, text in words.items() for own in [own_word(word, usual)]}
     out = Path(out or f"runs/{name}").absolute()
+
+    import papermill  # what was mistyped has been answered by now
+    from papermill.exceptions import PapermillExecutionError
+
+    from metake.support.storage import remove
+
     new = _free(out, {"page": name, "parameters": {**usual, **changed}})
     try:
         with _environment(
@@ -98,13 +100,14 @@ def figure(
     return out, [json.loads(path.read_text("utf-8")) for path in sorted((out / "verdicts").glob("*.json"))]
 
 
-def _cells(path: Path, kind: str, tag: str | None = None) -> list[str]:
-    cells = nbformat.read(path, 4).cells
-    return [
-        cell.source
-        for cell in cells
-        if cell.cell_type == kind and (tag is None or tag in cell.metadata.get("tags", ()))
-    ]
+def _cells(path: Path, kind: str, tag: str | None = None) -> Iterator[str]:
+    """The sources of a notebook's cells, one by one: what stands in the first waits for no drawing of megabytes."""
+    text, decode = path.read_text(encoding="utf-8"), json.JSONDecoder().raw_decode
+    at = text.index("[", text.index('"cells"')) + 1
+    while begin := re.compile(r"[\s,]*(?={)").match(text, at):
+        cell, at = decode(text, begin.end())
+        if cell["cell_type"] == kind and (tag is None or tag in cell["metadata"].get("tags", ())):
+            yield "".join(cell["source"])
 
 
 def _value(name: str, text: str, usual: Any) -> Any:
@@ -119,6 +122,8 @@ def _value(name: str, text: str, usual: Any) -> Any:
 
 def _free(out: Path, run: dict[str, Any]) -> bool:
     """Note in the folder what it is for; whether it is new. Refuses one that holds something else."""
+    from metake.support.storage import write_file
+
     note, new = out / "parameters.json", not out.exists()
     if not new and (not out.is_dir() or any(out.iterdir())):
         try:

@@ -2,7 +2,8 @@
 what they include runs.
 """
 
-import importlib
+import ast
+import importlib.util
 import json
 import re
 import sys
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from models import stand_in
 from sphinx.errors import ExtensionError
+from test_layers import ROOMS
 
 import metake as mk
 from metake.commands import cli
@@ -63,6 +65,67 @@ def test_what_a_page_names_is_there(path):
         name = re.search(r":pyobject: (\S+)", options)[1]
         source = (path.parent / file).read_text("utf-8")
         assert re.search(rf"^\s*(def|class) {name.split('.')[-1]}\b", source, re.MULTILINE), name
+
+
+PATH = re.compile(r"(?<![\w/.:-])(?:metake|tests|tools|notebooks|book)/[\w./*-]*[\w*/]")
+DOTTED = re.compile(r"(?<![\w/.@-])(?:metake|mk)(?:\.[A-Za-z_]\w*)+")
+
+
+def resolves(dotted: str) -> bool:
+    """Whether a dotted name is a module or something in one, a field of a type included."""
+    parts, thing = re.sub(r"^mk\b", "metake", dotted).split("."), mk
+    for i, part in enumerate(parts[1:], 2):
+        if hasattr(thing, "__path__") and importlib.util.find_spec(name := ".".join(parts[:i])):
+            thing = importlib.import_module(name)
+        elif hasattr(thing, part) or part in getattr(thing, "__dataclass_fields__", ()):
+            thing = getattr(thing, part, None)
+        else:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.stem)
+def test_every_path_and_module_in_the_prose_exists(path):
+    """In code, in links and in plain words. The change log alone names what was."""
+    text = re.sub(r"https?://\S+", "", path.read_text("utf-8"))
+    paths = [name for name in PATH.findall(text) if name not in mk.methods.named()]
+    assert not [name for name in paths if not list(ROOT.glob(name))]
+    assert not [name for name in DOTTED.findall(text) if not resolves(name)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "metake").rglob("*.py")), ids=lambda path: path.stem)
+def test_what_a_docstring_names_by_its_module_exists(path):
+    kinds = (ast.Module, ast.FunctionDef, ast.ClassDef)
+    tree = ast.parse(path.read_text("utf-8"))
+    told = "\n".join(ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds))
+    assert not [name for name in DOTTED.findall(told) if not resolves(name)]
+
+
+def test_stale_names_are_seen():
+    assert all(map(resolves, ("metake.algebra.solve", "mk.gate", "metake.editing.editor.Editor.step", "metake.solve")))
+    assert not any(map(resolves, ("metake.model", "mk.evaluation.read", "metake.algebra.solve.gatee", "mk.Edit.none")))
+    assert PATH.findall("`metake/cli.py`, (tests/a/b.py) and tests/editing/.") == [
+        "metake/cli.py", "tests/a/b.py", "tests/editing/"
+    ]
+
+
+def test_the_readme_draws_the_package_in_the_order_of_its_imports():
+    drawn = re.findall(r"^[├└]── (\S+) +(.+)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    there = {path.name + "/" * path.is_dir() for path in (ROOT / "metake").iterdir() if not path.name.startswith("__")}
+    names = [name for name, _ in drawn]
+    assert sorted(names) == sorted(there) and all(len(comment) > 20 for _, comment in drawn)
+    rooms = [name.strip("/").removesuffix(".py") for name in names if name != "recipes.toml"]
+    assert rooms == [room for room in reversed(ROOMS) if room != "metake"]
+
+
+def test_readme_and_library_page_give_the_same_six_files_to_read():
+    line = re.compile(r"^(\d)\. (?:\[.+?\]\((\S+)\)|`(\S+)`): (.+)\.$", re.MULTILINE)
+    first, second = (
+        [(number, link or code, re.sub(r" ?[`$]\w[`$]", "", why)) for number, link, code, why in line.findall(text)]
+        for text in ((ROOT / "README.md").read_text("utf-8"), (BOOK / "api.md").read_text("utf-8"))
+    )
+    assert first == second and "".join(number for number, *_ in first) == "123456"
+    assert all((ROOT / file).is_file() for _, file, _ in first)
 
 
 def test_the_symbols_stand_for_code_that_exists():

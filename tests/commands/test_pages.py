@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
@@ -53,7 +54,7 @@ def kernel(monkeypatch):
         verdict.parent.mkdir(exist_ok=True)
         verdict.write_text(json.dumps({"verdict": "holds", "claim": "c", "decided_by": f"{parameters}"}))
 
-    monkeypatch.setattr(pages.papermill, "execute_notebook", execute)
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
     return calls
 
 
@@ -158,7 +159,7 @@ def test_the_same_run_renews_its_folder_and_another_is_refused(asked, kernel):
 
 def test_what_a_page_says_of_a_value_is_the_answer(asked, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        pages.papermill, "execute_notebook",
+        papermill, "execute_notebook",
         failing("ParameterError", "edits must be a whole number from 2 to 600; found 1")
     )
     assert asked("ablation", "-p", "edits=1") == (
@@ -168,7 +169,7 @@ def test_what_a_page_says_of_a_value_is_the_answer(asked, monkeypatch, tmp_path)
 
 
 def test_a_page_that_breaks_leaves_its_traceback_and_says_where(monkeypatch, tmp_path):
-    monkeypatch.setattr(pages.papermill, "execute_notebook", failing("KeyError", "'gamma'"))
+    monkeypatch.setattr(papermill, "execute_notebook", failing("KeyError", "'gamma'"))
     with pytest.raises(
         MetakeError, match=r"the page ablation failed: KeyError: 'gamma'. See the traceback in .*ablation\.ipynb"
     ):

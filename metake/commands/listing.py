@@ -1,0 +1,51 @@
+"""What the methods are called and say of themselves, read in the source of `methods.py`.
+
+Importing it would load torch and transformers, seconds that neither a list nor a mistyped name needs.
+A test holds what is read here against what is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def _statements() -> list[ast.stmt]:
+    return ast.parse((Path(__file__).parents[1] / "methods.py").read_text(encoding="utf-8")).body
+
+
+def _table(name: str) -> ast.expr:
+    """The expression that fills one of its tables."""
+    return next(s.value for s in _statements() if isinstance(s, ast.AnnAssign) and ast.unparse(s.target) == name)
+
+
+def _functions(table: str) -> list[str]:
+    """The functions that a table lists: `{... for f in (one, another)}`."""
+    return [function.id for function in _table(table).generators[0].iter.elts]
+
+
+def methods() -> dict[str, str]:
+    """Every method with its docstring in one line: equation and source."""
+    told = {s.name: ast.get_docstring(s) for s in _statements() if isinstance(s, ast.FunctionDef)}
+    return {name: " ".join(told[name].split()) for name in _functions("METHODS")}
+
+
+def operators() -> dict[str, str]:
+    """MetaKE on the gates of other methods: name → its base."""
+    return {f"metake/{base}": base for base in _functions("OPERATORS")}
+
+
+def differences() -> dict[str, tuple[str, str]]:
+    """Where a paper and released code disagree: name → what it does, what the default does."""
+    table, found = _table("DIFFERENCES"), {}
+    for name, difference in zip(table.keys, table.values, strict=True):
+        paper, code, default = map(ast.literal_eval, difference.args[1:])
+        found[name.value] = (code, paper) if default == "paper" else (paper, code)
+    return found
+
+
+def names() -> list[str]:
+    """Every name that `--method` takes."""
+    return [*methods(), *operators(), *differences()]
