@@ -16,12 +16,14 @@ CORES = $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 SIDE_BY_SIDE = $(if $(filter -j%,$(MAKEFLAGS)),,-j$(CORES)) $(if $(filter output-sync,$(.FEATURES)),--output-sync=line)
 SOURCES := $(shell find metake results -type f ! -name '*.pyc' ! -path 'results/verdicts/*' 2>/dev/null)
 
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 .DEFAULT_GOAL := help
-.PHONY: help book pages html test browser pdf zip notebooks record fetch clean distclean
+.PHONY: help book pages html test processors browser pdf zip notebooks record fetch clean distclean
 
 help:  ## this list
 	@echo "make <target>"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 book: $(STAMP)  ## run every notebook at its default parameters, build the book, print where it is
 	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) pages
@@ -34,8 +36,13 @@ html: $(STAMP)  ## only build the book, from the committed outputs; a warning is
 	$(BIN)/jupyter-book build . -W -n --keep-going --all
 	@echo "The book: $(CURDIR)/$(BUILD)/html/index.html"
 
+# Pages are tested with another instruction set than the one that computed them: what they print must not depend on it.
 test: $(STAMP)  ## unit, contract and notebook tests
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest tests notebooks --ignore tests/browser --nbval -n 2 --dist loadfile
+	$(PYTEST) tests --ignore tests/browser
+	ATEN_CPU_CAPABILITY=default $(PYTEST) notebooks --nbval
+
+processors: $(STAMP)  ## tests and pages under other instruction sets and orders of summation (ARGS="scalar -- notebooks --nbval")
+	$(BIN)/python tools/processors.py $(ARGS)
 
 browser: $(STAMP)  ## check every page of the built book in a headless Chromium (after `make html`)
 	METAKE_BROWSER=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser -n 2 --dist loadgroup
