@@ -205,8 +205,7 @@ def _resume(
 ) -> Iterator[EditRecord]:
     """Apply the batches already on disk, compute and save the rest; the model is left edited.
 
-    Yields the record of each edit once it is applied. The edit itself is let go: a dense one is as large as the
-    weights it changes.
+    Yields each edit's record. The edit itself is let go: a dense one is as large as the weights it changes.
     """
     for number, batch in enumerate(progress(list(batches([c.request for c in cases], size)), "batches")):
         folder = out / "batches" / f"{number:04d}"
@@ -236,9 +235,7 @@ def _batch(
 
 
 def _load_batch(folder: Path, batch: list[EditRequest], state: EditorState, device: Any) -> tuple[Edit, EditorState]:
-    """A batch's edit and the state after it, from disk. Raises ProvenanceError if it is damaged,
-    or not of these requests.
-    """
+    """A batch's edit and the state after it, from disk. Raises ProvenanceError if damaged or of other requests."""
     edit = Edit.load(folder, device)
     for what, found, expected in (
         ("requests", edit.record.requests_digest, digest_of(batch)),
@@ -275,10 +272,7 @@ def _report(
 
 @dataclass(frozen=True)
 class SavedEdits(Sequence[Edit]):
-    """A run's edits in order, as they lie on disk: each is read anew whenever it is asked for, and none is kept.
-
-    Reading one raises ProvenanceError if it is damaged.
-    """
+    """A run's edits in order, as they lie on disk: each is read (and checked) when it is asked for, none is kept."""
 
     folders: tuple[Path, ...]
     device: Any = "cpu"  # of their tensors
@@ -286,9 +280,8 @@ class SavedEdits(Sequence[Edit]):
     def __len__(self) -> int:
         return len(self.folders)
 
-    def __getitem__(self, place: int | slice) -> Any:
-        found = self.folders[place]
-        return replace(self, folders=found) if isinstance(place, slice) else Edit.load(found, self.device)
+    def __getitem__(self, place: int) -> Edit:
+        return Edit.load(self.folders[place], self.device)
 
     def __iter__(self) -> Iterator[Edit]:
         return map(self.__getitem__, range(len(self)))  # a generator would hold on to the one before

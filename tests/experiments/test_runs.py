@@ -295,7 +295,7 @@ def test_seconds_are_those_of_all_batches(finished):
 
 def test_saved_edits_are_a_sequence(finished):
     edits = open_run(finished[0])[1]
-    assert len(edits) == 3 and len(edits[1:]) == 2 and identical(edits[1:][-1], edits[2])
+    assert len(edits) == 3 and identical(edits[-1], edits[2]) and not identical(edits[0], edits[1])
     assert [r.to_json() for r in edits.records()] == [e.record.to_json() for e in edits]
 
 
