@@ -280,6 +280,13 @@ def test_every_method_has_a_look_and_its_place():
     ), "the methods first, then what derives from them"
 
 
+def test_a_color_chosen_before_drawing_follows_the_theme():
+    color = report.plots._soft(0.9)
+    figure = report.Figure(lambda axes: axes.plot([0, 1], [0, 1], color=color), gammas(), "soft", "A soft line.")
+    found = {theme: re.findall(r"stroke: (#\w+); stroke-opacity: 0.9", svg) for theme, svg in figure.svg.items()}
+    assert found == {"light": ["#1f2328"], "dark": ["#e6edf3"]}
+
+
 def svg_texts(figure):
     return re.findall(r"<text[^>]*>([^<]*)</text>", figure.svg["light"])
 
