@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -111,6 +112,14 @@ class EditRecord:
             )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> EditRecord:
+        """The record of an edit that `Edit.save` wrote. Raises ProvenanceError if it is missing or damaged."""
+        try:
+            return cls.from_json((Path(folder) / "record.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ProvenanceError(f"{folder} is damaged or no saved edit: {type(error).__name__}: {error}") from error
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -156,27 +165,8 @@ class Edit:
                 )
 
     def __add__(self, other: Edit) -> Edit:
-        """One edit that does what `self` then `other` do; the record keeps the first base and all requests,
-        their digests joined by +.
-        """
-        mine, theirs = ({u.module: u for u in e.updates} for e in (self, other))
-        updates = tuple(
-            mine[m] + theirs[m] if m in mine and m in theirs else mine.get(m) or theirs[m] for m in {**mine, **theirs}
-        )
-        record = replace(
-            self.record,
-            weights={**other.record.weights, **self.record.weights},
-            requests=(*self.record.requests, *other.record.requests),
-            requests_digest="+".join(d for e in (self, other) if (d := e.record.requests_digest)),
-            layers={},
-            trace={},
-            seconds={
-                k: sum(e.record.seconds.get(k, 0.0) for e in (self, other))
-                for k in {**self.record.seconds, **other.record.seconds}
-            },
-            peak_memory=max(self.record.peak_memory, other.record.peak_memory),
-        )
-        return Edit(updates, record)
+        """One edit that does what `self` then `other` do: `total` of the two."""
+        return total((self, other))
 
     def compress(self, rank: int) -> tuple[Edit, dict[str, float]]:
         """Every update at most of the given rank, and the discarded share of its energy per module."""
@@ -196,19 +186,22 @@ class Edit:
         )
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> Edit:
-        """Read an edit that `save` wrote. Raises ProvenanceError if the folder is not one, or damaged."""
+    def load(cls, folder: str | os.PathLike, device: Any = "cpu") -> Edit:
+        """Read an edit that `save` wrote. device: of its tensors.
+
+        Raises ProvenanceError if the folder is not one, or damaged.
+        """
         folder = Path(folder)
         if not (folder / "record.json").is_file() or not (folder / "edit.safetensors").is_file():
             raise ProvenanceError(f"{folder} holds no saved edit (expected edit.safetensors and record.json)")
         parts: dict[str, dict[str, Tensor]] = {}
+        record = EditRecord.load(folder)
         try:
-            record = EditRecord.from_json((folder / "record.json").read_text(encoding="utf-8"))
             for name, tensor in load_tensors(folder / "edit.safetensors")[0].items():
                 module, part = name.rsplit(":", 1)
-                parts.setdefault(module, {})[part] = tensor
+                parts.setdefault(module, {})[part] = tensor.to(device)
             updates = tuple(LayerUpdate(m, **parts[m]) for m in {**record.weights, **parts})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise ProvenanceError(f"{folder} is damaged or no saved edit: {type(error).__name__}: {error}") from error
         return cls(updates, record)
 
@@ -264,10 +257,39 @@ def _write_folder(
 
 
 def total(edits: Sequence[Edit]) -> Edit:
-    """One edit that does what a sequence of edits does, in order."""
+    """One edit that does what a sequence of edits does, in order: every module's factors side by side, joined once.
+
+    The record keeps every weight's first base and all requests, their digests joined by +. The edits are gone through
+    once and their dense parts summed on the way, so that a sequence that reads them from disk need not hold them all.
+    """
     if not edits:
         raise ParameterError("no edits to add up")
-    result = edits[0]
-    for edit in edits[1:]:
-        result = result + edit
-    return result
+    if len(edits) == 1:
+        return edits[0]
+    thin: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    dense: dict[str, Tensor] = {}
+    records = []
+    for edit in edits:
+        records.append(edit.record)
+        for u in edit.updates:
+            thin.setdefault(u.module, []).append((u.left, u.right))
+            if u.dense is not None:
+                dense[u.module] = dense[u.module] + u.dense if u.module in dense else u.dense
+    updates = tuple(
+        LayerUpdate(module, torch.cat(lefts, 1), torch.cat(rights), dense.get(module))
+        for module, (lefts, rights) in ((m, zip(*factors, strict=True)) for m, factors in thin.items())
+    )
+    return Edit(updates, _joined(records))
+
+
+def _joined(records: Sequence[EditRecord]) -> EditRecord:
+    weights, seconds = {}, Counter()
+    for record in records:
+        weights = {**record.weights, **weights}
+        seconds.update(record.seconds)
+    return replace(
+        records[0], weights=weights, layers={}, trace={}, seconds=dict(seconds),
+        requests=tuple(request for record in records for request in record.requests),
+        requests_digest="+".join(record.requests_digest for record in records if record.requests_digest),
+        peak_memory=max(record.peak_memory for record in records),
+    )

@@ -14,6 +14,7 @@ import json
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 from metake import methods
 from metake.algebra.geometry import KeyStatistics
-from metake.algebra.update import Edit, total
+from metake.algebra.update import Edit, EditRecord
 from metake.data.facts import facts
 from metake.data.requests import Cases, EditRequest, batches, counterfact, zsre
 from metake.editing.editor import Editor, EditorState, digest_of
@@ -160,10 +161,14 @@ def run(config: RunConfig, out: str | Path, device: str | None = None, shared: U
     if not resumes:  # claimed only now: a setting that cannot be carried out leaves nothing behind
         write_file(out / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True) + "\n")
     with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
-        edits = _resume(lm, editor, cases, state, config.batch, out, shared)
+        records = _resume(lm, editor, cases, state, config.batch, out, shared)
+        first = next(records)
+        spent = Counter(first.seconds)
+        for record in records:
+            spent.update(record.seconds)
         result = evaluate(lm, cases, config.generate, original, config.seed)
-    seconds = {"total": time.perf_counter() - started, **total(edits).record.seconds}
-    _report(out, config, cases, original, result, edits[0], seconds, peak_memory(lm.device))
+    seconds = {"total": time.perf_counter() - started, **spent}
+    _report(out, config, cases, original, result, first, seconds, peak_memory(lm.device))
     return result
 
 
@@ -197,34 +202,41 @@ def _read_config(out: Path) -> dict[str, Any]:
 
 def _resume(
     lm: LanguageModel, editor: Editor, cases: Cases, state: EditorState, size: int, out: Path, shared: Unedited | None
-) -> list[Edit]:
-    """Apply the batches already on disk, compute and save the rest; the model is left edited."""
-    edits = []
+) -> Iterator[EditRecord]:
+    """Apply the batches already on disk, compute and save the rest; the model is left edited.
+
+    Yields each edit's record. The edit itself is let go: a dense one is as large as the weights it changes.
+    """
     for number, batch in enumerate(progress(list(batches([c.request for c in cases], size)), "batches")):
         folder = out / "batches" / f"{number:04d}"
-        if folder.is_dir():
-            edit, state = _load_batch(folder, batch, state, lm.device)
-        else:
-            edit, state = editor.step(
-                lm, batch, state, planned=shared.plan(lm, editor, state, batch) if shared and not number else None
-            )
-            with atomic_path(folder) as temporary:
-                edit.save(temporary)
-                save_tensors({str(i): k for i, k in state.keys.items()}, temporary / "keys.safetensors")
-        edit.apply(lm)
-        edits.append(edit)
+        record, state = _batch(lm, editor, batch, state, folder, None if number else shared)
+        yield record
     if last := editor.finish(lm, state):
         last.save(out / "finish")
         last.apply(lm)
-        edits.append(last)
-    return edits
+        yield last.record
+
+
+def _batch(
+    lm: LanguageModel, editor: Editor, batch: list[EditRequest], state: EditorState, folder: Path,
+    shared: Unedited | None
+) -> tuple[EditRecord, EditorState]:
+    """Apply the edit of one batch: the one in its folder, or else computed and saved there."""
+    if folder.is_dir():
+        edit, state = _load_batch(folder, batch, state, lm.device)
+    else:
+        planned = shared.plan(lm, editor, state, batch) if shared else None
+        edit, state = editor.step(lm, batch, state, planned=planned)
+        with atomic_path(folder) as temporary:
+            edit.save(temporary)
+            save_tensors({str(i): k for i, k in state.keys.items()}, temporary / "keys.safetensors")
+    edit.apply(lm)
+    return edit.record, state
 
 
 def _load_batch(folder: Path, batch: list[EditRequest], state: EditorState, device: Any) -> tuple[Edit, EditorState]:
-    """A batch's edit and the state after it, from disk. Raises ProvenanceError if it is damaged,
-    or not of these requests.
-    """
-    edit = Edit.load(folder)
+    """A batch's edit and the state after it, from disk. Raises ProvenanceError if damaged or of other requests."""
+    edit = Edit.load(folder, device)
     for what, found, expected in (
         ("requests", edit.record.requests_digest, digest_of(batch)),
         ("key statistics", edit.record.statistics_digest, state.statistics_digest),
@@ -242,7 +254,7 @@ def _load_batch(folder: Path, batch: list[EditRequest], state: EditorState, devi
 
 
 def _report(
-    out: Path, config: RunConfig, cases: Cases, before: Evaluation, after: Evaluation, first: Edit, seconds: dict,
+    out: Path, config: RunConfig, cases: Cases, before: Evaluation, after: Evaluation, first: EditRecord, seconds: dict,
     peak: int
 ) -> None:
     for name, evaluation in (("before.jsonl", before), ("cases.jsonl", after)):
@@ -251,20 +263,41 @@ def _report(
         "before": before.metrics, "after": after.metrics, "cases": len(cases), "skipped": cases.skipped,
         "seconds": seconds, "peak_memory_bytes": peak,
         "data": {"source": Path(cases.source).name, "digest": cases.digest},
-        "statistics_digest": first.record.statistics_digest,
-        "base": first.record.base, "recipe": first.record.recipe, "context_templates": first.record.context_templates,
+        "statistics_digest": first.statistics_digest,
+        "base": first.base, "recipe": first.recipe, "context_templates": first.context_templates,
         "versions": versions(), "config": asdict(config),
     }  # fmt: skip
     write_file(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 
-def open_run(folder: str | Path) -> tuple[RunConfig, list[Edit]]:
+@dataclass(frozen=True)
+class SavedEdits(Sequence[Edit]):
+    """A run's edits in order, as they lie on disk: each is read (and checked) when it is asked for, none is kept."""
+
+    folders: tuple[Path, ...]
+    device: Any = "cpu"  # of their tensors
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def __getitem__(self, place: int) -> Edit:
+        return Edit.load(self.folders[place], self.device)
+
+    def __iter__(self) -> Iterator[Edit]:
+        return map(self.__getitem__, range(len(self)))  # a generator would hold on to the one before
+
+    def records(self) -> Iterator[EditRecord]:
+        """Their records alone, without a look at the tensors."""
+        return map(EditRecord.load, self.folders)
+
+
+def open_run(folder: str | Path) -> tuple[RunConfig, SavedEdits]:
     """Configuration and edits of a run's folder, in order. Raises ParameterError if it is none or has no batch yet."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ParameterError(f"{folder} holds no run (no config.json); make one with: metake run --out {folder}")
     config = RunConfig(**_read_config(folder))
-    edits = [Edit.load(f) for f in (*sorted((folder / "batches").glob("[0-9]*")), *folder.glob("finish"))]
+    edits = SavedEdits((*sorted((folder / "batches").glob("[0-9]*")), *folder.glob("finish")))
     if not edits:
         raise ParameterError(
             f"{folder} has no finished batch yet; go on with: metake run --out {folder} and the same settings"
@@ -277,11 +310,11 @@ def reevaluate(folder: str | Path, device: str | None = None) -> Evaluation:
     config, edits = open_run(folder)
     lm = load(config.model, config.dtype, device)
     cases = select(lm, read_cases(config.data), config.edits, config.seed)
-    done = [id for e in edits for id in e.record.requests]
+    done = [id for record in edits.records() for id in record.requests]
     if done != [c.request.id for c in cases[: len(done)]]:
         raise ProvenanceError(f"{folder} holds edits of other cases than {config.data} gives now: the data has changed")
     original = evaluate(lm, cases[: len(done)], config.generate, seed=config.seed)
     with lm.scratch(edits[0].modules):
-        for edit in edits:
+        for edit in replace(edits, device=lm.device):
             edit.apply(lm)
         return evaluate(lm, cases[: len(done)], config.generate, original, config.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pandas as pd
 
 from metake.report import hover
 from metake.report.files import DEFAULT, artifact_name, figures_dir, portable
+from metake.report.lean import lean, paletted
 from metake.report.shown import LABELS, Shown, badge, plain
 from metake.support.storage import write_file
 
@@ -31,17 +33,18 @@ RC = {
     INK["light"]),
 }  # fmt: skip
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-# In the book the theme hides one of the two drawings; in a plain notebook viewer this does.
+DPI = 200
+# Within a page a drawing takes the color of the text around it: here where the theme is known, elsewhere as it comes.
 CHOICE = (
-    "<style>.metake-figure svg{max-width:100%;height:auto}.metake-figure .only-dark{display:none}"
-    ":is(html[data-theme=dark],[data-jp-theme-light=false]) .metake-figure .only-dark{display:block}"
-    ":is(html[data-theme=dark],[data-jp-theme-light=false]) .metake-figure .only-light{display:none}</style>"
+    "<style>.metake-figure svg{max-width:100%;height:auto}"
+    f":is(html[data-theme=light],[data-jp-theme-light=true]) .metake-figure svg{{color:{INK['light']}}}"
+    f":is(html[data-theme=dark],[data-jp-theme-light=false]) .metake-figure svg{{color:{INK['dark']}}}</style>"
 )
 
 
 class Figure(Shown):
     """Draw once, and keep the drawing for both themes: <name>.light.svg, <name>.dark.svg, <name>.png
-    (200 dpi), <name>.csv.
+    (200 dpi), <name>.csv. A page has it once, in the color of its text.
 
     draw:    takes the axes (a 2-d array of them if `panels` are given)
     data:    the tidy records behind the figure: all of them go into the CSV, and say by their attrs what they are
@@ -61,16 +64,14 @@ class Figure(Shown):
         model = str(portable(model or DEFAULT))
         name, alt = artifact_name(name, model), " ".join(alt.split())
         svg, png = _render(draw, size, panels, name)
-        drawings = {theme: _themed(svg, theme, f"{name}-{theme}".replace(".", "_"), alt) for theme in INK}
+        drawings = {theme: _themed(svg, ink, f"{name}-{theme}".replace(".", "_"), alt) for theme, ink in INK.items()}
         for theme, drawing in drawings.items():
             write_file(figures_dir() / f"{name}.{theme}.svg", drawing)
         write_file(figures_dir() / f"{name}.png", png)
         write_file(figures_dir() / f"{name}.csv", data.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
         if summary is None:
             summary = data if len(data) <= 38 else data.describe().drop("std").reset_index(names="of all records")
-        inline = "".join(
-            f'<div class="only-{theme}">{svg[svg.index("<svg") :]}</div>' for theme, svg in drawings.items()
-        )
+        inline = drawings["light"].replace(INK["light"], "currentColor")
         told = "" if label == "recorded" and origin else f"{escape(model)} "  # a recording's badge names its model
         note = f'<p class="metake-note">{told}{badge(label, origin)}</p>'
         text = f"Figure {name} [{LABELS[label]}]\n{plain(summary, digits)}"
@@ -88,17 +89,18 @@ def _render(
         draw(canvas.subplots(squeeze=False, **panels) if panels else canvas.subplots())
         marks = hover.name_marks(canvas)
         # the resolution of what is drawn as an image within it
-        canvas.savefig(svg, format="svg", dpi=200, metadata=NO_METADATA)
-        drawing = hover.with_titles(svg.getvalue().decode(), canvas, marks)
+        canvas.savefig(svg, format="svg", dpi=DPI, metadata=NO_METADATA)
+        drawing = lean(hover.with_titles(svg.getvalue().decode(), canvas, marks))
         canvas.set_layout_engine("none")  # it is laid out
-        canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    return drawing, png.getvalue()
+        canvas.savefig(png, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return drawing, paletted(png.getvalue(), DPI)
 
 
-def _themed(svg: str, theme: str, key: str, alt: str) -> str:
-    """The drawing in a theme's ink, fit to stand beside others in one page: own ids, own styles,
-    a name for screen readers.
+def _themed(svg: str, ink: str, key: str, alt: str) -> str:
+    """The drawing in an ink, fit to stand beside others in one page: own ids (short: every mark refers to one),
+    own styles, a name for screen readers.
     """
-    svg = re.sub(r'\bid="', f'id="{key}-', svg.replace(INK["light"], INK[theme]))
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", svg).replace("*{stroke", f"#{key} *{{stroke")
+    own = "f" + hashlib.sha256(key.encode()).hexdigest()[:5]
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{own}", svg.replace(INK["light"], ink))
+    svg = svg.replace("*{stroke", f"#{key} *{{stroke")
     return svg.replace("<svg ", f'<svg id="{key}" role="img" aria-label="{escape(alt)}" ', 1)

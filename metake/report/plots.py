@@ -12,7 +12,7 @@ import matplotlib as mpl
 import pandas as pd
 import seaborn as sns
 
-from metake.report.figure import Figure
+from metake.report.figure import INK, Figure
 from metake.report.shown import texts
 from metake.report.style import in_order, style
 from metake.support.errors import ParameterError
@@ -30,8 +30,8 @@ def _require(records: pd.DataFrame, *columns: str) -> None:
 
 
 def _soft(alpha: float = 0.7) -> tuple[float, float, float, float]:
-    """The ink, paler."""
-    return mpl.colors.to_rgba(mpl.rcParams["text.color"], alpha)
+    """The ink, paler; also where a drawing's own settings are not in force yet."""
+    return mpl.colors.to_rgba(INK["light"], alpha)
 
 
 def _note(axes: Any, text: str, x: float, y: float) -> None:

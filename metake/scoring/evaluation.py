@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -233,14 +234,10 @@ def require_prompts(cases: Sequence[EditCase]) -> None:
 
 def _generate(lm: LanguageModel, cases: list[EditCase], length: int, seed: int) -> list[tuple[str, ...]]:
     require_prompts(cases)
-    asked = [
-        (i, j, p.prompt)
-        for i, c in enumerate(cases)
-        for j, p in enumerate(p for p in c.probes if p.kind == "generation")
-    ]
-    streams = [f"{cases[i].request.id}/{j}" for i, j, _ in asked]
-    texts = sample(lm, [p for *_, p in asked], length, seed=seed, streams=streams)
-    return [tuple(t for (i, *_), t in zip(asked, texts, strict=True) if i == case) for case in range(len(cases))]
+    asked = [[p.prompt for p in c.probes if p.kind == "generation"] for c in cases]
+    streams = [f"{c.request.id}/{j}" for c, prompts in zip(cases, asked, strict=True) for j in range(len(prompts))]
+    texts = iter(sample(lm, [p for prompts in asked for p in prompts], length, seed=seed, streams=streams))
+    return [tuple(islice(texts, len(prompts))) for prompts in asked]
 
 
 def recall(lm: LanguageModel, cases: Sequence[EditCase]) -> dict[str, float]:

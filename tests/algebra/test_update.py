@@ -122,6 +122,35 @@ def test_a_sum_of_edits_does_what_they_do_in_order():
         total([])
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_long_sum_is_that_of_pairs_and_joins_factors_once(dense, monkeypatch):
+    """Pair by pair, the factors of a sequence are copied once for every edit after them: quadratic in its length."""
+    names = ("a", "b", "c")
+    edits = [
+        Edit(
+            tuple(update(names[(i + k) % 3], 1 + i % 2, i, (4, 6), dense and i % 4 == 0) for k in range(2)),
+            EditRecord(
+                weights={names[(i + k) % 3]: f"{i}{k}" for k in range(2)}, requests=(f"r{i}",), peak_memory=i % 7,
+                requests_digest=f"d{i}" if i % 4 else "", seconds={"targets": 0.1 * i, f"stage {i % 2}": 0.7}
+            ),
+        )
+        for i in range(200)
+    ]
+    pairwise, parts = edits[0], {u.module: u for u in edits[0].updates}
+    for edit in edits[1:]:
+        pairwise = pairwise + edit
+        parts |= {u.module: parts[u.module] + u if u.module in parts else u for u in edit.updates}
+    cat, joined = torch.cat, []
+    monkeypatch.setattr(torch, "cat", lambda tensors, *dim: joined.append(len(tensors)) or cat(tensors, *dim))
+    found = total(edits)
+    assert len(joined) == 2 * 3 and sum(joined) == 2 * 400
+    assert found.record == pairwise.record and found.modules == pairwise.modules
+    assert list(found.record.weights) == list(pairwise.record.weights)
+    for one, other in zip(found.updates * 2, (*pairwise.updates, *parts.values()), strict=True):
+        assert torch.equal(one.left, other.left) and torch.equal(one.right, other.right)
+        assert torch.equal(one.dense, other.dense) if dense else one.dense is other.dense is None
+
+
 def test_applying_is_all_or_nothing():
     lm = random_model("gpt2")
     before, good = fingerprint(lm.model), of(lm, 2, 2)

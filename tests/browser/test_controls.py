@@ -78,14 +78,14 @@ def test_the_search_says_when_it_finds_nothing(tab, address):
 
 def test_the_theme_switch_changes_page_and_drawings(tab, address):
     opened(tab, address, FIGURES)
-    drawn = {theme: tab.locator(f".metake-figure .only-{theme} svg").first for theme in ("light", "dark")}
-    seen = set()
+    drawn, seen = tab.locator(".metake-figure svg").first, set()
     for _ in range(3):
         theme = tab.evaluate("document.documentElement.dataset.theme")
         seen.add(theme)
-        assert drawn[theme].is_visible() and not drawn["dark" if theme == "light" else "light"].is_visible()
-        ink = tab.evaluate("getComputedStyle(document.querySelector('article p')).color")
-        assert (sum(map(int, re.findall(r"\d+", ink)[:3])) > 384) == (theme == "dark")
+        assert drawn.is_visible()
+        for what, part in (("article p", "color"), (".metake-figure svg text", "fill")):
+            ink = tab.evaluate(f"getComputedStyle(document.querySelector('{what}')).{part}")
+            assert (sum(map(int, re.findall(r"\d+", ink)[:3])) > 384) == (theme == "dark"), what
         tab.locator("button.theme-switch-button:visible").first.click()
     assert seen == {"light", "dark"}
 
@@ -217,7 +217,7 @@ def test_without_javascript_figures_numbers_and_commands_are_there(chromium, add
     context = chromium.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(address + GEOMETRY)
-    assert page.locator(".metake-figure .only-light svg").first.is_visible()
+    assert page.locator(".metake-figure svg").first.is_visible()
     assert "With JavaScript there is a picture here" in page.locator("#metake-geometry").inner_text()
     page.locator("#metake-geometry summary").click()
     assert page.locator("#metake-geometry table").is_visible()
@@ -234,5 +234,5 @@ def test_every_notebook_of_the_book_is_a_page():
 
 def test_a_mark_under_the_pointer_says_its_values(tab, address):
     opened(tab, address, COMPARISON)
-    told = tab.locator(".metake-figure .only-light svg use > title").all_text_contents()
+    told = tab.locator(".metake-figure svg use > title").all_text_contents()
     assert len(told) > 10 and any(re.fullmatch(r"MetaKE, [\d.]+", text) for text in told)

@@ -2,9 +2,11 @@
 not.
 """
 
+import gc
 import json
 import re
 import shutil
+import weakref
 from dataclasses import asdict, replace
 
 import pytest
@@ -241,6 +243,75 @@ def test_model_is_restored(tmp_path, monkeypatch, fails):
     assert fingerprint(lm.model) == before
 
 
+# What is held
+
+
+def alive(updates):
+    gc.collect()
+    return sum(u() is not None for u in updates)
+
+
+def test_no_edit_is_kept_once_it_is_applied(tmp_path, monkeypatch):
+    """RECT's updates are as large as the weights they change. With `memit` no state holds on to any of them either."""
+    config, made, held = replace(CONFIG, method="memit", edits=3, batch=1), [], []
+    step, load, apply = Editor.step, Edit.load.__func__, Edit.apply
+
+    def watch(edit):
+        made.extend(map(weakref.ref, edit.updates))
+        return edit
+
+    def stepping(self, *given, **more):
+        held.append(alive(made))
+        edit, state = step(self, *given, **more)
+        return watch(edit), state
+
+    def applying(self, lm, check=True):
+        held.append(alive(made) - len(self.updates))
+        apply(self, lm, check)
+
+    def evaluating(*given, **more):
+        held.append(alive(made))
+        return mk.evaluate(*given, **more)
+
+    monkeypatch.setattr(Editor, "step", stepping)
+    monkeypatch.setattr(Edit, "apply", applying)
+    monkeypatch.setattr(Edit, "load", classmethod(lambda cls, *given: watch(load(cls, *given))))
+    monkeypatch.setattr(runs, "evaluate", evaluating)
+    run(config, tmp_path / "run")
+    size = len(made) // 3
+    assert len(made) == 3 * size > 0 and len(held) == 3 + 3 + 2 and max(held) == 0, "computed"
+    shutil.rmtree(tmp_path / "run" / "batches" / "0002")
+    run(config, tmp_path / "run")
+    assert len(made) == 6 * size and len(held) == 8 + 1 + 3 + 2 and max(held) == 0, "resumed"
+    reevaluate(tmp_path / "run")
+    assert len(held) == 14 + 3 + 2 and max(held) <= size, "at most the one before"
+
+
+def test_seconds_are_those_of_all_batches(finished):
+    folder, _ = finished
+    told = json.loads((folder / "summary.json").read_text())["seconds"]
+    assert {k: v for k, v in told.items() if k != "total"} == total(open_run(folder)[1]).record.seconds
+
+
+def test_saved_edits_are_a_sequence(finished):
+    edits = open_run(finished[0])[1]
+    assert len(edits) == 3 and identical(edits[-1], edits[2]) and not identical(edits[0], edits[1])
+    assert [r.to_json() for r in edits.records()] == [e.record.to_json() for e in edits]
+
+
+def test_a_batch_is_loaded_where_the_model_is(small):
+    """Tensors of the device `meta` have no content, so that one is on any machine."""
+    lm, editor = base(), mk.methods.memit("tiny", seed=5)
+    cases = select(lm, mk.facts(), 1, 5)
+    state = replace(
+        editor.init(lm, mk.statistics(lm, layers=editor.layers, tokens=3000)),
+        statistics_digest=open_run(small)[1][0].record.statistics_digest, metrics={}
+    )
+    edit, _ = runs._load_batch(small / "batches" / "0000", [c.request for c in cases], state, "meta")
+    assert {t.device.type for t in tensors(edit)} == {"meta"}
+    assert {t.device.type for e in replace(open_run(small)[1], device="meta") for t in tensors(e)} == {"meta"}
+
+
 # A method that has something left to do at the end
 
 
@@ -350,7 +421,7 @@ def test_an_end_is_saved_whole_or_not_at_all(pruned, tmp_path, monkeypatch, _str
 def test_a_damaged_end_is_refused_where_it_is_read_and_made_again_by_the_run(pruned, tmp_path, name, _strong):
     folder = shutil.copytree(pruned[0], tmp_path / "copy")
     cut(folder / "finish" / name)
-    for use in (open_run, reevaluate):
+    for use in (lambda f: total(open_run(f)[1]), reevaluate):
         with pytest.raises(ProvenanceError, match="finish"):
             use(folder)
     run(PRUNE, folder)

@@ -18,6 +18,7 @@ import metake as mk
 from metake.data.facts import facts_records, prose, reference_texts
 from metake.data.requests import EditCase, Probe, counterfact_cases, zsre_cases
 from metake.language.generation import _uniforms, sample
+from metake.scoring import evaluation
 from metake.scoring.evaluation import CaseScore, Evaluation, ProbeScore, Reading, evaluate, read, recall
 from metake.scoring.text_metrics import consistency, fluency, ngram_entropy
 from metake.support.errors import ParameterError, RequestError
@@ -441,6 +442,22 @@ def test_generation_depends_on_the_seed_and_on_nothing_else():
 
 
 @torch.no_grad()
+def test_generations_are_handed_out_in_one_pass(monkeypatch):
+    """Each case takes its own; looking through all of them once for every case is quadratic in their number."""
+    passes = []
+
+    class Texts(list):
+        def __iter__(self):
+            passes.append(1)
+            return super().__iter__()
+
+    monkeypatch.setattr(evaluation, "sample", lambda lm, prompts, *_, **__: Texts(f"after {p}" for p in prompts))
+    records = [COUNTERFACT[0], COUNTERFACT[1] | {"generation_prompts": []}, COUNTERFACT[2]]
+    found = evaluation._generate(None, counterfact_cases(records), 20, 0)
+    assert found == [tuple(f"after {p}" for p in record["generation_prompts"]) for record in records]
+    assert len(passes) == 1
+
+
 def test_generation_without_prompts_is_refused():
     lm = random_model("gpt2")
     with pytest.raises(ParameterError, match="no generation prompts"):
