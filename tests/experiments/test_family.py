@@ -106,7 +106,7 @@ def test_an_uncompared_method_leaves_it_open_and_a_nan_does_not_hold():
     )
     assert one_formula.judge(found, nothing, names=("memit",))["holds"] is True
     assert one_formula.judge(found.assign(ratio=np.nan), nothing, names=("memit",))["holds"] is False
-    with pytest.raises(mk.errors.ParameterError, match="no published form of 'other' is known"):
+    with pytest.raises(mk.ParameterError, match="no published form of 'other' is known"):
         solves.published(load_reference(), "other", methods.memit("tiny"), solves.draw(torch.Generator(), 4, 2))
 
 
@@ -202,7 +202,7 @@ def test_the_parts_taken_together_are_the_pipelines_batch():
     editor = methods.alphaedit("tiny", layers=(2,))
     given = statistics(lm, layers=(2,), tokens=3000)
     state = editor.init(lm, given)
-    targets = mk.targets.optimize_targets(lm, asked, state.contexts, 2, editor.target)
+    targets = mk.optimize_targets(lm, asked, state.contexts, 2, editor.target)
     torch.testing.assert_close(
         sequential._parts(lm, editor, state, asked, targets, 3), editor.edit(lm, asked, given).updates[0].delta,
         rtol=1e-9, atol=1e-12

@@ -19,7 +19,7 @@ import metake as mk
 from metake.algebra.geometry import inverse_covariance
 from metake.algebra.update import Edit, total
 from metake.data.facts import facts_records
-from metake.data.requests import Cases, EditCase, EditRequest, Probe
+from metake.data.requests import Cases, EditCase, EditRequest, Probe, check_batch
 from metake.editing.editor import Editor
 from metake.experiments import runs
 from metake.experiments.runs import RunConfig, edit_sequence, open_run, read_cases, reevaluate, run, select
@@ -665,7 +665,7 @@ def test_requests_of_a_run_never_meet_twice_in_a_batch(tmp_path):
     other["requested_rewrite"] |= {"prompt": "{} " + rest.replace("{}", subject), "subject": word}
     (tmp_path / "data.json").write_text(json.dumps([*records, other | {"case_id": 99}]))
     found = select(base(), read_cases(str(tmp_path / "data.json")), 2, 0)
-    mk.requests.check_batch([c.request for c in found])
+    check_batch([c.request for c in found])
     with pytest.raises(ParameterError, match="second request"):
         select(base(), read_cases(str(tmp_path / "data.json")), 3, 0)
 
