@@ -10,13 +10,14 @@ other records may turn a verdict whose margin is below 1; it says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 KINDS = {
     "rounding": "rounding, bounded from the size of what was computed",
     "sampling": "half of a 95 % interval over records",
     "estimate": "what an estimated constant may lack",
+    "timing": "how far timings of the same work lie apart",
     "resolution": "the smallest difference that counts, fixed beforehand",
 }
 """What an error is of."""
@@ -36,6 +37,10 @@ class Decision(NamedTuple):
         """What `report.verdict` takes; told: the numbers that decided."""
         text = "; ".join(filter(None, (told, self.said)))
         return {"holds": self.holds, "decided_by": text, "margin": self.margin, "error": KINDS[self.error]}
+
+    def quiet(self) -> Decision:
+        """The same without words of its own: for a page that tells every interval anyway."""
+        return self._replace(said="")
 
 
 def at_most(
@@ -59,6 +64,7 @@ def at_least(
 def _compared(
     what: str, value: float, bound: float, gap: float, error: float, kind: str, attained: bool
 ) -> Decision:
+    gap, error = float(gap), float(error)  # numpy's numbers divide, and are true, in their own way
     distance = gap / error if error else math.copysign(math.inf, gap) if gap else 0.0
     if math.isnan(distance):
         return Decision(None, 0.0, kind, f"{what} cannot be computed")
@@ -70,17 +76,31 @@ def _compared(
 
 def equal(what: str, departure: float, error: float) -> Decision:
     """Two ways to the same number: they depart by no more than error, the bound of their rounding."""
+    departure = float(departure)
     if not departure > error:
         known = departure == departure
-        return Decision(known or None, error / departure if departure else math.inf, "rounding", "" if known else f"{what} cannot be computed")
+        margin, said = error / departure if departure else math.inf, "" if known else f"{what} cannot be computed"
+        return Decision(known or None, margin, "rounding", said)
     return Decision(False, departure / error if error else math.inf, "rounding")
 
 
 def interval(what: str, estimate: float, low: float, high: float, bound: float = 0.0) -> Decision:
-    """Above the bound with its whole 95 % interval [low, high]; not, if the interval lies below; else it cannot be told."""
-    error = estimate - low if estimate > bound else high - estimate
-    found = at_least(what, estimate, bound, error, "sampling")
+    """Above the bound with its whole 95 % interval [low, high]; not, if the interval lies below; else it cannot be told.
+
+    An estimate outside of its own interval, as a skewed bootstrap may have it, gives way to the interval's middle.
+    """
+    value = estimate if low <= estimate <= high else (low + high) / 2
+    found = at_least(what, value, bound, value - low if value > bound else high - value, "sampling")
     return found._replace(said=f"{what}: the interval holds {bound:g}") if found.holds is None else found
+
+
+def apart(what: str, one: Sequence[float], other: Sequence[float]) -> Decision:
+    """One estimate above another, each (estimate, low, high), with their whole intervals; not, if below; else it cannot
+    be told.
+    """
+    (value, low, high), (against, least, most) = one, other
+    error = value - low + most - against if value > against else high - value + against - least
+    return at_least(what, value, against, error, "sampling")
 
 
 def undecided(why: str, kind: str = "sampling") -> Decision:
@@ -110,9 +130,34 @@ def any_of(decisions: Iterable[Decision]) -> Decision:
     return opposite(all_of(map(opposite, decisions)))
 
 
+def for_and_against(proof: Decision, refutation: Decision) -> Decision:
+    """A rule with two sides: does not hold if the refutation does, else holds if the proof does, else it cannot be told.
+
+    Where neither side holds, the one that is nearer to turning has the margin.
+    """
+    if refutation.holds:
+        return opposite(refutation)
+    if proof.holds:
+        return proof
+    undecided_sides = [side for side in (proof, refutation) if side.holds is None]
+    return min(undecided_sides or (proof, refutation), key=lambda side: side.margin)._replace(holds=None)
+
+
+def one_and_none_against(decisions: Iterable[Decision]) -> Decision:
+    """Holds if one does and none is refuted, not if one is refuted, else it cannot be told."""
+    found = list(decisions)
+    return for_and_against(any_of(found), any_of(map(opposite, found)))
+
+
 def rounded(value: float, error: float) -> str:
     """A number in the digits that its error leaves alone: those are the same on every machine."""
     if not 0 < error < math.inf or not math.isfinite(value):
         return f"{value:.6g}"
     places = max(0, -math.ceil(math.log10(error) + 1))
     return f"{round(value, places) + 0.0:.{places}f}"
+
+
+def with_interval(value: float, low: float, high: float, digits: int = 1, sign: str = "+") -> str:
+    """+0.5 [-1.5, 2.0]. What is shown as zero is no rounding error below zero: it has the sign of zero."""
+    value, low, high = (round(float(number), digits) + 0.0 for number in (value, low, high))
+    return f"{value:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
