@@ -35,7 +35,7 @@ from metake.language.tokens import rewriting_rows
 from metake.report.shown import plain
 from metake.scoring.evaluation import evaluate as evaluation
 from metake.support.errors import ParameterError
-from metake.support.machine import peak_memory, versions
+from metake.support.machine import peak_memory, processor, versions
 from metake.support.storage import write_file
 
 STAGES = ("targets", "refinement", "keys", "solve", "write", "evaluation")
@@ -232,7 +232,7 @@ def _counts(job: _Job) -> dict[str, int]:
 def _provenance(job: _Job, random_weights: bool) -> dict[str, Any]:
     known = {
         "origin": job.lm.origin, "dtype": str(job.lm.dtype).removeprefix("torch."), "device": str(job.lm.device),
-        "threads": torch.get_num_threads(), "cores": os.cpu_count()
+        "processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()
     }
     keys = (
         "random keys with independent coordinates, half of the spectrum below the threshold"
