@@ -16,6 +16,7 @@ from metake import methods as known
 from metake.data.requests import EditCase
 from metake.editing.editor import Editor, describe, digest_of
 from metake.editing.statistics import statistics
+from metake.experiments.decision import all_of, apart, undecided
 from metake.experiments.kept import kept
 from metake.experiments.runs import Unedited, read_cases, select
 from metake.language.generation import sample
@@ -190,11 +191,12 @@ def judge(summary: pd.DataFrame, one: str = "metake", rivals: Sequence[str] = NA
     absent, rivals = [r for r in rivals if r not in own.index], [r for r in rivals if r in own.index]
     if one not in own.index or not rivals:
         raise ParameterError(f"the claim compares {one!r} with one of {', '.join(NAMED)}; found {', '.join(own.index)}")
-    mine, others = own.loc[one], own.loc[rivals]
-    holds = False if (others.low > mine.high).any() else True if (others.high < mine.low).all() and not absent else None
-    parts = [f"{style(m).name} {own.target[m]:.0f} % [{own.low[m]:.0f}, {own.high[m]:.0f}]" for m in (one, *rivals)] + [
-        f"{style(m).name} was not run" for m in absent
-    ]
-    return {
-        "holds": holds, "decided_by": f"continuations with the new object, {mine.cases:.0f} cases: " + ", ".join(parts)
-    }
+    shares = {m: own.loc[m, ["target", "low", "high"]].tolist() for m in (one, *rivals)}
+    parts = [f"{style(m).name} {share:.0f} % [{low:.0f}, {high:.0f}]" for m, (share, low, high) in shares.items()]
+    parts += [f"{style(m).name} was not run" for m in absent]
+    found = all_of(
+        [apart(f"{style(m).name}'s share", shares[one], shares[m]) for m in rivals]
+        + [undecided(f"{style(m).name} was not run") for m in absent]
+    )
+    told = f"continuations with the new object, {own.cases[one]:.0f} cases: " + ", ".join(parts)
+    return found.quiet().verdict(told)

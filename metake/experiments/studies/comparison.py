@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from metake.experiments.decision import Decision, interval, one_and_none_against, with_interval
 from metake.experiments.runs import RunConfig, Unedited, holds, run
 from metake.support.errors import ParameterError, near_misses
 
@@ -155,13 +156,24 @@ def setting(records: pd.DataFrame) -> pd.DataFrame:
     return labelled(pd.DataFrame({"what": list(rows), "here": list(rows.values())}), records)
 
 
-def judge(differences: pd.DataFrame) -> dict:
+def claimed(differences: pd.DataFrame) -> pd.DataFrame:
+    """The rows that the paper's claim is about: efficacy and generalization."""
+    return differences[differences.metric.isin(["efficacy", "generalization"])]
+
+
+def decide(differences: pd.DataFrame) -> Decision:
+    """Is one above the other in efficacy or generalization, by an interval above zero, and in neither of them below?"""
+    return one_and_none_against(
+        interval(f"{r.metric} {r.dataset}", r.difference, r.low, r.high) for r in claimed(differences).itertuples()
+    )
+
+
+def judge(differences: pd.DataFrame) -> dict[str, Any]:
     """The paper's claim, efficacy and generalization above AlphaEdit's: holds if an interval lies above zero and none
-    below; does not hold if one lies below; inconclusive if all include zero."""
-    claimed = differences[differences.metric.isin(["efficacy", "generalization"])]
-    better, worse = (claimed.low > 0).sum(), (claimed.high < 0).sum()
-    parts = [f"{r.metric} {r.dataset} {r.difference:+.1f} [{r.low:.1f}, {r.high:.1f}]" for r in claimed.itertuples()]
-    return {
-        "holds": False if worse else True if better else None,
-        "decided_by": "MetaKE − AlphaEdit in points: " + "; ".join(parts),
-    }
+    below; does not hold if one lies below; inconclusive if all include zero.
+    """
+    parts = [
+        f"{r.metric} {r.dataset} {with_interval(r.difference, r.low, r.high)}"
+        for r in claimed(differences).itertuples()
+    ]
+    return decide(differences).quiet().verdict("MetaKE − AlphaEdit in points: " + "; ".join(parts))

@@ -13,6 +13,7 @@ from metake.algebra.geometry import KeyStatistics
 from metake.data.requests import Cases
 from metake.editing.editor import Editor, describe
 from metake.editing.statistics import statistics
+from metake.experiments.decision import all_of, equal, for_and_against, opposite
 from metake.experiments.runs import edit_sequence, read_cases, select
 from metake.experiments.studies.comparison import paired_differences, summarize
 from metake.language.model import LanguageModel, load
@@ -163,12 +164,12 @@ def ceiling(model: str = "tiny", data: str = "facts-zsre") -> pd.DataFrame:
     )
 
 
-def judge(changes: pd.DataFrame) -> dict:
+def judge(changes: pd.DataFrame) -> dict[str, Any]:
     """Whether taking the other side of a difference writes another update: holds if every option is further than
     `MATTERS` from its default, does not hold if none is, inconclusive if some are."""
-    other = changes.change > MATTERS
+    others = [
+        opposite(equal(row.option, row.change, MATTERS))._replace(error="resolution") for row in changes.itertuples()
+    ]
     told = ", ".join(f"{row.option} {100 * row.change:.0f} %" for row in changes.itertuples())
-    return {
-        "holds": bool(other.all()) if other.all() == other.any() else None,
-        "decided_by": f"relative change of the update: {told}",
-    }
+    found = for_and_against(all_of(others), all_of(map(opposite, others)))
+    return found.verdict(f"relative change of the update: {told}")

@@ -20,6 +20,7 @@ from metake.data.requests import batches
 from metake.editing.diagnosis import diagnose
 from metake.editing.keys import KeyReader
 from metake.editing.statistics import statistics
+from metake.experiments.decision import all_of, any_of, for_and_against, interval, opposite, undecided
 from metake.experiments.studies.comparison import PRIMARY, case_rows, comparison, labelled
 from metake.experiments.studies.finished import finished
 from metake.language.tokens import continuation
@@ -351,9 +352,12 @@ def judge(found: pd.DataFrame, least: float = 0.6) -> dict[str, Any]:
         said = "; ".join(
             f"{style(r.method).name} on {r.dataset}: {r.outcome} in {r.fail} of {r.edits}" for r in found.itertuples()
         )
-        return {"holds": None, "decided_by": f"nowhere {LEAST} edits fail and {LEAST} succeed: {said}"}
+        return undecided("").verdict(f"nowhere {LEAST} edits fail and {LEAST} succeed: {said}")
     above, below = told.above_low > 0, told.above_high < 0
-    holds = True if above.all() else False if not above.any() and (below.any() or (told.high < least).all()) else None
+    ahead = [interval("γ minus the best baseline", r.above, r.above_low, r.above_high) for r in told.itertuples()]
+    useful = [interval("AUROC of γ", r.auroc, r.low, r.high, least) for r in told.itertuples()]
+    refuted = any_of([any_of(map(opposite, ahead)), all_of(map(opposite, useful))])
+    decided = for_and_against(all_of(ahead), undecided("") if above.any() else refuted)
     cells = len(found.drop_duplicates(["dataset", "method", "outcome"]))
     span = f"{told.auroc.median():.2f} (from {told.auroc.min():.2f} to {told.auroc.max():.2f})"
     said = (
@@ -361,8 +365,6 @@ def judge(found: pd.DataFrame, least: float = 0.6) -> dict[str, Any]:
         f"outcomes): {span}; the best baseline's: "
         f"{told['its auroc'].median():.2f}"
     )
-    return {
-        "holds": holds,
-        "decided_by": f"{said}; γ is above it in {above.sum()} of {len(told)}, below in {below.sum()}, "
-        "intervals excluding zero",
-    }
+    return decided.quiet().verdict(
+        f"{said}; γ is above it in {above.sum()} of {len(told)}, below in {below.sum()}, intervals excluding zero"
+    )

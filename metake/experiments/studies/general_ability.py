@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from metake.experiments.decision import all_of, any_of, for_and_against, interval, opposite, undecided
 from metake.experiments.runs import read_cases
 from metake.experiments.studies.comparison import labelled
 from metake.experiments.studies.streams import along, plan
@@ -265,29 +266,31 @@ def judge(records: pd.DataFrame, draws: int = 2000) -> dict[str, Any]:
     """
     kind = readable(records)
     if not (names := able(records, kind)):
-        return {
-            "holds": None,
-            "decided_by": f"the unedited model is above chance in none of {records.task.nunique()} tasks: there "
-            "is nothing that it could forget",
-        }
+        return undecided("").verdict(
+            f"the unedited model is above chance in none of {records.task.nunique()} tasks: there is nothing that it "
+            "could forget"
+        )
     found = changes(records, kind, names, draws).set_index("method")
     own, rivals = found.loc["metake"], found.drop("metake")
-    harmed = rivals[rivals.index.isin(HARMED)]
-    worse = own.high < -FLAT or bool((rivals.difference_high < 0).any())
-    compared = len(harmed) > 0 and bool(rivals.index.isin(STABLE).any())
-    fine = own.low > -FLAT and compared and bool((harmed.difference_low > 0).all())
+    flat = interval("MetaKE's change", own.change, own.low, own.high, -FLAT)
+    ahead = {
+        m: interval(f"against {m}", r.difference, r.difference_low, r.difference_high) for m, r in rivals.iterrows()
+    }
+    harmed = [ahead[m] for m in HARMED if m in ahead]
+    compared = bool(harmed) and any(m in ahead for m in STABLE)
+    decided = for_and_against(
+        all_of([flat, *harmed]) if compared else undecided(""), any_of(map(opposite, [flat, *ahead.values()]))
+    )
     said = [
-        f"MetaKE changes by {signed(own.change)} [{signed(own.low)}, {signed(own.high)}] points from before "
-        "editing to the end"
+        f"MetaKE changes by {signed(own.change)} [{signed(own.low)}, {signed(own.high)}] points from before editing to "
+        "the end"
     ]
     said += [
-        f"against {style(m).name} {signed(r.difference)} [{signed(r.difference_low)}, "
-        f"{signed(r.difference_high)}] over all points"
+        f"against {style(m).name} {signed(r.difference)} [{signed(r.difference_low)}, {signed(r.difference_high)}] "
+        "over all points"
         for m, r in rivals.iterrows()
     ]
     able_in = ", ".join(TASKS[name].name for name in names)
-    return {
-        "holds": False if worse else True if fine else None,
-        "decided_by": f"{KINDS[kind]}, mean over the tasks that the unedited model can do ({able_in}): "
-        + "; ".join(said),
-    }
+    return decided.quiet().verdict(
+        f"{KINDS[kind]}, mean over the tasks that the unedited model can do ({able_in}): " + "; ".join(said)
+    )

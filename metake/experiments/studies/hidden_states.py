@@ -16,6 +16,9 @@ from threadpoolctl import threadpool_limits
 from metake import methods
 from metake.data.requests import Cases, EditRequest
 from metake.editing.keys import KeyReader
+from metake.experiments.decision import (
+    Decision, all_of, any_of, at_most, for_and_against, interval, opposite, undecided, with_interval
+)
 from metake.experiments.runs import RunConfig, open_run, read_cases, select
 from metake.experiments.studies.comparison import comparison, labelled
 from metake.experiments.studies.finished import finished
@@ -259,8 +262,20 @@ def judge(ratios: pd.DataFrame, against: str = "alphaedit", least: float = 0.05)
     """
     own = ratios[ratios.method == against]
     if own.empty:
-        return {"holds": None, "decided_by": f"the records do not compare MetaKE with {against}"}
-    less = own[(own.value < 1 - least) & (own.high < 1)].dataset.nunique() == own.dataset.nunique()
-    holds = True if less and not (own.low > 1).any() else False if (own.low > 1 - least).all() else None
-    parts = [f"{r.measure}, {r.group} {r.value:.3f} [{r.low:.3f}, {r.high:.3f}] {r.dataset}" for r in own.itertuples()]
-    return {"holds": holds, "decided_by": "MetaKE's distance over AlphaEdit's: " + "; ".join(parts)}
+        return undecided("").verdict(f"the records do not compare MetaKE with {against}")
+    rows = [(r, f"{r.measure}, {r.group}, {r.dataset}") for r in own.itertuples()]
+    smaller: dict[str, list[Decision]] = {}
+    for r, what in rows:
+        below = opposite(interval(what, r.value, r.low, r.high, 1.0))
+        by_enough = at_most(what, r.value, 1.0, least, "resolution")
+        smaller.setdefault(r.dataset, []).append(all_of([by_enough, below]))
+    larger = any_of(interval(what, r.value, r.low, r.high, 1.0) for r, what in rows)
+    decided = for_and_against(
+        undecided("") if larger.holds else all_of(map(any_of, smaller.values())),
+        all_of(interval(what, r.value, r.low, r.high, 1 - least) for r, what in rows),
+    )
+    parts = [
+        f"{r.measure}, {r.group} {with_interval(r.value, r.low, r.high, 3, sign='')} {r.dataset}"
+        for r in own.itertuples()
+    ]
+    return decided.quiet().verdict("MetaKE's distance over AlphaEdit's: " + "; ".join(parts))

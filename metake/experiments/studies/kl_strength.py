@@ -21,7 +21,6 @@ from metake.experiments.runs import read_cases, select
 from metake.experiments.studies.comparison import PRIMARY, labelled
 from metake.experiments.studies.study import Batch, one
 from metake.language.model import load
-from metake.report.style import style
 from metake.support.errors import ParameterError
 
 OCTAVES = (0, 1, 2, 3)
@@ -254,79 +253,3 @@ def leads(
                 }
             )
     return labelled(pd.DataFrame(rows), records)
-
-
-def claims(shifts: pd.DataFrame, leads: pd.DataFrame) -> pd.DataFrame:
-    """The paper's sentences on Figure 5 one by one, per data set: `says` is yes, no or open,
-    by 95 % intervals that leave out zero.
-
-    found, low, high: octaves of λ_KL, in the last two points of efficacy (nats, if the records' log p was compared).
-    Open too is what ties or the grid's end decide: `because` says so.
-    """
-    rows = []
-    for dataset, own in shifts.groupby("dataset", sort=False):
-        memit, alphaedit, ours = (own.set_index("method").loc[name] for name in PRIMARY)
-        differ = alphaedit.low > 0 or alphaedit.high < 0
-        found = [
-            _claim(
-                "MEMIT: the high-γ group prefers the smaller λ_KL", memit, "octaves", memit.low > 0, memit.high <= 0
-            ),
-            _claim(
-                "AlphaEdit: the groups' optima are nearer than MEMIT's", alphaedit, "nearer", alphaedit.nearer_low > 0,
-                alphaedit.nearer_high < 0, memit
-            ),
-            _claim("AlphaEdit: they still differ", alphaedit, "octaves", differ, alphaedit.low == alphaedit.high == 0),
-            _claim(
-                "MetaKE: the groups' optima are nearer than AlphaEdit's", ours, "nearer", ours.nearer_low > 0,
-                ours.nearer_high < 0, alphaedit
-            ),
-        ]
-        for led in leads[leads.dataset == dataset].itertuples():
-            most = led.above > (led.above + led.equal + led.below) / 2
-            row = pd.Series({"difference": led.difference, "low": led.low, "high": led.high, "undecided": ""})
-            found.append(
-                _claim(
-                    f"MetaKE: above {style(led.method).name}'s at most λ_KL", row, "difference", most and led.low > 0,
-                    led.high < 0
-                )
-            )
-        rows += [{"dataset": dataset} | row for row in found]
-    return labelled(pd.DataFrame(rows), shifts)
-
-
-def _claim(
-    claim: str, row: pd.Series, name: str, yes: bool, no: bool, other: pd.Series | None = None
-) -> dict[str, Any]:
-    prefix = "nearer_" if name == "nearer" else ""
-    undecided = row.undecided or (other is not None and other.undecided)
-    says = "open" if undecided else "yes" if yes else "no" if no else "open"
-    because = undecided or ("the interval holds zero" if says == "open" else "")
-    return {
-        "claim": claim, "found": row[name], "low": row[f"{prefix}low"], "high": row[f"{prefix}high"], "says": says,
-        "because": because
-    }
-
-
-def judge(claims: pd.DataFrame) -> dict[str, Any]:
-    """The paper's claim holds if each of its sentences is borne out, does not hold if one is contradicted;
-    inconclusive otherwise.
-    """
-    counts = ", ".join(
-        f"{(claims.says == word).sum()} {told}"
-        for word, told in (("yes", "borne out"), ("no", "contradicted"), ("open", "open"))
-    )
-    first = claims.iloc[0]
-    why = f" ({first.because})" if first.because else ""
-    against = "".join(
-        f"; contradicted: {r.claim}, {r.found:+.1f} [{r.low:.1f}, {r.high:.1f}]"
-        for r in claims[claims.says == "no"].itertuples()
-    )
-    said = (
-        f"of {len(claims)} sentences {counts}; low-γ optimum over high-γ optimum, MEMIT: {first.found:+.1f} "
-        f"[{first.low:.1f}, {first.high:.1f}] "
-        f"octaves{why}{against}"
-    )
-    return {
-        "holds": False if (claims.says == "no").any() else True if (claims.says == "yes").all() else None,
-        "decided_by": said,
-    }

@@ -18,6 +18,7 @@ from metake import methods
 from metake.data.requests import Cases
 from metake.editing.editor import Editor
 from metake.editing.statistics import statistics
+from metake.experiments.decision import Decision, all_of, any_of, for_and_against, interval, opposite, with_interval
 from metake.experiments.runs import read_cases, select
 from metake.experiments.studies import comparison, realized_residual
 from metake.experiments.studies.readings import FEW, LEVELS, LITERAL, READINGS
@@ -121,12 +122,13 @@ def differences(records: pd.DataFrame, part: str, reading: str, draws: int = 400
     """The full method minus each ablation on the same requests: shares in points, log-probabilities in nats,
     with 95 % intervals.
 
-    below: whether the difference lies below zero even by an interval widened so that all of them together have 95 %
-    (Bonferroni).
+    most: the upper end of an interval that is widened so that all of them together have 95 % (Bonferroni); below:
+    whether even that lies below zero.
     """
     own, pairs = of(records, part, reading), dict.fromkeys(methods.ABLATIONS, "metake")
     found = comparison.differences(own, pairs, metrics=SHARES + CLAIMED, draws=draws)
-    return comparison.labelled(found.assign(below=_together(own, pairs, len(found)).high < 0), records)
+    most = _together(own, pairs, len(found)).high
+    return comparison.labelled(found.assign(most=most, below=most < 0), records)
 
 
 def _together(records: pd.DataFrame, pairs: dict[str, str], count: int) -> pd.DataFrame:
@@ -134,16 +136,18 @@ def _together(records: pd.DataFrame, pairs: dict[str, str], count: int) -> pd.Da
     return comparison.differences(records, pairs, metrics=SHARES + CLAIMED, level=1 - 0.05 / count, draws=10_000)
 
 
-def ordering(found: pd.DataFrame) -> bool | None:
+def ordering(found: pd.DataFrame) -> Decision:
     """Table 2: is the full method above each ablation in efficacy and generalization, on every data set?
 
-    True if the log-probability of the target is higher after the prompt and after its paraphrases,
-    every interval above zero; False if one of these, or of efficacy or generalization themselves, is `below`;
-    None otherwise. found: of `differences`.
+    Holds if the log-probability of the target is higher after the prompt and after its paraphrases, every interval
+    above zero; does not hold if one of these, or of efficacy or generalization themselves, is `below`; else it cannot
+    be told. found: of `differences`.
     """
-    if found.below[found.metric != "specificity"].any():
-        return False
-    return True if (found.low[found.metric.isin(CLAIMED)] > 0).all() else None
+    finer, wide = found[found.metric.isin(CLAIMED)], found[found.metric != "specificity"]
+    return for_and_against(
+        all_of(interval(r.metric, r.difference, r.low, r.high) for r in finer.itertuples()),
+        any_of(opposite(interval(r.metric, r.difference, r.low, r.most)) for r in wide.itertuples()),
+    )
 
 
 def gains(records: pd.DataFrame, part: str, reading: str, draws: int = 4000) -> pd.DataFrame:
@@ -164,7 +168,9 @@ def summary(records: pd.DataFrame, part: str = "choosing", draws: int = 4000) ->
     rows = []
     for name in names(records, part):
         compared, realized = differences(records, part, name, draws), gains(records, part, name, draws)
-        says = {"ordering": WORDS[ordering(compared)], "figure4": WORDS[realized_residual.judge(realized)["holds"]]}
+        says = {
+            "ordering": WORDS[ordering(compared).holds], "figure4": WORDS[realized_residual.decide(realized).holds]
+        }
         own = records[(records.part == part) & (records.reading == name) & (records.method == "metake")]
         for dataset, group in own.groupby("dataset", sort=False):
             against = compared[(compared.dataset == dataset) & (compared.method == NO_REFINEMENT)].set_index("metric")
@@ -260,8 +266,8 @@ def answers(records: pd.DataFrame) -> pd.DataFrame:
     rows = {"Table 2's ordering": {}, "Figure 4's direction": {}}
     for part, reading in product(parts, dict.fromkeys((name, LITERAL))):
         column = f"{reading}, {part}"
-        rows["Table 2's ordering"][column] = WORDS[ordering(differences(records, part, reading))]
-        rows["Figure 4's direction"][column] = WORDS[realized_residual.judge(gains(records, part, reading))["holds"]]
+        rows["Table 2's ordering"][column] = WORDS[ordering(differences(records, part, reading)).holds]
+        rows["Figure 4's direction"][column] = WORDS[realized_residual.decide(gains(records, part, reading)).holds]
     frame = pd.DataFrame([{"reproduced": question} | found for question, found in rows.items()])
     return comparison.labelled(frame, records)
 
@@ -272,18 +278,17 @@ def judge(records: pd.DataFrame) -> dict[str, Any]:
     whether it beats the literal default there.
     """
     name = winner(records)
-    compared, realized = differences(records, "testing", name), realized_residual.judge(gains(records, "testing", name))
-    says = (ordering(compared), realized["holds"])
+    compared, realized = differences(records, "testing", name), gains(records, "testing", name)
+    order, direction = ordering(compared), realized_residual.decide(realized)
     finer = compared[compared.metric.isin(CLAIMED)]
     weakest = finer.loc[finer.difference.idxmin()]
-    told = f"chosen of {len(names(records, 'choosing'))}: {name}; on held-out records the ordering is {WORDS[says[0]]} "
-    told += (
-        f"(weakest: {weakest.difference:+.3f} [{weakest.low:.3f}, {weakest.high:.3f}] nats, "
-        f"{weakest.metric.replace('_', ' ')} over "
-        f"{weakest.method}, {weakest.dataset})"
+    told = (
+        f"chosen of {len(names(records, 'choosing'))}: {name}; on held-out records the ordering is "
+        f"{WORDS[order.holds]} (weakest: {with_interval(weakest.difference, weakest.low, weakest.high, 3)} nats, "
+        f"{weakest.metric.replace('_', ' ')} over {weakest.method}, {weakest.dataset}), Figure 4's direction "
+        f"{WORDS[direction.holds]} ({realized_residual.judge(realized)['decided_by']}); {consequence(records)}"
     )
-    told += f", Figure 4's direction {WORDS[says[1]]} ({realized['decided_by']}); {consequence(records)}"
-    return {"holds": False if False in says else True if all(says) else None, "decided_by": told}
+    return all_of([order, direction]).quiet().verdict(told)
 
 
 def consequence(records: pd.DataFrame) -> str:
@@ -291,7 +296,8 @@ def consequence(records: pd.DataFrame) -> str:
     if winner(records) == LITERAL:
         return "the literal default is itself the best: it stays"
     wins = beats(against_default(records))
-    return {True: "it beats the literal default there, and is a candidate for the default",
-    False: "it is below the literal default in some "
-        "metric there: the default stays",
-            None: "it is not told apart from the literal default there: the default stays"}[wins]  # fmt: skip
+    return {
+        True: "it beats the literal default there, and is a candidate for the default",
+        False: "it is below the literal default in some metric there: the default stays",
+        None: "it is not told apart from the literal default there: the default stays",
+    }[wins]

@@ -11,6 +11,7 @@ import pandas as pd
 
 from metake import methods
 from metake.editing.editor import Editor
+from metake.experiments.decision import Decision, all_of, interval, opposite, with_interval
 from metake.experiments.studies import comparison
 from metake.experiments.studies.study import study
 from metake.support.errors import ParameterError
@@ -130,9 +131,7 @@ def differences(records: pd.DataFrame, draws: int = 4000, seed: int = 0) -> pd.D
 def wide(differences: pd.DataFrame) -> pd.DataFrame:
     """`differences` with a column a measure, each with its interval in brackets: for a table."""
     texts = [
-        f"{r.difference:+.{d}f} [{r.low:.{d}f}, {r.high:.{d}f}]"
-        for r in differences.itertuples()
-        for d in [3 if r.measure == "log_p" else 1]
+        with_interval(r.difference, r.low, r.high, 3 if r.measure == "log_p" else 1) for r in differences.itertuples()
     ]
     shown = differences.assign(text=texts, measure=differences.measure.str.replace("_", "-"))
     table = shown.pivot(index=["dataset", "sweep", "value"], columns="measure", values="text")[
@@ -170,22 +169,35 @@ def judge(differences: pd.DataFrame, least: float = 5.0) -> dict[str, Any]:
     one not: does not hold; else inconclusive.
     """
     scores, trade = differences[differences.measure.isin(SCORES)], differences[differences.measure == "trade_off"]
-    apart = (scores.low >= least) | (scores.high <= -least)
-    within = (scores.low > -least) & (scores.high < least)
     requests = scores.groupby("dataset").requests.max().sum()
-    robust = False if apart.any() else True if within.all() and 300 / requests <= least else None
-    best = False if (trade.low > 0).any() else True if (trade.high < 0).all() else None
-    holds = False if robust is False or best is False else True if robust and best else None
+    robust = all_of([_within(scores, least), _enough(requests, least)]).quiet()
+    best = all_of(opposite(interval("trade-off", r.difference, r.low, r.high)) for r in trade.itertuples()).quiet()
     words = {True: "yes", False: "no", None: "open"}
     far, top = scores.loc[scores.difference.abs().idxmax()], trade.loc[trade.difference.idxmax()]
     said = (
-        f"robust: {words[robust]}, farthest from its default {far.difference:+.1f} [{far.low:.1f}, "
-        f"{far.high:.1f}] points, {far.measure}, "
-        f"{SWEEPS[far.sweep]} = {far.value:g}, {far.dataset}"
+        f"robust: {words[robust.holds]}, farthest from its default "
+        f"{with_interval(far.difference, far.low, far.high)} points, {far.measure}, {SWEEPS[far.sweep]} = "
+        f"{far.value:g}, {far.dataset}"
     )
     said += (
-        f"; default best: {words[best]}, strongest rival {top.difference:+.2f} [{top.low:.2f}, "
-        f"{top.high:.2f}] points, "
-        f"{SWEEPS[top.sweep]} = {top.value:g}, {top.dataset}; {requests} requests"
+        f"; default best: {words[best.holds]}, strongest rival {with_interval(top.difference, top.low, top.high, 2)} "
+        f"points, {SWEEPS[top.sweep]} = {top.value:g}, {top.dataset}; {requests} requests"
     )
-    return {"holds": holds, "decided_by": said}
+    return all_of([robust, best]).verdict(said)
+
+
+def _within(scores: pd.DataFrame, least: float) -> Decision:
+    """Is every setting less than `least` points from its default, to either side?"""
+    return all_of(
+        side
+        for r in scores.itertuples()
+        for side in (
+            opposite(interval(r.measure, r.difference, r.low, r.high, least)),
+            interval(r.measure, r.difference, r.low, r.high, -least),
+        )
+    )
+
+
+def _enough(requests: int, least: float) -> Decision:
+    """Of n requests of which none changes, up to 3/n may still change, at 95 %: whether that is below `least` points."""
+    return Decision(True if 300 / requests <= least else None, least * requests / 300, "sampling")

@@ -23,6 +23,7 @@ from metake.algebra.geometry import KeyStatistics
 from metake.data.requests import Cases, EditCase, Probe
 from metake.editing.editor import Editor, EditorState
 from metake.editing.statistics import statistics
+from metake.experiments.decision import all_of, interval, undecided
 from metake.experiments.runs import edit_sequence, read_cases, select
 from metake.language.model import LanguageModel, load
 from metake.report.studies.comparison import signed
@@ -360,20 +361,12 @@ def judge(differences: pd.DataFrame) -> dict[str, Any]:
     holds if the level over all three metrics lies above each one's, interval and all; does not hold if it lies below
     one's; else, or if one of them was not run, inconclusive."""
     own = differences[(differences.quantity == "level") & (differences.metric == "all three")]
-    rounding = 1e-9  # points: equal curves are equal
-    holds = (
-        False
-        if (own.high < -rounding).any()
-        else True
-        if (own.low > rounding).all() and set(NAMED) <= set(own.method)
-        else None
-    )
+    absent = [f"{style(m).name} was not run" for m in NAMED if m not in set(own.method)]
+    ahead = [interval(r.method, *np.round([r.difference, r.low, r.high], 9)) for r in own.itertuples()]  # equal is equal
     parts = [
         f"{style(r.method).name} {signed(r.difference)} [{signed(r.low)}, {signed(r.high)}]" for r in own.itertuples()
     ]
-    parts += [f"{style(m).name} was not run" for m in NAMED if m not in set(own.method)]
-    return {
-        "holds": holds,
-        "decided_by": "mean of efficacy, generalization and specificity over all edit counts, MetaKE minus the "
-        "other, in points: " + "; ".join(parts),
-    }
+    return all_of(ahead + [undecided(why) for why in absent]).quiet().verdict(
+        "mean of efficacy, generalization and specificity over all edit counts, MetaKE minus the other, in points: "
+        + "; ".join(parts + absent)
+    )
