@@ -8,8 +8,8 @@ import pytest
 from metake import report
 from metake.experiments.speed import run_time
 from metake.experiments.studies import (
-    ablation, case_study, comparison, differences, dispersion, gamma_beforehand, general_ability, hidden_states,
-    kl_claims, open_readings, operators, realized_residual, sensitivity, streams
+    ablation, case_study, comparison, differences, dispersion, general_ability, hidden_states,
+    kl_claims, open_readings, operators, predictors, realized_residual, sensitivity, streams
 )
 
 FAR = 1e6
@@ -54,8 +54,8 @@ def of_streams(d: float, *_):
 def of_gamma(d: float, *_):
     row = {"dataset": "F", "method": "memit", "outcome": "o", "edits": 90, "fail": 40, "brier": 0.1, "skill": 0.1}
     row |= {"auroc": 0.7, "low": 0.6, "high": 0.8, "above": d, "above_low": d - 1, "above_high": d + 1}
-    names = {gamma_beforehand.RAW: False, gamma_beforehand.GAMMA: False, "key norm": True}
-    return gamma_beforehand.judge(pd.DataFrame([row | {"predictor": n, "best": b} for n, b in names.items()]))
+    names = {predictors.RAW: False, predictors.GAMMA: False, "key norm": True}
+    return predictors.judge(pd.DataFrame([row | {"predictor": n, "best": b} for n, b in names.items()]))
 
 
 def of_general_ability(d: float, patch):

@@ -16,7 +16,8 @@ import pandas as pd
 from metake.experiments.decision import all_of, any_of, for_and_against, interval, opposite, undecided
 from metake.experiments.runs import read_cases
 from metake.experiments.studies.comparison import labelled
-from metake.experiments.studies.streams import along, plan
+from metake.experiments.studies.revisions import plan
+from metake.experiments.studies.streams import along
 from metake.language.model import LanguageModel, load
 from metake.report.studies.comparison import signed
 from metake.report.style import style
@@ -50,7 +51,7 @@ def general_ability(
     """`tests` items of every task, asked before editing and after every `every` edits of one stream per method.
 
     tasks: see `tasks.read_items`; names: which of them; reading: "corrected" or "parity", see `metake.scoring.tasks`;
-    data, seed: of the stream (`streams.plan`); out: folder in which every point is kept, and not asked again; None:
+    data, seed: of the stream (`revisions.plan`); out: folder in which every point is kept, and not asked again; None:
     a temporary one.
 
     Returns one row per method, point, task and item: method, edits, task, item, label, and two predictions: generated,

@@ -18,7 +18,7 @@ def gamma_auroc(
 ) -> Figure:
     """AUROC of each predictor on held-out requests, a mark per method, a panel per data set and kind of failure.
 
-    found: `experiments.gamma_beforehand.assessed`; chance: the predictor that knows nothing, drawn as the line at ½.
+    found: `experiments.predictors.assessed`; chance: the predictor that knows nothing, drawn as the line at ½.
     """
     _require(found, "dataset", "method", "outcome", "predictor", "edits", "fail", "auroc", "low", "high")
     counts = found.drop_duplicates(["dataset", "method", "outcome"])
@@ -71,7 +71,7 @@ def gamma_calibration(curves: pd.DataFrame, model: str | None = None, name: str 
     """Of the requests that γ gives some probability of failure, how many fail: a line per method,
     with Wilson's intervals.
 
-    curves: `experiments.gamma_beforehand.reliability`.
+    curves: `experiments.predictors.reliability`.
     """
     _require(curves, "dataset", "method", "outcome", "bin", "requests", "predicted", "observed", "low", "high")
     cells = curves.assign(fails=(curves.observed * curves.requests).round())
