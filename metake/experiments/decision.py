@@ -2,9 +2,9 @@
 
     distance = (bound − value) / error      of a comparison value ≤ bound; error: what is not known of the two sides
 
-Above 1 a comparison is met beyond its error, below −1 it is missed beyond it, in between it cannot be told. The margin of
-a verdict is the distance of the comparison that would turn it first. Another processor, another order of summation, or
-other records may turn a verdict whose margin is below 1; it says so.
+Above 1 a comparison is met beyond its error, below −1 it is missed beyond it, in between it cannot be told. The margin
+of a verdict is the distance of the comparison that would turn it first. Another processor, another order of summation,
+or other records may turn a verdict whose margin is below 1; it says so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EPS = 2.0**-52
 
 
 class Decision(NamedTuple):
-    """Whether a statement holds (None: it cannot be told), and how far that is from turning, in units of its own error."""
+    """Whether a statement holds (None: it cannot be told), and how far that is from turning, in its own errors."""
 
     holds: bool | None
     margin: float
@@ -48,8 +48,8 @@ def at_most(
 ) -> Decision:
     """value ≤ bound, known up to error ≥ 0.
 
-    attained: the statement allows equality and is known to reach it: within its error it holds then, and says so; else it
-    cannot be told. What is not a number cannot be told either.
+    attained: the statement allows equality and is known to reach it: within its error it holds then, and says so; else
+    it cannot be told. What is not a number cannot be told either.
     """
     return _compared(what, value, bound, bound - value, error, kind, attained)
 
@@ -85,7 +85,7 @@ def equal(what: str, departure: float, error: float) -> Decision:
 
 
 def interval(what: str, estimate: float, low: float, high: float, bound: float = 0.0) -> Decision:
-    """Above the bound with its whole 95 % interval [low, high]; not, if the interval lies below; else it cannot be told.
+    """Above the bound with the whole 95 % interval [low, high]; not, if below with all of it; else it cannot be told.
 
     An estimate outside of its own interval, as a skewed bootstrap may have it, gives way to the interval's middle.
     """
@@ -95,9 +95,7 @@ def interval(what: str, estimate: float, low: float, high: float, bound: float =
 
 
 def apart(what: str, one: Sequence[float], other: Sequence[float]) -> Decision:
-    """One estimate above another, each (estimate, low, high), with their whole intervals; not, if below; else it cannot
-    be told.
-    """
+    """One (estimate, low, high) above another with their whole intervals; not, if below; else it cannot be told."""
     (value, low, high), (against, least, most) = one, other
     error = value - low + most - against if value > against else high - value + against - least
     return at_least(what, value, against, error, "sampling")
@@ -131,7 +129,7 @@ def any_of(decisions: Iterable[Decision]) -> Decision:
 
 
 def for_and_against(proof: Decision, refutation: Decision) -> Decision:
-    """A rule with two sides: does not hold if the refutation does, else holds if the proof does, else it cannot be told.
+    """A rule with two sides: not, if the refutation holds; else it holds if the proof does; else it cannot be told.
 
     Where neither side holds, the one that is nearer to turning has the margin.
     """

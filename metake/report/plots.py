@@ -1,6 +1,4 @@
-"""The figures of the book. Each takes the records that `metake.experiments` returns, or `recorded` reads,
-and draws them.
-"""
+"""The figures of the book. Each draws records, those that `metake.experiments` returns or `recorded` reads."""
 
 from __future__ import annotations
 
@@ -218,11 +216,8 @@ def before_after(
     """
     _require(records, "prompt", "answer", "before", "after")
     labels = [textwrap.fill(f"{r['prompt']} … {r['answer']}", 34) for r in records.to_dict("records")]
-    labels = (
-        [f"{label}\n({probe})" for label, probe in zip(labels, records.probe, strict=True)]
-        if "probe" in records
-        else labels
-    )
+    if "probe" in records:
+        labels = [f"{label}\n({probe})" for label, probe in zip(labels, records.probe, strict=True)]
     color = style(method).color
 
     def draw(axes: Any) -> None:
@@ -255,8 +250,7 @@ def before_after(
 def stage_bars(
     records: pd.DataFrame, model: str | None = None, name: str = "run_time", stages: Sequence[str] = STAGES
 ) -> Figure:
-    """Seconds of one edit by stage, a panel each, per method: the accelerated path, and below it, paler,
-    the literal one.
+    """Seconds of one edit by stage, a panel each, per method: the accelerated path, and below it the literal one.
 
     records: method, stage, path, seconds_per_edit; logarithmic axes that begin at a tenth of the least value.
     """

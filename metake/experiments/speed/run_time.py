@@ -24,8 +24,7 @@ EDIT = ("targets", "refinement", "keys", "solve", "write")  # stages of an edit;
 
 
 def run_time(model: str = "tiny", methods_: Sequence[str] = PRIMARY, **settings: Any) -> pd.DataFrame:
-    """`bench` of each method, one after the other in this process. settings: bench's, such as edits, steps, literal,
-    data.
+    """`bench` of each method, one after the other in this process. settings: bench's, such as edits, steps, data.
 
     One row per method, stage and path ("accelerated", "literal"): seconds of the batch (literal: measured on
     `literal_requests` and multiplied up), seconds_per_edit, flops; share of the machine's matrix product that Stage I
@@ -84,13 +83,11 @@ def stream(
 
 
 def growth(records: pd.DataFrame, early: int = 100, late: int = 2000, around: int = 3) -> float:
-    """Seconds per edit at edit `late` over those at edit `early`: each the median of the `around` batches next to
-    it.
-    """
-    near = [
+    """Seconds per edit at edit `late` over those at `early`: each the median of the `around` batches next to it."""
+    first, last = (
         records.iloc[(records.edits - at).abs().argsort(kind="stable")[:around]].edit.median() for at in (early, late)
-    ]
-    return near[1] / near[0]
+    )
+    return last / first
 
 
 def beside(records: pd.DataFrame, quantity: str = "seconds_per_edit", scale: float = 1.0) -> pd.DataFrame:
@@ -99,27 +96,15 @@ def beside(records: pd.DataFrame, quantity: str = "seconds_per_edit", scale: flo
 
     Where the literal path lacks a stage (the write is the same in both), its sum lacks it too.
     """
-    whole = (
-        records[records.stage.isin(EDIT)]
-        .groupby(["method", "path"], sort=False)[quantity]
-        .sum()
-        .reset_index()
-        .assign(stage="edit")
-    )
-    found = (
-        pd.concat([records, whole])
-        .dropna(subset=quantity)
-        .pivot_table(quantity, ["method", "stage"], "path", sort=False)
-    )
+    parts = records[records.stage.isin(EDIT)].groupby(["method", "path"], sort=False)
+    both = pd.concat([records, parts[quantity].sum().reset_index().assign(stage="edit")]).dropna(subset=quantity)
+    found = both.pivot_table(quantity, ["method", "stage"], "path", sort=False)
     found = found.reindex(columns=[p for p in ("accelerated", "literal") if p in found]) * scale
     if "literal" in found:
         found["ratio"] = found.literal / found.accelerated
     methods, stages = list(dict.fromkeys(records.method)), [*EDIT, "edit", "evaluation"]
-    return (
-        found.reindex([(m, s) for m in methods for s in stages if (m, s) in found.index])
-        .reset_index()
-        .rename_axis(columns=None)
-    )
+    found = found.reindex([(m, s) for m in methods for s in stages if (m, s) in found.index])
+    return found.reset_index().rename_axis(columns=None)
 
 
 def overhead(records: pd.DataFrame) -> pd.DataFrame:
@@ -181,9 +166,8 @@ def processor_of(records: pd.DataFrame) -> str:
 
 def wide(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
     """A table of the paper with a column per model."""
-    found = (
-        table.pivot_table(quantity, ["dataset", "method"], "model", sort=False).reset_index().rename_axis(columns=None)
-    )
+    found = table.pivot_table(quantity, ["dataset", "method"], "model", sort=False)
+    found = found.reset_index().rename_axis(columns=None)
     found.attrs |= table.attrs
     return found
 

@@ -13,9 +13,7 @@ from metake.experiments.studies.study import study
 
 
 def ablation(model: str = "tiny", **settings: Any) -> pd.DataFrame:
-    """MetaKE and its ablations (`methods.ABLATIONS`) on one batch from the same unedited model; settings and rows:
-    see `study`.
-    """
+    """MetaKE and its ablations (`methods.ABLATIONS`) on one batch; settings and rows: see `study`."""
     full = methods.metake(model)
     return study(
         model, {"metake": full} | {name: change(full) for name, change in methods.ABLATIONS.items()}, **settings
@@ -23,9 +21,7 @@ def ablation(model: str = "tiny", **settings: Any) -> pd.DataFrame:
 
 
 def moved(records: pd.DataFrame) -> pd.DataFrame:
-    """How far the refinement takes the plan, ‖v − v_init‖ / ‖v_init − h‖ in percent, and what share of the plan is
-    realized.
-    """
+    """How far the refinement takes the plan, ‖v − v_init‖ / ‖v_init − h‖ in percent, and its realized share."""
     table = (
         records.assign(moved=(100 * records.moved).round(9))  # below it is what rounding moves a plan that stays
         .groupby(["dataset", "method"], sort=False)[["planned", "moved", "whole"]]
@@ -43,10 +39,9 @@ def differences(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge(differences: pd.DataFrame) -> dict[str, Any]:
-    """The paper's claim, every part adds to efficacy or generalization: holds if the full method is above each
-    ablation in one of them, with an interval above zero, and below none; does not hold if it is below one;
-    inconclusive otherwise.
-    """
+    """The paper's claim, every part adds to efficacy or generalization: holds if the full method is above each ablation
+    in one of them, with an interval above zero, and below none; does not hold if it is below one;
+    inconclusive otherwise."""
     claimed = comparison.claimed(differences)
     better, worse = claimed[claimed.low > 0], claimed[claimed.high < 0]
     largest = claimed.loc[claimed.difference.abs().idxmax()]

@@ -69,9 +69,7 @@ def case_rows(file: Path) -> list[dict]:
 
 
 def summarize(records: pd.DataFrame) -> pd.DataFrame:
-    """Percent per data set and method: the mean over cases within a seed, then mean and sample standard deviation over
-    seeds.
-    """
+    """Percent per data set and method: mean over a seed's cases, then mean and sample standard deviation over seeds."""
     metrics = [m for m in METRICS if m in records and records[m].notna().any()]
     by_seed = 100 * records.groupby(["dataset", "method", "seed"], sort=False)[metrics].mean()
     grouped = by_seed.groupby(["dataset", "method"], sort=False)
@@ -137,18 +135,19 @@ def setting(records: pd.DataFrame) -> pd.DataFrame:
     runs, told = records.attrs.get("runs"), records.attrs.get("provenance", {})
     first = runs[0]["config"] if runs else told
     edits, batch = first["edits"], min(first["batch"], first["edits"])
-    batches = (
-        f"in {-(-edits // batch)} consecutive batches of {batch}; the weights accumulate"
-        if batch < edits
-        else "in one batch"
-    )
+    batches = "in one batch"
+    if batch < edits:
+        batches = f"in {-(-edits // batch)} consecutive batches of {batch}; the weights accumulate"
     tokens = "all" if first.get("text_tokens") is None else f"{first['text_tokens']:,}"
+    if runs:
+        statistics = f"{Path(first['text']).name}, {tokens} tokens"
+        data = ", ".join(dict.fromkeys(f"{r['dataset']}: {r['data']['source']}" for r in runs))
+    else:
+        statistics, data = told["statistics"], told["dataset"]
     rows = {
         "model": first["model"],
-        "key statistics": f"{Path(first['text']).name}, {tokens} tokens" if runs else told["statistics"],
-        "data": ", ".join(dict.fromkeys(f"{r['dataset']}: {r['data']['source']}" for r in runs))
-        if runs
-        else told["dataset"],
+        "key statistics": statistics,
+        "data": data,
         "editing": f"{edits} edits {batches}",
         "evaluated": "every edited case once, after the last batch",
         "seeds": ", ".join(map(str, sorted(records.seed.unique()))),
@@ -170,8 +169,7 @@ def decide(differences: pd.DataFrame) -> Decision:
 
 def judge(differences: pd.DataFrame) -> dict[str, Any]:
     """The paper's claim, efficacy and generalization above AlphaEdit's: holds if an interval lies above zero and none
-    below; does not hold if one lies below; inconclusive if all include zero.
-    """
+    below; does not hold if one lies below; inconclusive if all include zero."""
     parts = [
         f"{r.metric} {r.dataset} {with_interval(r.difference, r.low, r.high)}"
         for r in claimed(differences).itertuples()

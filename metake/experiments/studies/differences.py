@@ -29,8 +29,8 @@ def default_of(option: str) -> str:
 
 
 def table(model: str = "tiny") -> pd.DataFrame:
-    """One row per named difference: option (the name to type), paper, code, default ("paper" or "code"),
-    and the parts of the default's editor for `model` that the option changes, as name: default → option."""
+    """One row per named difference: option (the name to type), paper, code, default ("paper" or "code"), and the parts
+    of the default's editor for `model` that the option changes, as name: default → option."""
     rows = []
     for option, found in methods.DIFFERENCES.items():
         parts = [dict(_flat(describe(methods.method(name, model)))) for name in (default_of(option), option)]
@@ -65,8 +65,8 @@ def effects(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Each default and each option on the same requests, one batch after the other; all cases evaluated after the last.
 
-    Returns (one row per case and method, as `comparison` has them; one row per option: method,
-    change = ‖Δ′ − Δ‖/‖Δ‖ and size = ‖Δ′‖/‖Δ‖ of the whole sequence's updates, all weights together).
+    Returns (one row per case and method, as `comparison` has them; one row per option: method, change = ‖Δ′ − Δ‖/‖Δ‖
+    and size = ‖Δ′‖/‖Δ‖ of the whole sequence's updates, all weights together).
     """
     lm = load(model)
     cases = select(lm, read_cases(data), edits, seed)
@@ -121,10 +121,9 @@ def beside(records: pd.DataFrame, options: Sequence[str] = tuple(methods.DIFFERE
 
 
 def specificities(records: pd.DataFrame) -> pd.DataFrame:
-    """ZsRE's specificity by method, in percent, under both readings: against the ground truth (released code),
-    and against the model's own answer before the edit (MetaKE v3 eq. 105), which is 100 % for the unedited model by
-    definition.
-    """
+    """ZsRE's specificity by method, in percent, under both readings: against the ground truth (released code), and
+    against the model's own answer before the edit (MetaKE v3 eq. 105), which is 100 % for the unedited model by
+    definition."""
     found = summarize(records[records.dataset.str.contains("ZsRE")])
     own = found.specificity_pre_edit.where(found.method != "pre-edit", 100.0)
     shown = pd.DataFrame(

@@ -63,7 +63,8 @@ def from_run(folder: str | Path) -> pd.DataFrame:
     given = statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens)
     if given.digest != edit.record.statistics_digest.partition("+")[0]:
         raise ProvenanceError(
-            f"{folder} was made with other key statistics than {config.text} gives now: repeat the run in another folder"
+            f"{folder} was made with other key statistics than {config.text} gives now: repeat the run in another "
+            "folder"
         )
     state, requests = editor.init(lm, given), [case.request for case in cases]
     diagnosed = [found for group in batches(requests, config.batch) for found in diagnose(lm, group, editor, state)]

@@ -124,9 +124,7 @@ def _most_probable(log_p: Sequence[float]) -> int:
 
 
 def scores(records: pd.DataFrame) -> pd.DataFrame:
-    """Per method, point, task and kind of prediction: correct, incorrect, invalid, and accuracy,
-    F1 and MCC in percent.
-    """
+    """Per method, point, task and kind of prediction: correct, incorrect, invalid; accuracy, F1, MCC in percent."""
     rows = []
     for (method, edits, name), own in records.groupby(["method", "edits", "task"], sort=False):
         for kind in KINDS:
@@ -161,9 +159,7 @@ def paper_scores(records: pd.DataFrame, kind: str = "generated") -> pd.DataFrame
 
 
 def table(records: pd.DataFrame, kind: str = "generated") -> pd.DataFrame:
-    """Per method: every task's score at the last point, their mean, and the share of answers that name no class,
-    in percent.
-    """
+    """Percent per method at the last point: every task's score, their mean, and the answers that name no class."""
     found = paper_scores(records, kind)
     last = found[found.edits == found.groupby("method").edits.transform("max")]
     wide = last.pivot(index="method", columns="title", values="score")[list(dict.fromkeys(last.title))]
@@ -172,8 +168,7 @@ def table(records: pd.DataFrame, kind: str = "generated") -> pd.DataFrame:
 
 
 def able(records: pd.DataFrame, kind: str = "generated", level: float = 0.05) -> list[str]:
-    """The tasks at which the unedited model is better than always giving the most frequent answer
-    (exact one-sided binomial test).
+    """The tasks at which the unedited model beats the most frequent answer (exact one-sided binomial test).
 
     Nothing can be forgotten in the others: a model at chance stays there.
     """
@@ -191,8 +186,7 @@ def _tail(hits: int, items: int, chance: float) -> float:
 def _drawn(
     records: pd.DataFrame, kind: str, names: Sequence[str], draws: int, seed: int
 ) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Per method and point the mean score over tasks: of the items themselves, then of `draws` bootstrap samples of
-    them.
+    """Per method and point the mean score over tasks: of the items themselves, then of `draws` bootstrap samples.
 
     Items are drawn within each task, alike for all methods and points.
     """
@@ -217,11 +211,11 @@ def changes(
 ) -> pd.DataFrame:
     """What editing does to the mean score over tasks, in points, with 95 % intervals by bootstrap over items.
 
-    change: at the last point, minus before editing, with low and high. difference: MetaKE minus the method,
-    means over all points after editing began; its interval is for all methods jointly (Bonferroni). kind:
+    change: at the last point, minus before editing, with low and high. difference: MetaKE minus the method, means over
+    all points after editing began; its interval is for all methods jointly (Bonferroni). kind:
     of predictions, default `readable`; names:
-    of the tasks, default those that the unedited model can do (`able`). Raises ParameterError if there is none,
-    or MetaKE is missing.
+    of the tasks, default those that the unedited model can do (`able`). Raises ParameterError if there is none, or
+    MetaKE is missing.
     """
     kind = kind or readable(records)
     names = able(records, kind) if names is None else list(names)
@@ -256,14 +250,13 @@ def readable(records: pd.DataFrame) -> str:
 
 
 def judge(records: pd.DataFrame, draws: int = 2000) -> dict[str, Any]:
-    """The paper's claim: MetaKE's curve is nearly flat, at least as good as the strongest others,
-    above those that collapse.
+    """The paper's claim: MetaKE's curve is nearly flat, as good as the strongest others, above those that collapse.
 
     Over the tasks that the unedited model can do, by the paper's metrics, of the predictions that are `readable`.
     Holds if MetaKE loses less than 5 points from before editing to the last point, its level is above that of each of
     MEMIT, PRUNE, RECT that was run, and below none of AlphaEdit, BLUE, SPHERE, all by intervals.
-    Does not hold if the loss is more than 5 points or its level is below another's, by intervals. Else,
-    or if the unedited model can do none of the tasks, inconclusive.
+    Does not hold if the loss is more than 5 points or its level is below another's, by intervals. Else, or if the
+    unedited model can do none of the tasks, inconclusive.
     """
     kind = readable(records)
     if not (names := able(records, kind)):

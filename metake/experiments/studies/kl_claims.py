@@ -86,9 +86,7 @@ def claims(shifts: pd.DataFrame, leads: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge(shifts: pd.DataFrame, leads: pd.DataFrame) -> dict[str, Any]:
-    """The paper's claim holds if each of its sentences is borne out, does not hold if one is contradicted;
-    inconclusive otherwise.
-    """
+    """The claim holds if each sentence is borne out, does not hold if one is contradicted; inconclusive otherwise."""
     rows = sentences(shifts, leads)
     counts = ", ".join(
         f"{sum(s.decision.holds is holds for s in rows)} {told}"

@@ -1,6 +1,5 @@
 """What the paper leaves open of MetaKE's outer level: every reading against the ordering of v3 Table 2 and the
-direction of Figure 4.
-"""
+direction of Figure 4."""
 
 from __future__ import annotations
 
@@ -45,18 +44,17 @@ def open_readings(
     text_tokens: int | None = None,
     out: str | Path | None = None,
 ) -> pd.DataFrame:
-    """Every reading with its ablations on records for choosing; the best of them and the literal default on records
-    for testing.
+    """Every reading with its ablations on records for choosing; the best and the literal default on those for testing.
 
     readings: names of `READINGS`; the literal one is always among them. A record belongs to one part by its subject
     (CRC-32), so that no subject, in whatever format or relation, is in both. edits, seeds: batches of the first part;
     test_edits, test_seeds:
     of the second. data: default ZsRE, as in Table 2 and Figure 4. out: see `study`.
 
-    One row per part ("choosing", "testing"), data set, seed, reading, variant ("method": "metake" or an ablation)
-    and request: see `study`, with the outer loss. What is the same under every reading stands once,
-    as reading "every reading": without the refinement, and with a stopped gradient, whose only force, the anchor's,
-    is zero where it starts.
+    One row per part ("choosing", "testing"), data set, seed, reading, variant ("method": "metake" or an ablation) and
+    request: see `study`, with the outer loss. What is the same under every reading stands once, as reading "every
+    reading": without the refinement, and with a stopped gradient, whose only force, the anchor's, is zero where it
+    starts.
     Raises ParameterError for an unknown reading, or seeds that are in both parts. Cost: two refinements a reading and
     batch.
     """
@@ -119,8 +117,7 @@ def of(records: pd.DataFrame, part: str, reading: str) -> pd.DataFrame:
 
 
 def differences(records: pd.DataFrame, part: str, reading: str, draws: int = 4000) -> pd.DataFrame:
-    """The full method minus each ablation on the same requests: shares in points, log-probabilities in nats,
-    with 95 % intervals.
+    """The full method minus each ablation on the same requests: points, of log-probabilities nats; 95 % intervals.
 
     most: the upper end of an interval that is widened so that all of them together have 95 % (Bonferroni); below:
     whether even that lies below zero.
@@ -161,8 +158,8 @@ def summary(records: pd.DataFrame, part: str = "choosing", draws: int = 4000) ->
     outer_before, outer_after: means over requests, at Stage I's plan and at the refined one; anchor_after:
     the anchor's part of the latter; change: outer_after over outer_before, lowest and highest of the seeds beside it;
     moved: median, percent of the plan;
-    generalization: MetaKE minus AlphaEdit, points; paraphrase: the same of log p after paraphrases, nats,
-    with its interval;
+    generalization: MetaKE minus AlphaEdit, points; paraphrase: the same of log p after paraphrases, nats, with its
+    interval;
     realized: of β̂ over all layers against Stage I's plan, with its interval; ordering, figure4: "yes", "no" or "open".
     """
     rows = []
@@ -202,8 +199,8 @@ def _interval(name: str, row: pd.Series) -> dict[str, float]:
 def best(records: pd.DataFrame) -> str:
     """The reading to be tested: by the records for choosing alone, the one that reproduces most.
 
-    A claim counts 1 if it is reproduced, 0 if open, −1 if contradicted; of equal ones,
-    the largest gain in the log-probability after paraphrases over AlphaEdit, mean over data sets.
+    A claim counts 1 if it is reproduced, 0 if open, −1 if contradicted; of equal ones, the largest gain in the
+    log-probability after paraphrases over AlphaEdit, mean over data sets.
     """
     found = summary(records).assign(
         score=lambda s: sum(s[c].map({"yes": 1, "open": 0, "no": -1}) for c in ("ordering", "figure4"))
@@ -227,19 +224,18 @@ def against_default(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def beats(found: pd.DataFrame) -> bool | None:
-    """True if some interval of efficacy or generalization, or of their log-probabilities, lies above zero and none,
-    nor that of specificity, below; False if one lies below; None otherwise. found: what `against_default` returns."""
+    """True if some interval of efficacy or generalization, or of their log-probabilities, lies above zero and none, nor
+    that of specificity, below; False if one lies below; None otherwise. found: what `against_default` returns."""
     if (found.high < 0).any():
         return False
     return True if (found[found.metric != "specificity"].low > 0).any() else None
 
 
 def effects(records: pd.DataFrame) -> pd.DataFrame:
-    """Which factor matters: in the factorial design of `LEVELS`, each one's mean effect over the combinations of the
-    others.
+    """Which factor matters: each one's mean effect in the factorial design of `LEVELS`, over all other combinations.
 
-    Per data set and factor, second level minus first: of log₂ of the outer loss's change (1: twice as high),
-    of the percent that the plan moves, of log p after paraphrases (nats) and of the realized share.
+    Per data set and factor, second level minus first: of log₂ of the outer loss's change (1: twice as high), of the
+    percent that the plan moves, of log p after paraphrases (nats) and of the realized share.
     Empty if the records do not hold all combinations.
     """
     found = summary(records, draws=1)
@@ -273,10 +269,9 @@ def answers(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge(records: pd.DataFrame) -> dict[str, Any]:
-    """The claim, a reading reproduces Table 2's ordering and Figure 4's direction: holds if the winner does both on
-    the records for testing; does not hold if it contradicts one there; inconclusive otherwise. Also said:
-    whether it beats the literal default there.
-    """
+    """The claim, a reading reproduces Table 2's ordering and Figure 4's direction: holds if the winner does both on the
+    records for testing; does not hold if it contradicts one there; inconclusive otherwise. Also said:
+    whether it beats the literal default there."""
     name = winner(records)
     compared, realized = differences(records, "testing", name), gains(records, "testing", name)
     order, direction = ordering(compared), realized_residual.decide(realized)

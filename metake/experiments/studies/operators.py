@@ -47,9 +47,7 @@ def _outer(run: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def differences(records: pd.DataFrame, **bootstrap: Any) -> pd.DataFrame:
-    """Refined minus base on the same cases, in points, per base (column `method`), data set and metric,
-    as far as recorded.
-    """
+    """Refined minus base on the same cases, in points, per recorded base (column `method`), data set and metric."""
     there = set(records.method)
     pairs = {base: refined for base, refined in PAIRS.items() if {base, refined} <= there}
     if not pairs:
@@ -108,9 +106,7 @@ def _decided(
 
 
 def judge(records: pd.DataFrame) -> dict[str, Any]:
-    """The refinement helps on each base: holds if it does on all, does not hold if it harms on one,
-    else inconclusive.
-    """
+    """The refinement helps: holds if it does on all bases, does not hold if it harms on one, else inconclusive."""
     found = list(_decided(records))
     words = {"yes": "helps", "no": "harms", "open": "open"}
     parts = [f"on {style(row['method']).name} {words[row['helps']]} ({row['decided_by']})" for row, _ in found]

@@ -1,4 +1,4 @@
-"""Which edits fail, foretold by classifiers that have not seen them: γ beside simple baselines, and how good each is."""
+"""Which edits fail, foretold by classifiers that have not seen them: how good γ is, beside simple baselines."""
 
 from __future__ import annotations
 
@@ -32,15 +32,14 @@ PREDICTORS: dict[str, tuple[str, ...]] = {
     BASE: (),
 }
 """What a classifier may look at; RAW: −log γ itself as the score, the lower the riskier. β and the feasible interval
-are functions of γ alone: β = γ/(1+γ), upper/lower = (ε/τ) γ.
-"""
+are functions of γ alone: β = γ/(1+γ), upper/lower = (ε/τ) γ."""
 BASELINES = ("target probability", "subject length", "key norm", "all three baselines")
 NOTHING = {"fold": -1, "score": np.nan, "probability": np.nan}  # predicted
 FOLDS, LEAST = 5, 10  # LEAST: failures, and successes, below which nothing is fitted: two for each fold's test
 
 
 def features(records: pd.DataFrame) -> pd.DataFrame:
-    """What the classifiers look at, from `gamma_beforehand`'s records: logarithms of what is positive, log odds of shares."""
+    """What classifiers look at, from `gamma_beforehand`'s records: logarithms, of shares their log odds."""
     share = records.in_batch.clip(1e-12, 1 - 1e-12)
     return pd.DataFrame({
         "log_gamma": np.log(records.gamma), "logit_in_batch": np.log(share / (1 - share)),
@@ -51,7 +50,7 @@ def features(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def failures(records: pd.DataFrame) -> pd.DataFrame:
-    """How many edits fail, per data set and method, and whether it is `enough` to fit a classifier (`LEAST` of both)."""
+    """How many edits fail, per data set and method; `enough` to fit a classifier are `LEAST` of either outcome."""
     rows = []
     for (dataset, method), group in records.groupby(["dataset", "method"], sort=False):
         group = group.drop_duplicates("id")
@@ -109,7 +108,7 @@ def _cross_fitted(values: np.ndarray, fails: np.ndarray, seed: int) -> dict[str,
 
 
 def concordance(scores: np.ndarray, fails: np.ndarray, folds: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """AUROC: in what share of pairs of a failed and a successful edit the failed one has the higher score, ties one half.
+    """AUROC: the share of pairs of a failed and a successful edit in which the failed one scores higher, ties one half.
 
     Pairs within a fold only: scores of different folds are of different classifiers. counts: (draws, n) how often each
     request is drawn; one value a draw.
@@ -154,9 +153,7 @@ def assessed(predictions: pd.DataFrame, draws: int = 2000, seed: int = 0) -> pd.
 def _compared(
     cell: pd.DataFrame, fails: np.ndarray, tail: float, draws: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Every predictor of one data set, method and outcome, on the same bootstrap draws; tail: percent, of the joint
-    interval.
-    """
+    """Every predictor of one data set, method and outcome, on the same draws; tail: percent, of the joint interval."""
     count = len(fails)
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), draws)
     counts, by = np.vstack([np.ones(count), drawn]), dict(list(cell.groupby("predictor", sort=False)))
@@ -176,8 +173,7 @@ def _compared(
 
 def reliability(predictions: pd.DataFrame, predictor: str = GAMMA, bins: int = 4) -> pd.DataFrame:
     """Calibration curve: in quantile bins of the predicted probability, its mean and the share that fails, with
-    Wilson's 95 % interval. Where nothing is predicted, one row with bin 0 and the share that fails.
-    """
+    Wilson's 95 % interval. Where nothing is predicted, one row with bin 0 and the share that fails."""
     rows, place = [], ["dataset", "method", "outcome"]
     for where, own in predictions[predictions.predictor == predictor].groupby(place, sort=False):
         bin_of = (own.probability.rank(method="first").sub(1) * bins // len(own)).fillna(-1).astype(int)
@@ -229,8 +225,8 @@ def judge(found: pd.DataFrame, least: float = 0.6) -> dict[str, Any]:
     cells = len(found.drop_duplicates(["dataset", "method", "outcome"]))
     span = f"{told.auroc.median():.2f} (from {told.auroc.min():.2f} to {told.auroc.max():.2f})"
     said = (
-        f"AUROC of γ as it is, median where enough edits fail ({len(told)} of {cells} data sets, methods and outcomes): "
-        f"{span}; the best baseline's: {told['its auroc'].median():.2f}"
+        f"AUROC of γ as it is, median where enough edits fail ({len(told)} of {cells} data sets, methods and "
+        f"outcomes): {span}; the best baseline's: {told['its auroc'].median():.2f}"
     )
     return decided.quiet().verdict(
         f"{said}; γ is above it in {above.sum()} of {len(told)}, below in {below.sum()}, intervals excluding zero"

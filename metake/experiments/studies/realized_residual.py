@@ -22,8 +22,7 @@ READINGS = {
     "whole_initial": "all layers, initial plan",
 }
 """What may be meant by β̂ = ⟨r̂, r⟩ / ‖r‖² (eq. 115): realized by the last layer or by all, of the refined plan or of
-Stage I's.
-"""
+Stage I's."""
 
 
 def realized_residual(model: str = "tiny", methods_: Sequence[str] = PRIMARY, **settings: Any) -> pd.DataFrame:
@@ -36,8 +35,7 @@ def realized_residual(model: str = "tiny", methods_: Sequence[str] = PRIMARY, **
 
 def binned(records: pd.DataFrame, bins: int = 13) -> pd.DataFrame:
     """Mean and standard error of each reading in quantile bins of γ, per data set and method:
-    one row a bin and reading.
-    """
+    one row a bin and reading."""
     long = records.melt(["dataset", "method", "percentile"], list(READINGS), "reading", "value").dropna()
     long["bin"] = np.minimum((long.percentile * bins / 100).apply(np.ceil).astype(int), bins)
     found = long.groupby(["dataset", "reading", "method", "bin"], sort=False).agg(
@@ -58,9 +56,7 @@ def curves(records: pd.DataFrame, bins: int = 13) -> pd.DataFrame:
 def gains(
     records: pd.DataFrame, one: str = "metake", other: str = "alphaedit", draws: int = 4000, seed: int = 0
 ) -> pd.DataFrame:
-    """Mean difference of β̂ between two methods on the same requests, per data set and reading,
-    with a 95 % bootstrap interval.
-    """
+    """Mean difference of β̂ on the same requests, per data set and reading, with a 95 % bootstrap interval."""
     generator, rows = np.random.default_rng(seed), []
     for dataset, group in records.groupby("dataset", sort=False):
         sides = [group[group.method == m].set_index(["seed", "id"]) for m in (one, other)]
@@ -78,8 +74,7 @@ def gains(
 
 def decide(found: pd.DataFrame, least: float = 0.01) -> Decision:
     """Does β̂ rise by more than `least`, with its interval above zero, in some reading on every data set (holds), or is
-    every interval in every reading below `least` (does not hold)?
-    """
+    every interval in every reading below `least` (does not hold)?"""
     risen: dict[str, list[Decision]] = {}
     for r in found.itertuples():
         enough = at_least(f"rise of β̂, {r.reading}", r.difference, 0.0, least, "resolution")

@@ -33,8 +33,8 @@ def revised(cases: Sequence[EditCase], seed: int) -> Cases:
             found.append(_renewed(case, random.Random(f"{seed}/{case.request.id}").choice(left)))
     if not found:
         raise ParameterError(
-            f"none of {len(cases)} facts has another object of its relation to be revised to; expected a shorter stream, "
-            "or more facts"
+            f"none of {len(cases)} facts has another object of its relation to be revised to; expected a shorter "
+            "stream, or more facts"
         )
     return Cases(found, "counterfact", getattr(cases, "source", ""))
 
@@ -64,8 +64,7 @@ def plan(lm: LanguageModel, cases: Cases, edits: int, batch: int, seed: int = 0)
     """The stream: cases in an order drawn by `seed`, and once ¾ of the data set are edited, the same facts `revised`.
 
     The first batch is never revised: what is kept of it can be followed to the end. Neighborhood probes that name a
-    subject
-    of the stream are dropped: their answers are meant to change. Raises ParameterError if the data do not last.
+    subject of the stream are dropped: their answers are meant to change. Raises ParameterError if the data do not last.
     """
     turn = list(select(lm, cases, max(min(edits, int(EDITED * len(cases))), 1), seed))
     stream, turn = list(turn), turn[batch:]

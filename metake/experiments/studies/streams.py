@@ -1,6 +1,4 @@
-"""MetaKE v3 Figure 9 (App. D.3): metrics against the number of edits, along one stream of batches whose edits
-accumulate.
-"""
+"""MetaKE v3 Figure 9 (App. D.3): metrics against the number of edits, along one stream whose edits accumulate."""
 
 from __future__ import annotations
 
@@ -53,8 +51,8 @@ def streams(
 ) -> pd.DataFrame:
     """One stream of `edits` per method, in batches, evaluated after every `every` edits.
 
-    At each point: "in force", at most `sample` of the facts edited so far, asked for their newest target,
-    drawn by `seed` and the same for every method; "first batch" (retention) and "latest batch" (recency).
+    At each point: "in force", at most `sample` of the facts edited so far, asked for their newest target, drawn by
+    `seed` and the same for every method; "first batch" (retention) and "latest batch" (recency).
     Method "pre-edit", edits 0, is the unedited model on the last point's cases. Methods that do something at the end
     (PRUNE) do it for the evaluation only.
     out: folder in which every evaluated point is kept, and not evaluated again; None: a temporary one.
@@ -91,8 +89,7 @@ def along(
     lm: LanguageModel, methods: Sequence[str], stream: Sequence[EditCase], text: str, folder: Path,
     told: Mapping[str, Any], measure: Callable[[int], list[dict[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
-    """`measure(edits made)` before editing ("pre-edit", 0) and along the stream of every method: its rows,
-    with method and edits.
+    """`measure(edits made)` before editing ("pre-edit", 0) and along every method's stream: its rows, with both.
 
     told: all that a point depends on, of it model, edits, batch, every, seed and text_tokens are read here; folder:
     every point is kept there, and not measured again. Raises ParameterError if it holds points of other settings.
@@ -117,8 +114,7 @@ def visit(
     lm: LanguageModel, editor: Editor, stream: Sequence[EditCase], given: Mapping[int, KeyStatistics], batch: int,
     wanted: Sequence[int]
 ) -> Iterator[int]:
-    """Edit along a stream in batches, and yield each wanted number of edits, the model being then as if the stream
-    ended there.
+    """Edit a stream in batches, and yield each wanted number of edits, the model being as if the stream ended there.
 
     `lm` is restored, bit for bit, when the iteration ends.
     """
@@ -138,9 +134,7 @@ def _finished(lm: LanguageModel, editor: Editor, state: EditorState) -> Iterator
 
 
 def _measure(lm: LanguageModel, done: Sequence[EditCase], batch: int, sample: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of one point. A fact keeps its place in the draw, so that consecutive points ask the same facts as far as
-    possible.
-    """
+    """Rows of one point. A fact keeps its place in the draw: consecutive points ask the same facts where possible."""
     force, names = {c.request.text: c for c in done}, {c.request.text: c.request.id for c in reversed(done)}
     drawn = sorted(force.values(), key=lambda c: random.Random(f"{seed}/{c.request.text}").random())[:sample]
     groups = dict(zip(GROUPS, (drawn, done[:batch], done[(len(done) - 1) // batch * batch :]), strict=True))
@@ -154,8 +148,7 @@ def _measure(lm: LanguageModel, done: Sequence[EditCase], batch: int, sample: in
 
 
 def _scores(case: EditCase, found: CaseScore) -> dict[str, float | None]:
-    """The family's metrics of one case; but a prompt that names several rivals succeeds only if the target beats them
-    all.
+    """The family's metrics of one case; but of several rivals of a prompt the target must beat all.
 
     A mean over rivals would credit an unedited model: it ranks one counterfactual object above another half of the
     time.
@@ -204,9 +197,7 @@ class Points:
 
 
 def _matrix(records: pd.DataFrame, group: str, metric: str) -> dict[str, np.ndarray]:
-    """Per method: facts × points, NaN where a fact was not asked; the same facts and points in the same order for
-    all.
-    """
+    """Per method: facts × points, NaN where a fact was not asked; facts and points in the same order for all."""
     own = records[(records.group == group) & (records.edits > 0)]
     wide = own.pivot(index=["method", "id"], columns="edits", values=metric).astype(float)
     facts = own.id.unique()
@@ -214,9 +205,7 @@ def _matrix(records: pd.DataFrame, group: str, metric: str) -> dict[str, np.ndar
 
 
 def _curves(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Mean over facts at each point, in percent, for each row of `counts`, how often a fact is drawn:
-    draws × points.
-    """
+    """Percent at each point for each row of `counts`, how often a fact is drawn: draws × points."""
     there = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return 100 * (counts @ np.nan_to_num(values)) / (counts @ there)
@@ -224,8 +213,7 @@ def _curves(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def summarize(records: pd.DataFrame) -> pd.DataFrame:
     """Percent per method: each metric in force, mean over all points and at the last one; efficacy of the first batch
-    and of the latest at the end.
-    """
+    and of the latest at the end."""
     end = records.edits.max()
     rows = []
     for method in records.method.unique():
@@ -249,8 +237,8 @@ def differences(
     by least squares.
 
     Metric "all three" is their mean. Intervals by bootstrap over facts, drawn alike for both methods, at all points;
-    95 % for all rivals jointly (Bonferroni). Raises ParameterError if `one` or every rival is missing,
-    or there is one point only.
+    95 % for all rivals jointly (Bonferroni). Raises ParameterError if `one` or every rival is missing, or there is one
+    point only.
     """
     points = sorted(records.edits[records.edits > 0].unique())
     rivals = [r for r in rivals if r in set(records.method) and r != one]
@@ -290,7 +278,8 @@ def judge(differences: pd.DataFrame) -> dict[str, Any]:
     one's; else, or if one of them was not run, inconclusive."""
     own = differences[(differences.quantity == "level") & (differences.metric == "all three")]
     absent = [f"{style(m).name} was not run" for m in NAMED if m not in set(own.method)]
-    ahead = [interval(r.method, *np.round([r.difference, r.low, r.high], 9)) for r in own.itertuples()]  # equal is equal
+    exact = own.round(9).itertuples()  # equal curves are equal
+    ahead = [interval(r.method, r.difference, r.low, r.high) for r in exact]
     parts = [
         f"{style(r.method).name} {signed(r.difference)} [{signed(r.low)}, {signed(r.high)}]" for r in own.itertuples()
     ]

@@ -18,8 +18,8 @@ COLUMNS = 3  # of panels
 def ability_curves(found: pd.DataFrame, model: str | None = None, name: str = "general_ability") -> Figure:
     """Scores against the number of edits made, a panel per task, a line per method from the unedited model's value on.
 
-    found: method, edits, task, title, score and guess in percent, as `experiments.general_ability.paper_scores`
-    returns them; "pre-edit" at 0 edits is where all lines begin; the dotted level is `guess`.
+    found: method, edits, task, title, score and guess in percent, as `experiments.general_ability.paper_scores` returns
+    them; "pre-edit" at 0 edits is where all lines begin; the dotted level is `guess`.
     """
     _require(found, "method", "edits", "task", "title", "score", "guess")
     tasks, methods = list(dict.fromkeys(found.task)), [m for m in in_order(found.method) if m != "pre-edit"]

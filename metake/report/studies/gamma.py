@@ -32,11 +32,10 @@ def gamma_auroc(
     summary = found.assign(auroc=[f"{r.auroc:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in found.itertuples()]).pivot(
         index=["dataset", "outcome", "method"], columns="predictor", values="auroc"
     )
-    summary = (
-        summary[predictors].reset_index().rename_axis(columns=None)
-        if len(found)
-        else counts[["dataset", "outcome", "method", "edits", "fail"]]
-    )
+    if len(found):
+        summary = summary[predictors].reset_index().rename_axis(columns=None)
+    else:
+        summary = counts[["dataset", "outcome", "method", "edits", "fail"]]
     told = "; ".join(
         f"{r.dataset}, {r.outcome}, {style(r.method).name}, {r.predictor}: {r.auroc:.2f}"
         for r in found.itertuples()
@@ -68,8 +67,7 @@ def _draw_auroc(axes: Any, found: pd.DataFrame, predictors: list[str]) -> None:
 
 
 def gamma_calibration(curves: pd.DataFrame, model: str | None = None, name: str = "gamma_calibration") -> Figure:
-    """Of the requests that γ gives some probability of failure, how many fail: a line per method,
-    with Wilson's intervals.
+    """How many requests fail of those to which γ gives a probability of it: a line per method, Wilson's intervals.
 
     curves: `experiments.predictors.reliability`.
     """

@@ -22,8 +22,7 @@ LEAST = {"paraphrase": 0.02, "realized": 0.02}
 
 
 def reading_dots(summary: pd.DataFrame, model: str | None = None, name: str = "open_readings") -> Figure:
-    """A row per reading, grouped by the factor in which it differs from the literal default,
-    whose values are the dashed lines.
+    """A row per reading, grouped by the factor in which it differs from the literal default, the dashed lines.
 
     summary: what `experiments.open_readings.summary` returns. Left: the outer loss at the refined plan over that at
     Stage I's, the whisker from the lowest to the highest seed; middle and right: with 95 % intervals. A filled mark:

@@ -14,8 +14,7 @@ from metake.report.style import in_order, style
 def realized_curves(
     curves: pd.DataFrame, dataset: str, names: dict[str, str], model: str | None = None, name: str = "realized_residual"
 ) -> Figure:
-    """Mean β̂ with its standard error in quantile bins of γ, a panel a reading,
-    requests as points (MetaKE v3 Figure 4).
+    """Mean β̂ with its standard error in quantile bins of γ, a panel a reading (MetaKE v3 Figure 4); points: requests.
 
     curves: `experiments.realized_residual.curves`: kind, dataset, reading, method, percentile, mean, error; names:
     of the readings, for the panels' titles.

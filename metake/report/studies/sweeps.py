@@ -1,6 +1,4 @@
-"""One number changed at a time: efficacy against the KL weight (MetaKE v3 Figure 5), and the outer level's own numbers
-(Table 3).
-"""
+"""One number changed at a time: the KL weight (MetaKE v3 Figure 5), and the outer level's own (Table 3)."""
 
 from __future__ import annotations
 
@@ -41,8 +39,7 @@ def kl_curves(
     )
     alt = (
         f"{', '.join(measures)} against the KL weight of Stage I, for the requests of highest and of lowest "
-        "association apart. Highest efficacy – "
-        f"{told}."
+        f"association apart. Highest efficacy – {told}."
     )
     shown = curves[["method", "group", "kl_weight", *measures, "best"]]
     size = (1.0 + 2.5 * len(methods), 0.8 + 2.0 * len(measures))
