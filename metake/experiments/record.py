@@ -125,16 +125,15 @@ def _studies(
 ) -> dict[str, Callable[[], pd.DataFrame]]:
     """Those of one batch by several editors, which share what is finished."""
     asked, kept = common | {"seeds": seeds}, runs / "study"
-    of_zsre = {"data": {"ZsRE": data["ZsRE"]}}
     return {
         "ablation": lambda: ablation(**asked, edits=min(edits, 50), data=data, out=kept),
-        "realized": lambda: realized_residual(**asked, edits=edits, **of_zsre, out=kept),
+        "realized": lambda: realized_residual(**asked, edits=edits, data={"ZsRE": data["ZsRE"]}, out=kept),
         # half an hour on two cores: 26 refinements a request for choosing, 5 for testing
         "open_readings": lambda: open_readings(
             **common, edits=4, seeds=(0, 1), test_edits=10, test_seeds=(2, 3), data=data, out=runs / "open_readings"
         ),
         # 7 λ_KL, each another Stage I: of 100 requests a fifth in each group, half an hour on two cores
-        "kl_strength": lambda: kl_strength(**asked, pool=edits, **of_zsre, out=kept),
+        "kl_strength": lambda: kl_strength(**asked, pool=edits, data={"ZsRE": data["ZsRE"]}, out=kept),
         # 11 refinements
         "sensitivity": lambda: sensitivity(**asked, edits=min(edits, 30), data=data, out=kept),
     }

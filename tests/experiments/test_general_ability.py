@@ -17,7 +17,7 @@ from metake import report
 from metake.editing.statistics import statistics
 from metake.experiments import record
 from metake.experiments.studies import general_ability as page
-from metake.experiments.studies import streams
+from metake.experiments.studies import revisions
 from metake.scoring import answers, tasks
 from metake.support.errors import ParameterError
 

@@ -14,9 +14,11 @@ from same import fingerprint
 
 import metake as mk
 from metake import report
+from metake.data.requests import check_batch
 from metake.editing.statistics import statistics
 from metake.experiments import record, runs
-from metake.experiments.studies import streams
+from metake.experiments.studies import revisions, streams
+from metake.scoring.evaluation import CaseScore, ProbeScore, Reading
 from metake.support.errors import ParameterError, ProvenanceError
 
 SETTINGS = {"methods": ("memit", "prune"), "edits": 6, "batch": 2, "every": 2, "sample": 3, "text_tokens": 3000}
@@ -89,7 +91,7 @@ def test_a_stream_goes_on_by_revising_and_leaves_neighbors_and_the_first_batch_a
     assert len(asked) > 500 and not any(s in prompt for prompt in asked for s in subjects)
     assert all(len(probes(c, "paraphrase")) >= 2 for c in stream)
     for start in range(0, 1000, 20):
-        mk.requests.check_batch([c.request for c in stream[start : start + 20]])
+        check_batch([c.request for c in stream[start : start + 20]])
     assert stream.digest == revisions.plan(lm, cases, 1000, 20, 0).digest != revisions.plan(lm, cases, 1000, 20, 1).digest
     short = revisions.plan(lm, cases, 30, 20, 0)
     assert [c.request for c in short] == [c.request for c in stream[:30]]
@@ -167,13 +169,13 @@ def test_a_revised_fact_counts_once_and_for_its_newest_target(lm, monkeypatch):
 def test_a_revised_fact_must_beat_every_object_that_it_had(lm, monkeypatch):
     """An unedited model, which holds the true objects only, is credited with nothing; half a victory is none."""
     case = revisions.revised(revisions.revised(mk.facts(limit=200), 0), 0)[0]
-    reading = mk.evaluation.Reading(0.0, (), ())
+    reading = Reading(0.0, (), ())
 
     def scored(wins):
         found = [
-            mk.evaluation.ProbeScore(p.kind, wins(p), 0.0, reading, None) for p in case.probes if p.kind != "generation"
+            ProbeScore(p.kind, wins(p), 0.0, reading, None) for p in case.probes if p.kind != "generation"
         ]
-        return streams._scores(case, mk.evaluation.CaseScore(case.request.id, tuple(found)))
+        return streams._scores(case, CaseScore(case.request.id, tuple(found)))
 
     one = sorted({p.rival for p in probes(case, "efficacy")})[0]
     assert scored(lambda p: 1.0) == dict.fromkeys(streams.METRICS, 1.0)
