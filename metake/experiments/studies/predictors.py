@@ -150,9 +150,7 @@ def assessed(predictions: pd.DataFrame, draws: int = 2000, seed: int = 0) -> pd.
     return labelled(pd.DataFrame(rows, columns=columns), predictions)
 
 
-def _compared(
-    cell: pd.DataFrame, fails: np.ndarray, tail: float, draws: int, seed: int
-) -> Iterator[dict[str, Any]]:
+def _compared(cell: pd.DataFrame, fails: np.ndarray, tail: float, draws: int, seed: int) -> Iterator[dict[str, Any]]:
     """Every predictor of one data set, method and outcome, on the same draws; tail: percent, of the joint interval."""
     count = len(fails)
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), draws)

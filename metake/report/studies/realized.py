@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from metake.report.figure import Figure
-from metake.report.plots import _require
+from metake.report.plots import _legend_below, _require
 from metake.report.style import in_order, style
 
 
@@ -43,9 +43,7 @@ def realized_curves(
             place.set_xlabel("percentile of γ, within the method")
         for row in axes:
             row[0].set_ylabel("realized share β̂")
-        axes[0, 0].figure.legend(
-            *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods)
-        )
+        _legend_below(axes, len(methods))
 
     means = found.groupby(["reading", "method"], sort=False)["mean"].mean()
     told = "; ".join(
