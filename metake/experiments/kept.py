@@ -12,11 +12,10 @@ from metake.support.storage import write_file
 
 
 def kept(folder: str | Path | None, told: Any, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What `make` returns, records of plain data; read back if an earlier call kept them in `folder`. None:
-    nothing is kept.
+    """What `make` returns, records of plain data; read back if an earlier call kept them in `folder` (None: no).
 
-    told: everything that the records depend on; its repr names the file, so that another model,
-    seed or setting gets another.
+    told: everything that the records depend on; its repr names the file, so that another model, seed or setting gets
+    another.
     """
     if folder is None:
         return make()

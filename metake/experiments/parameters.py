@@ -20,9 +20,9 @@ def accept(
     """Check a page's parameters, right after the cell that sets them, and return them: `accept(globals(), model=str,
     requests=(int, 2, 800))`.
 
-    expected: name → a type (list: of whole numbers, such as seeds), (type, least, most), or the allowed words. Raises
-    ParameterError, with near matches for a name that is no parameter of the page, and with the accepted range for a
-    value outside it.
+    expected: name → a type (list: of whole numbers, such as seeds), (type, least, most), or the allowed words.
+    Raises ParameterError, with near matches for a name that is no parameter of the page, and with the accepted range
+    for a value outside it.
     `n_edits`, the same on every page, is taken for the page's own word, which is set in `namespace`.
     From here on this run's figures and verdict have a folder of their own, if nobody names one:
     see `report.figures_dir`.
@@ -45,9 +45,7 @@ def accept(
 
 
 def own_word(name: str, known: Collection[str]) -> str:
-    """A parameter's name on a page that has the parameters `known`. Raises ParameterError, with near matches,
-    if it has none such.
-    """
+    """A parameter's name on a page that has those `known`. Raises ParameterError, with near matches, for another."""
     for own in ("edits", "requests", "pool") if name == "n_edits" else ():
         if own in known:
             return own

@@ -106,20 +106,7 @@ def _parts(
         "case_study": lambda: case_study(
             **common, methods=STUDIED, data=data["CounterFact"], edits=20, length=100, out=runs / "case_study"
         ),
-        "ablation": lambda: ablation(**common, edits=min(edits, 50), data=data, seeds=seeds, out=runs / "study"),
-        "realized": lambda: realized_residual(
-            **common, edits=edits, data={"ZsRE": data["ZsRE"]}, seeds=seeds, out=runs / "study"
-        ),
-        # half an hour on two cores: 26 refinements a request for choosing, 5 for testing
-        "open_readings": lambda: open_readings(
-            **common, edits=4, seeds=(0, 1), test_edits=10, test_seeds=(2, 3), data=data, out=runs / "open_readings"
-        ),
-        # 7 λ_KL, each another Stage I: of 100 requests a fifth in each group, half an hour on two cores
-        "kl_strength": lambda: kl_strength(
-            **common, pool=edits, data={"ZsRE": data["ZsRE"]}, seeds=seeds, out=runs / "study"
-        ),
-        # 11 refinements
-        "sensitivity": lambda: sensitivity(**common, edits=min(edits, 30), data=data, seeds=seeds, out=runs / "study"),
+        **_studies(common, data, edits, seeds, runs),
         # half an hour of one core: a third of it for seven times 300 questions, the rest for Stage I
         TASKED: lambda: general_ability(
             **common, edits=120, batch=60, every=60, tasks=tasks, tests=50, data=data["CounterFact"], seed=seeds[0],
@@ -133,15 +120,32 @@ def _parts(
     }
 
 
+def _studies(
+    common: dict[str, Any], data: dict[str, str], edits: int, seeds: Sequence[int], runs: Path
+) -> dict[str, Callable[[], pd.DataFrame]]:
+    """Those of one batch by several editors, which share what is finished."""
+    asked, kept = common | {"seeds": seeds}, runs / "study"
+    return {
+        "ablation": lambda: ablation(**asked, edits=min(edits, 50), data=data, out=kept),
+        "realized": lambda: realized_residual(**asked, edits=edits, data={"ZsRE": data["ZsRE"]}, out=kept),
+        # half an hour on two cores: 26 refinements a request for choosing, 5 for testing
+        "open_readings": lambda: open_readings(
+            **common, edits=4, seeds=(0, 1), test_edits=10, test_seeds=(2, 3), data=data, out=runs / "open_readings"
+        ),
+        # 7 λ_KL, each another Stage I: of 100 requests a fifth in each group, half an hour on two cores
+        "kl_strength": lambda: kl_strength(**asked, pool=edits, data={"ZsRE": data["ZsRE"]}, out=kept),
+        # 11 refinements
+        "sensitivity": lambda: sensitivity(**asked, edits=min(edits, 30), data=data, out=kept),
+    }
+
+
 def _stream(edits: int, batch: int = 20, points: int = 10) -> dict[str, int]:
     """A stream ten times as long as other runs: its edits, in small batches, and how far its evaluations lie apart."""
     return {"edits": points * edits, "batch": batch, "every": -(-edits // batch) * batch}
 
 
 def _settings(frame: pd.DataFrame, seconds: float) -> dict[str, Any]:
-    """What was asked for and how long it took; runs that an earlier call has finished count with the time that they
-    took.
-    """
+    """What was asked for, and how long it took; runs that an earlier call finished count with their own time."""
     settings = dict(frame.attrs.get("settings", {}))
     if runs := frame.attrs.get("runs"):
         seconds = sum(run["seconds"]["total"] for run in runs)

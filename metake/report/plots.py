@@ -1,11 +1,9 @@
-"""The figures of the book. Each takes the records that `metake.experiments` returns, or `recorded` reads,
-and draws them.
-"""
+"""The figures of the book. Each draws records, those that `metake.experiments` returns or `recorded` reads."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -37,6 +35,12 @@ def _soft(alpha: float = 0.7) -> tuple[float, float, float, float]:
 def _note(axes: Any, text: str, x: float, y: float) -> None:
     """A number at the end of a bar."""
     axes.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+
+
+def _legend_below(axes: Any, columns: int, **look: Any) -> None:
+    """The legend of the first panel, which stands for all, under the drawing."""
+    first = axes[0, 0]
+    first.figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=columns, **look)
 
 
 def _log_axis(axis: Any) -> None:
@@ -134,50 +138,53 @@ def dispersion(records: pd.DataFrame, model: str | None = None, name: str = "ass
     all count.
     """
     _require(records, "dataset", "method", "gamma")
-    groups = [
-        ((d, m), records[(records.dataset == d) & (records.method == m)].gamma)
-        for d in records.dataset.unique()
-        for m in in_order(records.method)
-    ]
-    groups = [(key, gamma.sort_values()) for key, gamma in groups if len(gamma)]
     if records.gamma.min() <= 0:
         raise ParameterError(
             f"an association must be positive to be drawn on a logarithmic axis; found {records.gamma.min():g}"
         )
-    summary = pd.DataFrame(
-        [
-            {
-                "dataset": d, "method": m, "n": len(g), "P5": g.quantile(0.05), "median": g.median(),
-                "P95": g.quantile(0.95)
-            }
-            for (d, m), g in groups
-        ]
-    )
-    summary["P95/P5"] = summary.P95 / summary.P5
-    labels = [f"{d}\n{m}" for d, m in zip(texts(summary.dataset, 0), texts(summary.method, 0), strict=True)]
-
-    def draw(axes: Any) -> None:
-        axes.set_xscale("log")
-        for row, ((_, method), gamma) in enumerate(groups):
-            _draw_cloud(axes, row, labels, gamma, style(method).color, summary.iloc[row])
-        axes.set(
-            xlabel="association γ of a request", ylabel="", ylim=(len(groups) - 0.3, -0.5), yticks=range(len(groups)),
-            yticklabels=labels
-        )
-        axes.grid(False, axis="y")
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        _log_axis(axes.xaxis)
-
+    groups = {
+        (dataset, method): own.gamma.sort_values()
+        for dataset in records.dataset.unique()
+        for method in in_order(records.method)
+        if len(own := records[(records.dataset == dataset) & (records.method == method)])
+    }
+    summary = _percentiles(groups)
     spans = "; ".join(
         f"{d}, {style(m).name}: {p5:.3g} to {p95:.3g}, ratio {r:.3g}"
         for d, m, _, p5, _, p95, r in summary.itertuples(index=False)
     )
     alt = (
-        f"Distributions of the association γ on a logarithmic axis, {len(records)} requests in all. 5th to "
-        f"95th percentile – {spans}."
+        f"Distributions of the association γ on a logarithmic axis, {len(records)} requests in all. 5th to 95th "
+        f"percentile – {spans}."
     )
-    return Figure(draw, records, name, alt, model, summary, (7.4, 1.0 + 0.95 * len(groups)))
+    size = (7.4, 1.0 + 0.95 * len(groups))
+    return Figure(lambda axes: _draw_clouds(axes, groups, summary), records, name, alt, model, summary, size)
+
+
+def _percentiles(groups: Mapping[tuple[str, str], pd.Series]) -> pd.DataFrame:
+    found = pd.DataFrame(
+        [
+            {
+                "dataset": d, "method": m, "n": len(g), "P5": g.quantile(0.05), "median": g.median(),
+                "P95": g.quantile(0.95)
+            }
+            for (d, m), g in groups.items()
+        ]
+    )
+    return found.assign(**{"P95/P5": found.P95 / found.P5})
+
+
+def _draw_clouds(axes: Any, groups: Mapping[tuple[str, str], pd.Series], summary: pd.DataFrame) -> None:
+    labels = [f"{d}\n{m}" for d, m in zip(texts(summary.dataset, 0), texts(summary.method, 0), strict=True)]
+    axes.set_xscale("log")
+    for row, ((_, method), gamma) in enumerate(groups.items()):
+        _draw_cloud(axes, row, labels, gamma, style(method).color, summary.iloc[row])
+    axes.set(xlabel="association γ of a request", ylabel="", ylim=(len(groups) - 0.3, -0.5))
+    axes.set(yticks=range(len(groups)), yticklabels=labels)
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    _log_axis(axes.xaxis)
 
 
 def _draw_cloud(axes: Any, row: int, labels: list[str], gamma: pd.Series, color: str, span: pd.Series) -> None:
@@ -209,11 +216,8 @@ def before_after(
     """
     _require(records, "prompt", "answer", "before", "after")
     labels = [textwrap.fill(f"{r['prompt']} … {r['answer']}", 34) for r in records.to_dict("records")]
-    labels = (
-        [f"{label}\n({probe})" for label, probe in zip(labels, records.probe, strict=True)]
-        if "probe" in records
-        else labels
-    )
+    if "probe" in records:
+        labels = [f"{label}\n({probe})" for label, probe in zip(labels, records.probe, strict=True)]
     color = style(method).color
 
     def draw(axes: Any) -> None:
@@ -246,8 +250,7 @@ def before_after(
 def stage_bars(
     records: pd.DataFrame, model: str | None = None, name: str = "run_time", stages: Sequence[str] = STAGES
 ) -> Figure:
-    """Seconds of one edit by stage, a panel each, per method: the accelerated path, and below it, paler,
-    the literal one.
+    """Seconds of one edit by stage, a panel each, per method: the accelerated path, and below it the literal one.
 
     records: method, stage, path, seconds_per_edit; logarithmic axes that begin at a tenth of the least value.
     """

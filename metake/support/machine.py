@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import re
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -116,8 +117,19 @@ def mkl_is_slow() -> bool:
         torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     ):
         return False
+    return "AuthenticAMD" in (_cpuinfo() or platform.processor())
+
+
+def processor() -> str:
+    """The processor's name, and the widest instructions that torch uses on it, such as "AMD EPYC, AVX2"."""
+    named = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
+    name = named[1].strip() if named else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cpuinfo() -> str:
     told = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (told.read_text(encoding="utf-8") if told.is_file() else platform.processor())
+    return told.read_text(encoding="utf-8") if told.is_file() else ""
 
 
 def versions() -> dict[str, str]:

@@ -200,28 +200,36 @@ def test_methods_are_compared_within_one_process():
 
 
 def test_speed_is_judged_by_every_method_timed_on_both_paths():
+    times = [("alphaedit", "literal", 30.0), ("alphaedit", "accelerated", 2.0), ("metake", "literal", 28.0),
+             ("metake", "accelerated", 2.1)]  # fmt: skip
     records = pd.DataFrame(
-        [
-            {"method": m, "stage": "targets", "path": p, "seconds_per_edit": s}
-            for m, p, s in [
-                ("alphaedit", "literal", 30.0), ("alphaedit", "accelerated", 2.0), ("metake", "literal", 19.0),
-                ("metake", "accelerated", 2.0)
-            ]
-        ]
+        [{"method": m, "stage": "targets", "path": p, "seconds": s, "seconds_per_edit": s} for m, p, s in times]
     )
-    assert run_time.judge_speed(records) == {"holds": False, "decided_by": "AlphaEdit 15.0 times, MetaKE 9.5 times"}
-    assert run_time.judge_speed(records, 9)["holds"] is True
+    records.attrs["provenance"] = {"processor": "A, AVX2", "threads": 2}
+    assert run_time.spread(records).to_dict() == pytest.approx({"accelerated": 0.05, "literal": 30 / 28 - 1})
+    found = run_time.judge_speed(records)
+    assert found["holds"] is True and found["margin"] == pytest.approx((40 / 3 - 10) / (40 / 3) / (0.05 + 30 / 28 - 1))
+    assert found["decided_by"] == "AlphaEdit 15.0 times, MetaKE 13.3 times; on A, AVX2, 2 threads"
+    assert run_time.judge_speed(records, 13)["holds"] is None and run_time.judge_speed(records, 16)["holds"] is False
+    assert "within its error" in run_time.judge_speed(records, 13)["decided_by"]
     assert run_time.judge_speed(records[records.path == "accelerated"])["holds"] is None
+    records.attrs.clear()
+    assert "a processor that the recording does not name" in run_time.judge_speed(records)["decided_by"]
 
 
-@pytest.mark.parametrize(("ratios", "holds"), [((1.4, 1.6), True), ((1.1, 2.0), False), ((2.5, 1.5), None)])
+@pytest.mark.parametrize(("ratios", "holds"), [
+    ((1.4, 1.6), True), ((1.1, 2.0), False), ((2.5, 1.5), None), ((1.6, 1.67), None),
+])  # fmt: skip
 def test_the_claim_is_judged_by_both_paths(ratios, holds):
     reported = run_time.reported_overhead(report.paper("table5"))
     assert (round(reported.ratio.min(), 2), round(reported.ratio.max(), 2), len(reported)) == (1.35, 1.66, 6)
     measured = pd.DataFrame(
         {"method": ["metake", run_time.PLAIN], "accelerated": [ratios[0], 1.0], "literal": [ratios[1], 1.0]}
     )
-    assert run_time.judge(reported, measured)["holds"] is holds
+    spreads = pd.Series({"accelerated": 0.02, "literal": 0.02})
+    found = run_time.judge(reported, measured, spreads)
+    assert found["holds"] is holds and "on the literal path" in found["decided_by"]
+    assert run_time.judge(reported, measured, spreads * float("nan"))["holds"] is None, "nothing is known of the error"
 
 
 # On the command line

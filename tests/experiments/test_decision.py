@@ -2,12 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from metake.experiments import decision
-from metake.experiments.decision import Decision, all_of, any_of, at_least, at_most, equal, interval, opposite
+from metake.experiments.decision import (
+    Decision, all_of, any_of, apart, at_least, at_most, equal, for_and_against, interval, one_and_none_against, opposite,
+    undecided, with_interval
+)
 
 numbers = st.floats(-1e6, 1e6)
 errors = st.floats(1e-9, 1e3)
@@ -58,6 +62,61 @@ def test_two_ways_to_one_number():
 def test_an_interval_over_records(estimate, low, high, holds, margin):
     found = interval("difference", estimate, low, high)
     assert (found.holds, found.margin) == (holds, margin) and found.error == "sampling"
+
+
+def test_an_estimate_outside_of_its_own_interval_gives_way_to_its_middle():
+    """Else its error would be negative, and the decision the contrary of what the interval says."""
+    assert interval("octaves", 3.0, -6.0, 0.0, 0.5)[:2] == (False, pytest.approx(3.5 / 3))
+    assert interval("octaves", 1.0, 2.0, 4.0)[:2] == (True, 3.0) and interval("x", 9.0, -1.0, 3.0).holds is None
+    assert interval("x", 5.0, math.nan, math.nan).holds is None
+
+
+@pytest.mark.parametrize(("one", "other", "holds"), [
+    ((9, 8, 11), (5, 4, 7), True), ((9, 8, 11), (5, 4, 8.5), None), ((5, 4, 7), (9, 8, 11), False),
+    ((5, 4, 8.5), (9, 8, 11), None), ((5, 4, 6), (5, 4, 6), None),
+])  # fmt: skip
+def test_two_estimates_are_apart_if_their_intervals_are(one, other, holds):
+    found = apart("x", one, other)
+    assert found.holds is holds and (found.margin > 1) is (holds is not None)
+
+
+def test_numbers_of_numpy_decide_as_others_do():
+    found = at_most("x", np.float64(1), np.float64(2), np.float64(0.5))
+    assert found.holds is True and type(found.margin) is float
+    assert at_most("x", np.float64(3), 2.0, np.float64(0)).holds is False  # no division by zero
+    assert equal("x", np.float64(0), 1e-9).margin == math.inf
+
+
+SIDES = [Decision(True, 3.0, "sampling"), Decision(False, 2.0, "sampling"), undecided("few")]
+
+
+@given(st.sampled_from(SIDES), st.sampled_from(SIDES))
+def test_a_rule_with_two_sides_follows_the_refutation_first(proof, refutation):
+    found = for_and_against(proof, refutation)
+    if refutation.holds:
+        assert found[:2] == (False, refutation.margin)
+    elif proof.holds:
+        assert found[:2] == (True, proof.margin)
+    else:
+        unclear = [side.margin for side in (proof, refutation) if side.holds is None]
+        assert found[:2] == (None, min(unclear or [proof.margin, refutation.margin]))
+
+
+@given(decisions)
+def test_one_for_and_none_against(found):
+    values = [d.holds for d in found]
+    whole = one_and_none_against(found)
+    assert whole.holds is (False if False in values else True if True in values else None)
+    if whole.holds is not None:
+        assert whole.margin == max(d.margin for d in found if d.holds is whole.holds)
+
+
+@pytest.mark.parametrize(("numbers", "digits", "sign", "text"), [
+    ((0.52, -1.5, 2.04), 1, "+", "+0.5 [-1.5, 2.0]"), ((-1e-17, -2e-17, 0.04), 1, "+", "+0.0 [0.0, 0.0]"),
+    ((0.99949, 0.998, 1.0), 3, "", "0.999 [0.998, 1.000]"), ((-0.0004, -0.001, 0.0), 3, "+", "+0.000 [-0.001, 0.000]"),
+])  # fmt: skip
+def test_what_is_shown_as_zero_has_no_sign_of_rounding(numbers, digits, sign, text):
+    assert with_interval(*numbers, digits, sign) == text
 
 
 @given(decisions)

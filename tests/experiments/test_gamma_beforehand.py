@@ -18,11 +18,12 @@ from metake.editing.statistics import statistics
 from metake.experiments import record, runs
 from metake.experiments.studies import comparison, finished
 from metake.experiments.studies import gamma_beforehand as module
+from metake.experiments.studies import predictors
 from metake.language.tokens import continuation, encode
 from metake.support.errors import ProvenanceError
 
 SETTINGS = {"methods_": ("memit", "alphaedit"), "data": {"F": "facts"}, "edits": 5, "batch": 3, "text_tokens": 3000}
-EFFICACY, GENERALIZATION = module.FAILS
+EFFICACY, GENERALIZATION = predictors.FAILS
 
 # What is read of a run
 
@@ -94,10 +95,10 @@ def test_beta_and_the_interval_say_what_gamma_says(run):
     assert (found.beta / (1 - found.beta)).to_numpy() == pytest.approx(found.gamma.to_numpy())
     assert (found.upper / found.lower).to_numpy() == pytest.approx(found.gamma.to_numpy()), "τ = ε"
     assert (found.feasible == (found.gamma >= 1)).all()
-    looked = module.features(found)
+    looked = predictors.features(found)
     assert np.exp(looked.log_gamma).to_numpy() == pytest.approx(found.gamma.to_numpy())
     assert (1 / (1 + np.exp(-looked.logit_in_batch))).to_numpy() == pytest.approx(found.in_batch.to_numpy())
-    assert {c for columns in module.PREDICTORS.values() for c in columns} <= set(looked) and looked.notna().all(
+    assert {c for columns in predictors.PREDICTORS.values() for c in columns} <= set(looked) and looked.notna().all(
         axis=None
     )
 
@@ -147,42 +148,42 @@ def made(weights, count=200, seed=0, rate=0.0, method="memit"):
 def mixed():
     """Requests that γ decides under MEMIT, of which AlphaEdit fails on next to none; and what is predicted of them."""
     records = pd.concat([made({"gamma": -2.0}), made({}, rate=-6.0, method="alphaedit")])
-    return records, module.predicted(records)
+    return records, predictors.predicted(records)
 
 
 def test_what_decides_is_found_and_what_does_not_is_chance(mixed):
-    found = module.assessed(mixed[1])
+    found = predictors.assessed(mixed[1])
     found = found[(found.outcome == EFFICACY) & (found.method == "memit")].set_index("predictor")
-    assert found.loc[module.GAMMA, "low"] > 0.7 and found.loc[module.GAMMA, "skill"] > 0.15
+    assert found.loc[predictors.GAMMA, "low"] > 0.7 and found.loc[predictors.GAMMA, "skill"] > 0.15
     for name in ("target probability", "subject length", "key norm"):
         assert found.loc[name, "low"] < 0.5 < found.loc[name, "high"] or found.loc[name, "high"] < 0.6
         assert found.loc[name, "skill"] < 0.05 and found.loc[name, "above_low"] > 0
-    assert found.loc["whole diagnosis", "auroc"] == pytest.approx(found.loc[module.GAMMA, "auroc"], abs=0.05)
-    assert tuple(found.loc[module.BASE, ["auroc", "skill"]]) == (0.5, 0.0)
+    assert found.loc["whole diagnosis", "auroc"] == pytest.approx(found.loc[predictors.GAMMA, "auroc"], abs=0.05)
+    assert tuple(found.loc[predictors.BASE, ["auroc", "skill"]]) == (0.5, 0.0)
     records = made({"gamma": -2.0})
-    assert found.loc[module.RAW, "auroc"] == pytest.approx(roc_auc_score(records.efficacy < 1, -records.gamma)), (
+    assert found.loc[predictors.RAW, "auroc"] == pytest.approx(roc_auc_score(records.efficacy < 1, -records.gamma)), (
         "over all pairs: nothing is fitted"
     )
-    assert found.best.sum() == 1 and found[found.best].auroc.item() == found.loc[list(module.BASELINES)].auroc.max()
+    assert found.best.sum() == 1 and found[found.best].auroc.item() == found.loc[list(predictors.BASELINES)].auroc.max()
 
 
 def test_a_request_is_judged_by_classifiers_that_have_not_seen_it():
     generator = np.random.default_rng(0)
     values, fails = generator.standard_normal((120, 40)), generator.random(120) < 0.5
-    held_out = module._cross_fitted(values, fails, 0)
-    seen = module.LogisticRegression().fit(values, fails).decision_function(values)
+    held_out = predictors._cross_fitted(values, fails, 0)
+    seen = predictors.LogisticRegression().fit(values, fails).decision_function(values)
     assert roc_auc_score(fails, seen) > 0.8, "it would learn the noise by heart"
-    assert module.concordance(held_out["score"], fails, held_out["fold"], np.ones((1, 120))).item() < 0.65
+    assert predictors.concordance(held_out["score"], fails, held_out["fold"], np.ones((1, 120))).item() < 0.65
     assert np.bincount(held_out["fold"]).tolist() == [24] * 5
-    base = module._cross_fitted(np.empty((120, 0)), fails, 0)
+    base = predictors._cross_fitted(np.empty((120, 0)), fails, 0)
     for fold in range(5):
         assert base["probability"][base["fold"] == fold] == pytest.approx(fails[base["fold"] != fold].mean())
 
 
 def test_the_probabilities_are_calibrated():
     records = made({"gamma": -2.0}, count=600).assign(generalization=1.0)
-    predictions = module.predicted(records)
-    curve = module.reliability(predictions)
+    predictions = predictors.predicted(records)
+    curve = predictors.reliability(predictions)
     own = curve[curve.outcome == EFFICACY]
     assert (
         own.requests.tolist() == [150] * 4
@@ -192,10 +193,10 @@ def test_the_probabilities_are_calibrated():
     assert ((own.low < own.predicted) & (own.predicted < own.high)).sum() >= 3 and (
         own.predicted - own.observed
     ).abs().max() < 0.1
-    mine = predictions[(predictions.predictor == module.GAMMA) & (predictions.outcome == EFFICACY)]
-    found = module.assessed(predictions)
-    assert module.predicted(predictions) is predictions and module.assessed(module.predicted(found)) is found
-    row = found[(found.predictor == module.GAMMA) & (found.outcome == EFFICACY)].iloc[0]
+    mine = predictions[(predictions.predictor == predictors.GAMMA) & (predictions.outcome == EFFICACY)]
+    found = predictors.assessed(predictions)
+    assert predictors.predicted(predictions) is predictions and predictors.assessed(predictors.predicted(found)) is found
+    row = found[(found.predictor == predictors.GAMMA) & (found.outcome == EFFICACY)].iloc[0]
     assert row.brier == pytest.approx(np.square(mine.probability - mine.fails).mean())
     assert row.fail == (records.efficacy < 1).sum() and row.edits == 600
 
@@ -203,11 +204,11 @@ def test_the_probabilities_are_calibrated():
 def test_wilsons_interval():
     frame = pd.DataFrame(
         {
-            "dataset": "F", "method": "memit", "outcome": EFFICACY, "predictor": module.GAMMA,
+            "dataset": "F", "method": "memit", "outcome": EFFICACY, "predictor": predictors.GAMMA,
             "probability": np.linspace(0.1, 0.2, 10), "fails": [True] * 3 + [False] * 7
         }
     )
-    found = module.reliability(frame, bins=1).iloc[0]
+    found = predictors.reliability(frame, bins=1).iloc[0]
     assert (found.observed, found.requests) == (0.3, 10) and (found.low, found.high) == pytest.approx(
         (0.1078, 0.6032), abs=1e-3
     )
@@ -217,50 +218,50 @@ def test_auroc_is_sklearns_within_a_fold_and_bootstrap_counts_are_repetitions():
     generator = np.random.default_rng(0)
     scores, fails = generator.integers(0, 6, 60).astype(float), generator.random(60) < 0.4
     one = np.zeros(60, int)
-    assert module.concordance(scores, fails, one, np.ones((1, 60))).item() == pytest.approx(
+    assert predictors.concordance(scores, fails, one, np.ones((1, 60))).item() == pytest.approx(
         roc_auc_score(fails, scores)
     ), "with ties"
     counts = generator.multinomial(60, np.full(60, 1 / 60), 3)
     repeated = [roc_auc_score(np.repeat(fails, c), np.repeat(scores, c)) for c in counts]
-    assert module.concordance(scores, fails, one, counts).tolist() == pytest.approx(repeated)
+    assert predictors.concordance(scores, fails, one, counts).tolist() == pytest.approx(repeated)
     folds = np.arange(60) % 2
     halves = [
         (roc_auc_score(fails[folds == k], scores[folds == k]), fails[folds == k].sum() * (~fails[folds == k]).sum())
         for k in (0, 1)
     ]
     expected = sum(a * n for a, n in halves) / sum(n for _, n in halves)
-    assert module.concordance(scores + 100 * folds, fails, folds, np.ones((1, 60))).item() == pytest.approx(expected), (
+    assert predictors.concordance(scores + 100 * folds, fails, folds, np.ones((1, 60))).item() == pytest.approx(expected), (
         "folds are not compared with each other"
     )
 
 
 def test_failures_are_counted_and_too_few_are_not_judged(mixed):
     records, predictions = mixed
-    counts = module.failures(records).set_index(["method", "outcome"])
+    counts = predictors.failures(records).set_index(["method", "outcome"])
     assert counts.loc[("memit", EFFICACY), "fail"] == (records[records.method == "memit"].efficacy < 1).sum()
     assert (
         counts.loc[("memit", GENERALIZATION), "fail"] == (records[records.method == "memit"].generalization < 0.5).sum()
     )
     assert counts.loc[("memit", EFFICACY), "enough"] and not counts.loc[("alphaedit", EFFICACY), "enough"]
-    found = module.assessed(predictions).set_index(["method", "outcome"])
+    found = predictors.assessed(predictions).set_index(["method", "outcome"])
     few = found.loc[[("alphaedit", EFFICACY)]]
     assert (
         len(few) == 1
         and few.auroc.isna().all()
         and few.fail.item() == counts.loc[("alphaedit", EFFICACY), "fail"]
-        and len(found) == 1 + 3 * len(module.PREDICTORS)
+        and len(found) == 1 + 3 * len(predictors.PREDICTORS)
     )
-    assert set(module.against_best(found.reset_index()).set_index(["method", "outcome"]).index) == {
+    assert set(predictors.against_best(found.reset_index()).set_index(["method", "outcome"]).index) == {
         ("memit", EFFICACY), ("memit", GENERALIZATION), ("alphaedit", GENERALIZATION)
     }
     # a request of two seeds counts once
     pd.testing.assert_frame_equal(
-        module.failures(pd.concat([records, records.assign(seed=1)])), module.failures(records)
+        predictors.failures(pd.concat([records, records.assign(seed=1)])), predictors.failures(records)
     )
 
 
 def judged(records):
-    return module.judge(module.assessed(module.predicted(records)))
+    return predictors.judge(predictors.assessed(predictors.predicted(records)))
 
 
 @pytest.mark.parametrize(
@@ -282,30 +283,30 @@ def test_without_failures_nothing_is_decided():
 
 def test_drawings_hold_their_numbers_and_name_what_is_too_few(project, mixed):
     records, predictions = mixed
-    counts = module.failures(records)
-    found, curves = module.assessed(predictions), module.reliability(predictions)
+    counts = predictors.failures(records)
+    found, curves = predictors.assessed(predictions), predictors.reliability(predictions)
     shown = report.gamma_auroc(found)
-    row = found[(found.method == "memit") & (found.outcome == EFFICACY) & (found.predictor == module.GAMMA)].iloc[0]
+    row = found[(found.method == "memit") & (found.outcome == EFFICACY) & (found.predictor == predictors.GAMMA)].iloc[0]
     assert (
         f"{row.auroc:.2f} [{row.low:.2f}, {row.high:.2f}]" in str(shown)
-        and f"MEMIT, {module.GAMMA}: {row.auroc:.2f}" in shown.alt
+        and f"MEMIT, {predictors.GAMMA}: {row.auroc:.2f}" in shown.alt
     )
     few = counts[(counts.method == "alphaedit") & (counts.outcome == EFFICACY)].fail.item()
     curve = report.gamma_calibration(curves)
     assert (
         all(f"AlphaEdit: {few} of 200, too one-sided" in figure.svg["light"] for figure in (shown, curve))
-        and f">{module.BASE}<" not in shown.svg["light"]
+        and f">{predictors.BASE}<" not in shown.svg["light"]
     )
     assert f"{curves.observed.iloc[0]:.3f}" in str(curve)
-    told = module.against_best(found)
-    assert len(told) == 3 and set(told["best baseline"]) <= set(module.BASELINES)
+    told = predictors.against_best(found)
+    assert len(told) == 3 and set(told["best baseline"]) <= set(predictors.BASELINES)
 
 
 def test_nothing_to_judge_can_be_drawn(project):
     records = made({}, rate=-9.0).assign(generalization=1.0)
-    predictions = module.predicted(records)
+    predictions = predictors.predicted(records)
     for figure in (
-        report.gamma_auroc(module.assessed(predictions)), report.gamma_calibration(module.reliability(predictions))
+        report.gamma_auroc(predictors.assessed(predictions)), report.gamma_calibration(predictors.reliability(predictions))
     ):
         assert (
             "Nowhere enough edits fail" in figure.alt

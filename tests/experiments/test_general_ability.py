@@ -17,7 +17,7 @@ from metake import report
 from metake.editing.statistics import statistics
 from metake.experiments import record
 from metake.experiments.studies import general_ability as page
-from metake.experiments.studies import streams
+from metake.experiments.studies import revisions
 from metake.scoring import answers, tasks
 from metake.support.errors import ParameterError
 
@@ -55,7 +55,7 @@ def test_a_point_is_what_the_edited_model_answers(records):
     """The stream's edits, applied by hand: the same predictions; PRUNE's finish included."""
     lm = mk.load("tiny")
     before = fingerprint(lm.model)
-    stream = streams.plan(lm, mk.facts(), 4, 2, 0)
+    stream = revisions.plan(lm, mk.facts(), 4, 2, 0)
     editor = mk.methods.prune("tiny")
     state = editor.init(lm, statistics(lm, layers=editor.layers, tokens=3000))
     items = [
@@ -94,7 +94,7 @@ def test_bad_settings_are_refused(change, said):
 
 
 def test_parity_asks_the_first_items_whomever_they_name(monkeypatch, tmp_path):
-    subject = streams.plan(mk.load("tiny"), mk.facts(), 2, 2, 0)[0].request.subject
+    subject = revisions.plan(mk.load("tiny"), mk.facts(), 2, 2, 0)[0].request.subject
     rows = [{"sentence": f"{subject} {i}", "label": i % 2} for i in range(14)] + [
         {"sentence": f"someone {i}", "label": i % 2} for i in range(4)
     ]

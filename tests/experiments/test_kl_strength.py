@@ -15,8 +15,8 @@ from metake.editing.diagnosis import diagnose
 from metake.editing.targets import TargetRule
 from metake.experiments import runs
 from metake.experiments.runs import read_cases, select
+from metake.experiments.studies import kl_claims, study
 from metake.experiments.studies import kl_strength as kl
-from metake.experiments.studies import study
 from metake.support.errors import ParameterError
 
 RULE = TargetRule(steps=4, step_size=0.5, clamp=2.0)
@@ -188,9 +188,10 @@ CLAIMED = {"memit": (FALLING, RISING), "alphaedit": (FALLING, HUMP), "metake": (
 ])  # fmt: skip
 def test_the_verdict_follows_the_sentences(levels, holds):
     records = told(levels)
-    claims = kl.claims(kl.shifts(records), kl.leads(records))
+    shifts, leads = kl.shifts(records), kl.leads(records)
+    claims = kl_claims.claims(shifts, leads)
     assert len(claims) == 6 and set(claims.says) <= {"yes", "no", "open"}
-    found = kl.judge(claims)
+    found = kl_claims.judge(shifts, leads)
     assert found["holds"] is holds and "sentences" in found["decided_by"]
     assert ("contradicted:" in found["decided_by"]) is (holds is False)
 

@@ -14,9 +14,11 @@ from same import fingerprint
 
 import metake as mk
 from metake import report
+from metake.data.requests import check_batch
 from metake.editing.statistics import statistics
 from metake.experiments import record, runs
-from metake.experiments.studies import streams
+from metake.experiments.studies import revisions, streams
+from metake.scoring.evaluation import CaseScore, ProbeScore, Reading
 from metake.support.errors import ParameterError, ProvenanceError
 
 SETTINGS = {"methods": ("memit", "prune"), "edits": 6, "batch": 2, "every": 2, "sample": 3, "text_tokens": 3000}
@@ -31,8 +33,8 @@ def probes(case, kind):
 
 def test_a_revised_fact_gets_an_object_that_it_never_had():
     cases = mk.facts(limit=200)
-    once = streams.revised(cases, 0)
-    twice = streams.revised(once, 0)
+    once = revisions.revised(cases, 0)
+    twice = revisions.revised(once, 0)
     objects = {}
     for case in cases:
         objects.setdefault(case.request.prompt, set()).update({case.request.target, probes(case, "efficacy")[0].rival})
@@ -59,7 +61,7 @@ def test_a_revised_fact_gets_an_object_that_it_never_had():
             ]
             assert {p.rival for p in probes(case, "neighborhood")} == {case.request.target}
             assert {p.target for p in probes(case, "generation")} == {""}, "the reference told of another object"
-    assert once == streams.revised(cases, 0) != streams.revised(cases, 1)
+    assert once == revisions.revised(cases, 0) != revisions.revised(cases, 1)
 
 
 def test_what_cannot_be_revised_is_passed_over_or_refused():
@@ -67,16 +69,16 @@ def test_what_cannot_be_revised_is_passed_over_or_refused():
     prompt = cases[0].request.prompt
     alone = [c for c in cases if c.request.prompt == prompt][:1]
     others = [c for c in cases if c.request.prompt != prompt]
-    assert [c.request.id for c in streams.revised(alone + others, 0)] == [f"{c.request.id}+1" for c in others]
+    assert [c.request.id for c in revisions.revised(alone + others, 0)] == [f"{c.request.id}+1" for c in others]
     with pytest.raises(ParameterError, match="none of 1 facts has another object"):
-        streams.revised(alone, 0)
+        revisions.revised(alone, 0)
     with pytest.raises(ParameterError, match="does not say what was true"):
-        streams.revised(mk.facts(limit=20, format="zsre"), 0)
+        revisions.revised(mk.facts(limit=20, format="zsre"), 0)
 
 
 def test_a_stream_goes_on_by_revising_and_leaves_neighbors_and_the_first_batch_alone():
     lm, cases = random_model("gpt2"), mk.facts()
-    stream = streams.plan(lm, cases, 1000, 20, 0)
+    stream = revisions.plan(lm, cases, 1000, 20, 0)
     facts = {c.request.text for c in stream}
     assert len(stream) == 1000 and len(facts) == int(0.75 * len(cases)) and len({c.request.id for c in stream}) == 1000
     assert [c.request for c in stream[: len(facts)]] == [c.request for c in runs.select(lm, cases, len(facts), 0)]
@@ -89,9 +91,9 @@ def test_a_stream_goes_on_by_revising_and_leaves_neighbors_and_the_first_batch_a
     assert len(asked) > 500 and not any(s in prompt for prompt in asked for s in subjects)
     assert all(len(probes(c, "paraphrase")) >= 2 for c in stream)
     for start in range(0, 1000, 20):
-        mk.requests.check_batch([c.request for c in stream[start : start + 20]])
-    assert stream.digest == streams.plan(lm, cases, 1000, 20, 0).digest != streams.plan(lm, cases, 1000, 20, 1).digest
-    short = streams.plan(lm, cases, 30, 20, 0)
+        check_batch([c.request for c in stream[start : start + 20]])
+    assert stream.digest == revisions.plan(lm, cases, 1000, 20, 0).digest != revisions.plan(lm, cases, 1000, 20, 1).digest
+    short = revisions.plan(lm, cases, 30, 20, 0)
     assert [c.request for c in short] == [c.request for c in stream[:30]]
 
 
@@ -108,7 +110,7 @@ def lm(monkeypatch):
 
 def by_hand(lm, method):
     """Every point of SETTINGS' stream, evaluated at once on all facts in force."""
-    stream = streams.plan(lm, mk.facts(), 6, 2, 0)
+    stream = revisions.plan(lm, mk.facts(), 6, 2, 0)
     editor = mk.methods.method(method, "tiny", seed=0)
     given = statistics(lm, layers=editor.layers, tokens=3000)
     found = {}
@@ -151,7 +153,7 @@ def test_points_are_evaluations_of_the_model_as_it_is_there(lm, method):
 def test_a_revised_fact_counts_once_and_for_its_newest_target(lm, monkeypatch):
     few = mk.facts(relation="capital")[:8]
     monkeypatch.setattr(streams, "read_cases", lambda _: few)
-    stream = streams.plan(lm, few, 10, 2, 0)
+    stream = revisions.plan(lm, few, 10, 2, 0)
     assert len({c.request.text for c in stream}) == 6 and stream[6].request.id.endswith("+1")
     asked = []
     monkeypatch.setattr(
@@ -166,14 +168,14 @@ def test_a_revised_fact_counts_once_and_for_its_newest_target(lm, monkeypatch):
 
 def test_a_revised_fact_must_beat_every_object_that_it_had(lm, monkeypatch):
     """An unedited model, which holds the true objects only, is credited with nothing; half a victory is none."""
-    case = streams.revised(streams.revised(mk.facts(limit=200), 0), 0)[0]
-    reading = mk.evaluation.Reading(0.0, (), ())
+    case = revisions.revised(revisions.revised(mk.facts(limit=200), 0), 0)[0]
+    reading = Reading(0.0, (), ())
 
     def scored(wins):
         found = [
-            mk.evaluation.ProbeScore(p.kind, wins(p), 0.0, reading, None) for p in case.probes if p.kind != "generation"
+            ProbeScore(p.kind, wins(p), 0.0, reading, None) for p in case.probes if p.kind != "generation"
         ]
-        return streams._scores(case, mk.evaluation.CaseScore(case.request.id, tuple(found)))
+        return streams._scores(case, CaseScore(case.request.id, tuple(found)))
 
     one = sorted({p.rival for p in probes(case, "efficacy")})[0]
     assert scored(lambda p: 1.0) == dict.fromkeys(streams.METRICS, 1.0)

@@ -136,3 +136,12 @@ def test_working_memory_is_a_quarter_of_what_is_free_and_small_on_a_cpu(monkeypa
 
 def test_peak_and_free_memory_are_bytes_of_this_machine():
     assert 2**20 < machine.peak_memory(torch.device("cpu")) and 2**20 < machine.free_memory(torch.device("cpu")) < 2**50
+
+
+def test_the_processor_is_named_with_the_instructions_that_are_used(monkeypatch):
+    assert machine.processor().endswith(torch.backends.cpu.get_cpu_capability())
+    monkeypatch.setattr(machine, "_cpuinfo", lambda: "processor\t: 0\nmodel name\t: Some Maker 9 \nflags\t: x\n")
+    assert machine.processor().startswith("Some Maker 9, ")
+    monkeypatch.setattr(machine, "_cpuinfo", lambda: "")
+    monkeypatch.setattr(machine.platform, "processor", lambda: "arm")
+    assert machine.processor().startswith("arm, ")

@@ -1,6 +1,4 @@
-"""MetaKE v3 Tables 5 and 6: seconds and memory of one batch of edits, stage by stage, beside the literal path and the
-machine's own speed.
-"""
+"""MetaKE v3 Tables 5 and 6: seconds and memory of one batch, beside the literal path and the machine's own speed."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ from metake.language.tokens import rewriting_rows
 from metake.report.shown import plain
 from metake.scoring.evaluation import evaluate as evaluation
 from metake.support.errors import ParameterError
-from metake.support.machine import peak_memory, versions
+from metake.support.machine import peak_memory, processor, versions
 from metake.support.storage import write_file
 
 STAGES = ("targets", "refinement", "keys", "solve", "write", "evaluation")
@@ -59,13 +57,12 @@ def bench(
     evaluate: bool = True, text: str = "embedded", text_tokens: int | None = None, dtype: str | None = None,
     device: str | None = None, seed: int = 0, prompts: str = "contexts",
 ) -> dict[str, Any]:  # fmt: skip
-    """Seconds of one batch of `edits` requests by stage, medians over `rounds`,
-    after a warm-up (MetaKE v3 Tables 5 and 6).
+    """Seconds of one batch of `edits` requests by stage (MetaKE v3 Tables 5, 6), medians over `rounds`, once warm.
 
     share = FLOP of Stage I / its seconds / FLOP per second of this process's best square matrix product
 
-    Stage I makes exactly `steps` steps, without early stop. literal: also time the literal path on the first so many
-    of the requests, in alternating order with the accelerated one, and multiply up (`literal.parts` says how);
+    Stage I makes exactly `steps` steps, without early stop. literal: also time the literal path on the first so many of
+    the requests, in alternating order with the accelerated one, and multiply up (`literal.parts` says how);
     only in a checkout.
     random_weights: a model of this size (`sizes.random_model`), random key statistics. prompts: of the refinement.
     Returns plain data: "stages" (a row per stage: seconds, flops, literal_*, ratio), "total", "stage_one",
@@ -127,9 +124,7 @@ def _job(
 def _rounds(
     job: _Job, reference: ModuleType | None, literal: int, rounds: int, evaluate: bool
 ) -> tuple[dict[tuple[str, str], float], int, dict[str, list[slow.Part]]]:
-    """Median seconds per (stage, path), the highest memory until the end of the first batch,
-    and the literal path's calls.
-    """
+    """Median seconds per (stage, path), the highest memory during the first batch, and the literal path's calls."""
     short = replace(
         job.editor, target=replace(job.editor.target, steps=min(2, job.editor.target.steps)),
         refine=job.editor.refine and replace(job.editor.refine, steps=1)
@@ -151,8 +146,7 @@ def _rounds(
 
 def _accelerated(job: _Job, evaluate: bool) -> dict[str, float]:
     """Seconds of one batch: of its stages as the edit's record has them, and of all of it;
-    then those of the evaluation.
-    """
+    then those of the evaluation."""
     seconds, (edit, _) = slow.timed(
         job.lm.device, lambda: job.editor.step(job.lm, [c.request for c in job.cases], job.state)
     )
@@ -232,13 +226,11 @@ def _counts(job: _Job) -> dict[str, int]:
 def _provenance(job: _Job, random_weights: bool) -> dict[str, Any]:
     known = {
         "origin": job.lm.origin, "dtype": str(job.lm.dtype).removeprefix("torch."), "device": str(job.lm.device),
-        "threads": torch.get_num_threads(), "cores": os.cpu_count()
+        "processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()
     }
-    keys = (
-        "random keys with independent coordinates, half of the spectrum below the threshold"
-        if random_weights
-        else getattr(job.statistics, "source", {})
-    )
+    keys = getattr(job.statistics, "source", {})
+    if random_weights:
+        keys = "random keys with independent coordinates, half of the spectrum below the threshold"
     return known | {
         "dataset_digest": job.cases.digest, "statistics": keys, "contexts": list(job.state.contexts),
         "date": datetime.date.today().isoformat(), "versions": versions()

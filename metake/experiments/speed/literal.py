@@ -102,8 +102,8 @@ def parts(
 ) -> dict[str, list[Part]]:
     """Stages of the literal path on the first `count` cases, to be multiplied up to the batch of all of them.
 
-    targets, refinement: request by request, the refinement sees only these cases. evaluation: case by case,
-    all rows of a case padded together, logits at every position. Each × padded tokens of all cases / of these:
+    targets, refinement: request by request, the refinement sees only these cases. evaluation: case by case, all rows of
+    a case padded together, logits at every position. Each × padded tokens of all cases / of these:
     some are longer.
     keys: 2|L| passes over all contexts (before the writes; after them for the history) and |L| over plain prompts, each
     over all rows to the logits; one of either kind is timed, × rows. solve: |L| d×d systems in float64 with as many

@@ -26,9 +26,7 @@ SPREAD = 0.02  # of a weight: what these families are initialized with
 
 
 def size_of(model: str) -> str:
-    """The name, in `data/sizes.toml`, of a model given by its own or its hub name. Raises ParameterError with near
-    matches.
-    """
+    """The name in `data/sizes.toml` of a model, by its own or its hub name; else ParameterError, with near matches."""
     known = _sizes()
     if model in known:
         return model
@@ -42,12 +40,11 @@ def size_of(model: str) -> str:
 
 
 def random_model(model: str, dtype: str | None = None, device: str | None = None) -> LanguageModel:
-    """A model of `model`'s full size with random weights, made in `dtype` on `device`; it reads text with `tiny`'s
-    tokenizer.
+    """A model of `model`'s full size with random weights, in `dtype` on `device`; its tokenizer is that of `tiny`.
 
     Weights repeat one block of 4 million normal numbers: a memory copy, not a draw, for each. `tiny`'s token ids exist
-    in every larger vocabulary; as it knows few words, a text has more tokens than the real model's tokenizer would
-    give it.
+    in every larger vocabulary; as it knows few words, a text has more tokens than the real model's tokenizer would give
+    it.
     dtype: default float32 (float64 for "tiny"). Raises ParameterError for an unknown name, dtype or device.
     """
     name = size_of(model)
@@ -71,19 +68,15 @@ def random_contexts(seed: int = 0) -> tuple[str, ...]:
 
 
 def random_statistics(lm: LanguageModel, layers: Sequence[int], threshold: float, seed: int = 0) -> Statistics:
-    """Key statistics of random keys with independent coordinates: the second moment is diagonal,
-    its spectrum known without `eigh`.
+    """Key statistics of random keys with independent coordinates: a diagonal second moment, whose spectrum is known.
 
     Half of the eigenvalues lie below `threshold`, the most costly share for a projector that keeps the thinner factor.
     Solves are as dense as with real statistics: no kernel looks for zeros. All layers share one moment.
     """
     width = lm.shape(lm.write_path(layers[0]))[1]
     drawn = torch.rand(width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    values = (
-        torch.cat([threshold * (0.05 + 0.9 * drawn[: width // 2]), threshold * (2 + 100 * drawn[width // 2 :])])
-        .sort()
-        .values.to(lm.device)
-    )
+    below, above = 0.05 + 0.9 * drawn[: width // 2], 2 + 100 * drawn[width // 2 :]
+    values = (threshold * torch.cat([below, above])).sort().values.to(lm.device)
     count = 100 * width
     one = KeyStatistics((count * values).diag(), count)
     one.__dict__["_eigh"] = (values, torch.eye(width, dtype=torch.float64, device=lm.device))
@@ -96,9 +89,7 @@ def _sizes() -> dict[str, Any]:
 
 @torch.no_grad()
 def _fill(model: PreTrainedModel, seed: int = 0) -> None:
-    """Matrices with random numbers, scales of norms with ones, biases with zeros; buffers stay as the model made
-    them.
-    """
+    """Matrices become random numbers, scales of norms ones, biases zeros; buffers stay as the model made them."""
     block = SPREAD * torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed))
     place = {(p.device, p.dtype): block.to(p.device, p.dtype) for p in model.parameters()}
     begin = 0

@@ -1,6 +1,4 @@
-"""MetaKE v3 App. D.6: what the model writes after the same edit by every method, the new object marked where it
-appears.
-"""
+"""MetaKE v3 App. D.6: what the model writes after the same edit by every method, and where the new object appears."""
 
 from __future__ import annotations
 
@@ -16,6 +14,7 @@ from metake import methods as known
 from metake.data.requests import EditCase
 from metake.editing.editor import Editor, describe, digest_of
 from metake.editing.statistics import statistics
+from metake.experiments.decision import all_of, apart, undecided
 from metake.experiments.kept import kept
 from metake.experiments.runs import Unedited, read_cases, select
 from metake.language.generation import sample
@@ -51,11 +50,10 @@ def case_study(
     Methods that plan alike share Stage I.
     out: a folder that keeps what every finished method wrote; None: nothing is kept.
 
-    Returns one row per method ("pre-edit" first), case and prompt: method, id, shown, asked, prompt,
-    text (after the prompt), target, old, appears and old_appears (as a whole word, in any case),
-    p_target and p_old after the edited prompt, success (p_target > p_old),
-    entropy (bits, `ngram_entropy` of prompt and text). attrs["restored_exactly"]: the unedited weights came back bit
-    for bit after each method.
+    Returns one row per method ("pre-edit" first), case and prompt: method, id, shown, asked, prompt, text (after the
+    prompt), target, old, appears and old_appears (as a whole word, in any case), p_target and p_old after the edited
+    prompt, success (p_target > p_old), entropy (bits, `ngram_entropy` of prompt and text). attrs["restored_exactly"]:
+    the unedited weights came back bit for bit after each method.
     Raises ParameterError for cases without generation prompts or without a true object (ZsRE), shown > edits, or a
     length that leaves nothing to write.
     """
@@ -131,9 +129,7 @@ def _written(
 
 
 def continuation_of(prompt: str, text: str) -> str:
-    """What stands after the prompt in a generated text; all of it if the tokenizer does not give the prompt back as it
-    was.
-    """
+    """What a generated text has after the prompt; all of it if the tokenizer gives the prompt back otherwise."""
     return text.removeprefix(unicodedata.normalize("NFKD", prompt))
 
 
@@ -143,8 +139,8 @@ def appears(answer: str, text: str) -> bool:
 
 
 def summarize(records: pd.DataFrame, asked: str = EDITED) -> pd.DataFrame:
-    """Per method, over all cases: share of continuations with the target, with its 95 % interval (Wilson),
-    and with the old object; share of successful edits; mean entropy in bits, which repetition lowers."""
+    """Per method, over all cases: share of continuations with the target, with its 95 % interval (Wilson), and with the
+    old object; share of successful edits; mean entropy in bits, which repetition lowers."""
     rows = []
     for method, group in records[records.asked == asked].groupby("method", sort=False):
         low, high = wilson(int(group.appears.sum()), len(group))
@@ -183,18 +179,18 @@ def wilson(hits: int, count: int, z: float = 1.959963984540054) -> tuple[float, 
 
 def judge(summary: pd.DataFrame, one: str = "metake", rivals: Sequence[str] = NAMED) -> dict[str, Any]:
     """MetaKE's continuations hold the new object more often than every other method's that the paper names:
-    holds if its interval lies above all others', does not hold if it lies below one; inconclusive if they overlap,
-    or one was not run.
-    """
+    holds if its interval lies above all others', does not hold if it lies below one; inconclusive if they overlap, or
+    one was not run."""
     own = summary.set_index("method")
     absent, rivals = [r for r in rivals if r not in own.index], [r for r in rivals if r in own.index]
     if one not in own.index or not rivals:
         raise ParameterError(f"the claim compares {one!r} with one of {', '.join(NAMED)}; found {', '.join(own.index)}")
-    mine, others = own.loc[one], own.loc[rivals]
-    holds = False if (others.low > mine.high).any() else True if (others.high < mine.low).all() and not absent else None
-    parts = [f"{style(m).name} {own.target[m]:.0f} % [{own.low[m]:.0f}, {own.high[m]:.0f}]" for m in (one, *rivals)] + [
-        f"{style(m).name} was not run" for m in absent
-    ]
-    return {
-        "holds": holds, "decided_by": f"continuations with the new object, {mine.cases:.0f} cases: " + ", ".join(parts)
-    }
+    shares = {m: own.loc[m, ["target", "low", "high"]].tolist() for m in (one, *rivals)}
+    parts = [f"{style(m).name} {share:.0f} % [{low:.0f}, {high:.0f}]" for m, (share, low, high) in shares.items()]
+    parts += [f"{style(m).name} was not run" for m in absent]
+    found = all_of(
+        [apart(f"{style(m).name}'s share", shares[one], shares[m]) for m in rivals]
+        + [undecided(f"{style(m).name} was not run") for m in absent]
+    )
+    told = f"continuations with the new object, {own.cases[one]:.0f} cases: " + ", ".join(parts)
+    return found.quiet().verdict(told)

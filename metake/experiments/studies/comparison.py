@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from metake.experiments.decision import Decision, interval, one_and_none_against, with_interval
 from metake.experiments.runs import RunConfig, Unedited, holds, run
 from metake.support.errors import ParameterError, near_misses
 
@@ -68,9 +69,7 @@ def case_rows(file: Path) -> list[dict]:
 
 
 def summarize(records: pd.DataFrame) -> pd.DataFrame:
-    """Percent per data set and method: the mean over cases within a seed, then mean and sample standard deviation over
-    seeds.
-    """
+    """Percent per data set and method: mean over a seed's cases, then mean and sample standard deviation over seeds."""
     metrics = [m for m in METRICS if m in records and records[m].notna().any()]
     by_seed = 100 * records.groupby(["dataset", "method", "seed"], sort=False)[metrics].mean()
     grouped = by_seed.groupby(["dataset", "method"], sort=False)
@@ -136,18 +135,19 @@ def setting(records: pd.DataFrame) -> pd.DataFrame:
     runs, told = records.attrs.get("runs"), records.attrs.get("provenance", {})
     first = runs[0]["config"] if runs else told
     edits, batch = first["edits"], min(first["batch"], first["edits"])
-    batches = (
-        f"in {-(-edits // batch)} consecutive batches of {batch}; the weights accumulate"
-        if batch < edits
-        else "in one batch"
-    )
+    batches = "in one batch"
+    if batch < edits:
+        batches = f"in {-(-edits // batch)} consecutive batches of {batch}; the weights accumulate"
     tokens = "all" if first.get("text_tokens") is None else f"{first['text_tokens']:,}"
+    if runs:
+        statistics = f"{Path(first['text']).name}, {tokens} tokens"
+        data = ", ".join(dict.fromkeys(f"{r['dataset']}: {r['data']['source']}" for r in runs))
+    else:
+        statistics, data = told["statistics"], told["dataset"]
     rows = {
         "model": first["model"],
-        "key statistics": f"{Path(first['text']).name}, {tokens} tokens" if runs else told["statistics"],
-        "data": ", ".join(dict.fromkeys(f"{r['dataset']}: {r['data']['source']}" for r in runs))
-        if runs
-        else told["dataset"],
+        "key statistics": statistics,
+        "data": data,
         "editing": f"{edits} edits {batches}",
         "evaluated": "every edited case once, after the last batch",
         "seeds": ", ".join(map(str, sorted(records.seed.unique()))),
@@ -155,13 +155,23 @@ def setting(records: pd.DataFrame) -> pd.DataFrame:
     return labelled(pd.DataFrame({"what": list(rows), "here": list(rows.values())}), records)
 
 
-def judge(differences: pd.DataFrame) -> dict:
+def claimed(differences: pd.DataFrame) -> pd.DataFrame:
+    """The rows that the paper's claim is about: efficacy and generalization."""
+    return differences[differences.metric.isin(["efficacy", "generalization"])]
+
+
+def decide(differences: pd.DataFrame) -> Decision:
+    """Is one above the other in efficacy or generalization, by an interval above zero, and in neither of them below?"""
+    return one_and_none_against(
+        interval(f"{r.metric} {r.dataset}", r.difference, r.low, r.high) for r in claimed(differences).itertuples()
+    )
+
+
+def judge(differences: pd.DataFrame) -> dict[str, Any]:
     """The paper's claim, efficacy and generalization above AlphaEdit's: holds if an interval lies above zero and none
     below; does not hold if one lies below; inconclusive if all include zero."""
-    claimed = differences[differences.metric.isin(["efficacy", "generalization"])]
-    better, worse = (claimed.low > 0).sum(), (claimed.high < 0).sum()
-    parts = [f"{r.metric} {r.dataset} {r.difference:+.1f} [{r.low:.1f}, {r.high:.1f}]" for r in claimed.itertuples()]
-    return {
-        "holds": False if worse else True if better else None,
-        "decided_by": "MetaKE − AlphaEdit in points: " + "; ".join(parts),
-    }
+    parts = [
+        f"{r.metric} {r.dataset} {with_interval(r.difference, r.low, r.high)}"
+        for r in claimed(differences).itertuples()
+    ]
+    return decide(differences).quiet().verdict("MetaKE − AlphaEdit in points: " + "; ".join(parts))

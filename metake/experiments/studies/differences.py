@@ -13,6 +13,7 @@ from metake.algebra.geometry import KeyStatistics
 from metake.data.requests import Cases
 from metake.editing.editor import Editor, describe
 from metake.editing.statistics import statistics
+from metake.experiments.decision import all_of, equal, for_and_against, opposite
 from metake.experiments.runs import edit_sequence, read_cases, select
 from metake.experiments.studies.comparison import paired_differences, summarize
 from metake.language.model import LanguageModel, load
@@ -28,8 +29,8 @@ def default_of(option: str) -> str:
 
 
 def table(model: str = "tiny") -> pd.DataFrame:
-    """One row per named difference: option (the name to type), paper, code, default ("paper" or "code"),
-    and the parts of the default's editor for `model` that the option changes, as name: default → option."""
+    """One row per named difference: option (the name to type), paper, code, default ("paper" or "code"), and the parts
+    of the default's editor for `model` that the option changes, as name: default → option."""
     rows = []
     for option, found in methods.DIFFERENCES.items():
         parts = [dict(_flat(describe(methods.method(name, model)))) for name in (default_of(option), option)]
@@ -64,8 +65,8 @@ def effects(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Each default and each option on the same requests, one batch after the other; all cases evaluated after the last.
 
-    Returns (one row per case and method, as `comparison` has them; one row per option: method,
-    change = ‖Δ′ − Δ‖/‖Δ‖ and size = ‖Δ′‖/‖Δ‖ of the whole sequence's updates, all weights together).
+    Returns (one row per case and method, as `comparison` has them; one row per option: method, change = ‖Δ′ − Δ‖/‖Δ‖
+    and size = ‖Δ′‖/‖Δ‖ of the whole sequence's updates, all weights together).
     """
     lm = load(model)
     cases = select(lm, read_cases(data), edits, seed)
@@ -120,10 +121,9 @@ def beside(records: pd.DataFrame, options: Sequence[str] = tuple(methods.DIFFERE
 
 
 def specificities(records: pd.DataFrame) -> pd.DataFrame:
-    """ZsRE's specificity by method, in percent, under both readings: against the ground truth (released code),
-    and against the model's own answer before the edit (MetaKE v3 eq. 105), which is 100 % for the unedited model by
-    definition.
-    """
+    """ZsRE's specificity by method, in percent, under both readings: against the ground truth (released code), and
+    against the model's own answer before the edit (MetaKE v3 eq. 105), which is 100 % for the unedited model by
+    definition."""
     found = summarize(records[records.dataset.str.contains("ZsRE")])
     own = found.specificity_pre_edit.where(found.method != "pre-edit", 100.0)
     shown = pd.DataFrame(
@@ -163,12 +163,12 @@ def ceiling(model: str = "tiny", data: str = "facts-zsre") -> pd.DataFrame:
     )
 
 
-def judge(changes: pd.DataFrame) -> dict:
+def judge(changes: pd.DataFrame) -> dict[str, Any]:
     """Whether taking the other side of a difference writes another update: holds if every option is further than
     `MATTERS` from its default, does not hold if none is, inconclusive if some are."""
-    other = changes.change > MATTERS
+    others = [
+        opposite(equal(row.option, row.change, MATTERS))._replace(error="resolution") for row in changes.itertuples()
+    ]
     told = ", ".join(f"{row.option} {100 * row.change:.0f} %" for row in changes.itertuples())
-    return {
-        "holds": bool(other.all()) if other.all() == other.any() else None,
-        "decided_by": f"relative change of the update: {told}",
-    }
+    found = for_and_against(all_of(others), all_of(map(opposite, others)))
+    return found.verdict(f"relative change of the update: {told}")

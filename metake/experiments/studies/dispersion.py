@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from metake import methods
 from metake.editing.diagnosis import diagnose
 from metake.editing.statistics import statistics
+from metake.experiments.decision import apart, with_interval
 from metake.experiments.runs import read_cases, select
 from metake.language.model import load
 
@@ -58,12 +61,11 @@ def percentile_ratios(records: pd.DataFrame, draws: int = 2000, seed: int = 0) -
     return pd.DataFrame(rows)
 
 
-def judge(ratios: pd.DataFrame, wide: str, narrow: str, method: str = "alphaedit") -> dict:
+def judge(ratios: pd.DataFrame, wide: str, narrow: str, method: str = "alphaedit") -> dict[str, Any]:
     """The paper's claim, a much wider spread of γ on ZsRE than on CounterFact: compared by the bootstrap intervals."""
-    one, other = (ratios[(ratios.dataset == name) & (ratios.method == method)].iloc[0] for name in (wide, narrow))
-    holds = True if one.low > other.high else False if one.high < other.low else None
-    return {
-        "holds": holds,
-        "decided_by": f"P95/P5 of γ: {one.ratio:.1f} [{one.low:.1f}, {one.high:.1f}] on {wide}, "
-        f"{other.ratio:.1f} [{other.low:.1f}, {other.high:.1f}] on {narrow}",
-    }
+    one, other = (
+        ratios[(ratios.dataset == name) & (ratios.method == method)].iloc[0][["ratio", "low", "high"]].tolist()
+        for name in (wide, narrow)
+    )
+    told = f"P95/P5 of γ: {with_interval(*one, sign='')} on {wide}, {with_interval(*other, sign='')} on {narrow}"
+    return apart("P95/P5", one, other).quiet().verdict(told)

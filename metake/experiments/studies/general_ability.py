@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from metake.experiments.decision import all_of, any_of, for_and_against, interval, opposite, undecided
 from metake.experiments.runs import read_cases
 from metake.experiments.studies.comparison import labelled
-from metake.experiments.studies.streams import along, plan
+from metake.experiments.studies.revisions import plan
+from metake.experiments.studies.streams import along
 from metake.language.model import LanguageModel, load
 from metake.report.studies.comparison import signed
 from metake.report.style import style
@@ -49,7 +51,7 @@ def general_ability(
     """`tests` items of every task, asked before editing and after every `every` edits of one stream per method.
 
     tasks: see `tasks.read_items`; names: which of them; reading: "corrected" or "parity", see `metake.scoring.tasks`;
-    data, seed: of the stream (`streams.plan`); out: folder in which every point is kept, and not asked again; None:
+    data, seed: of the stream (`revisions.plan`); out: folder in which every point is kept, and not asked again; None:
     a temporary one.
 
     Returns one row per method, point, task and item: method, edits, task, item, label, and two predictions: generated,
@@ -122,9 +124,7 @@ def _most_probable(log_p: Sequence[float]) -> int:
 
 
 def scores(records: pd.DataFrame) -> pd.DataFrame:
-    """Per method, point, task and kind of prediction: correct, incorrect, invalid, and accuracy,
-    F1 and MCC in percent.
-    """
+    """Per method, point, task and kind of prediction: correct, incorrect, invalid; accuracy, F1, MCC in percent."""
     rows = []
     for (method, edits, name), own in records.groupby(["method", "edits", "task"], sort=False):
         for kind in KINDS:
@@ -159,9 +159,7 @@ def paper_scores(records: pd.DataFrame, kind: str = "generated") -> pd.DataFrame
 
 
 def table(records: pd.DataFrame, kind: str = "generated") -> pd.DataFrame:
-    """Per method: every task's score at the last point, their mean, and the share of answers that name no class,
-    in percent.
-    """
+    """Percent per method at the last point: every task's score, their mean, and the answers that name no class."""
     found = paper_scores(records, kind)
     last = found[found.edits == found.groupby("method").edits.transform("max")]
     wide = last.pivot(index="method", columns="title", values="score")[list(dict.fromkeys(last.title))]
@@ -170,8 +168,7 @@ def table(records: pd.DataFrame, kind: str = "generated") -> pd.DataFrame:
 
 
 def able(records: pd.DataFrame, kind: str = "generated", level: float = 0.05) -> list[str]:
-    """The tasks at which the unedited model is better than always giving the most frequent answer
-    (exact one-sided binomial test).
+    """The tasks at which the unedited model beats the most frequent answer (exact one-sided binomial test).
 
     Nothing can be forgotten in the others: a model at chance stays there.
     """
@@ -189,8 +186,7 @@ def _tail(hits: int, items: int, chance: float) -> float:
 def _drawn(
     records: pd.DataFrame, kind: str, names: Sequence[str], draws: int, seed: int
 ) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Per method and point the mean score over tasks: of the items themselves, then of `draws` bootstrap samples of
-    them.
+    """Per method and point the mean score over tasks: of the items themselves, then of `draws` bootstrap samples.
 
     Items are drawn within each task, alike for all methods and points.
     """
@@ -215,11 +211,11 @@ def changes(
 ) -> pd.DataFrame:
     """What editing does to the mean score over tasks, in points, with 95 % intervals by bootstrap over items.
 
-    change: at the last point, minus before editing, with low and high. difference: MetaKE minus the method,
-    means over all points after editing began; its interval is for all methods jointly (Bonferroni). kind:
+    change: at the last point, minus before editing, with low and high. difference: MetaKE minus the method, means over
+    all points after editing began; its interval is for all methods jointly (Bonferroni). kind:
     of predictions, default `readable`; names:
-    of the tasks, default those that the unedited model can do (`able`). Raises ParameterError if there is none,
-    or MetaKE is missing.
+    of the tasks, default those that the unedited model can do (`able`). Raises ParameterError if there is none, or
+    MetaKE is missing.
     """
     kind = kind or readable(records)
     names = able(records, kind) if names is None else list(names)
@@ -254,40 +250,41 @@ def readable(records: pd.DataFrame) -> str:
 
 
 def judge(records: pd.DataFrame, draws: int = 2000) -> dict[str, Any]:
-    """The paper's claim: MetaKE's curve is nearly flat, at least as good as the strongest others,
-    above those that collapse.
+    """The paper's claim: MetaKE's curve is nearly flat, as good as the strongest others, above those that collapse.
 
     Over the tasks that the unedited model can do, by the paper's metrics, of the predictions that are `readable`.
     Holds if MetaKE loses less than 5 points from before editing to the last point, its level is above that of each of
     MEMIT, PRUNE, RECT that was run, and below none of AlphaEdit, BLUE, SPHERE, all by intervals.
-    Does not hold if the loss is more than 5 points or its level is below another's, by intervals. Else,
-    or if the unedited model can do none of the tasks, inconclusive.
+    Does not hold if the loss is more than 5 points or its level is below another's, by intervals. Else, or if the
+    unedited model can do none of the tasks, inconclusive.
     """
     kind = readable(records)
     if not (names := able(records, kind)):
-        return {
-            "holds": None,
-            "decided_by": f"the unedited model is above chance in none of {records.task.nunique()} tasks: there "
-            "is nothing that it could forget",
-        }
+        return undecided("").verdict(
+            f"the unedited model is above chance in none of {records.task.nunique()} tasks: there is nothing that it "
+            "could forget"
+        )
     found = changes(records, kind, names, draws).set_index("method")
     own, rivals = found.loc["metake"], found.drop("metake")
-    harmed = rivals[rivals.index.isin(HARMED)]
-    worse = own.high < -FLAT or bool((rivals.difference_high < 0).any())
-    compared = len(harmed) > 0 and bool(rivals.index.isin(STABLE).any())
-    fine = own.low > -FLAT and compared and bool((harmed.difference_low > 0).all())
+    flat = interval("MetaKE's change", own.change, own.low, own.high, -FLAT)
+    ahead = {
+        m: interval(f"against {m}", r.difference, r.difference_low, r.difference_high) for m, r in rivals.iterrows()
+    }
+    harmed = [ahead[m] for m in HARMED if m in ahead]
+    compared = bool(harmed) and any(m in ahead for m in STABLE)
+    decided = for_and_against(
+        all_of([flat, *harmed]) if compared else undecided(""), any_of(map(opposite, [flat, *ahead.values()]))
+    )
     said = [
-        f"MetaKE changes by {signed(own.change)} [{signed(own.low)}, {signed(own.high)}] points from before "
-        "editing to the end"
+        f"MetaKE changes by {signed(own.change)} [{signed(own.low)}, {signed(own.high)}] points from before editing to "
+        "the end"
     ]
     said += [
-        f"against {style(m).name} {signed(r.difference)} [{signed(r.difference_low)}, "
-        f"{signed(r.difference_high)}] over all points"
+        f"against {style(m).name} {signed(r.difference)} [{signed(r.difference_low)}, {signed(r.difference_high)}] "
+        "over all points"
         for m, r in rivals.iterrows()
     ]
     able_in = ", ".join(TASKS[name].name for name in names)
-    return {
-        "holds": False if worse else True if fine else None,
-        "decided_by": f"{KINDS[kind]}, mean over the tasks that the unedited model can do ({able_in}): "
-        + "; ".join(said),
-    }
+    return decided.quiet().verdict(
+        f"{KINDS[kind]}, mean over the tasks that the unedited model can do ({able_in}): " + "; ".join(said)
+    )

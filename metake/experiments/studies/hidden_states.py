@@ -16,6 +16,9 @@ from threadpoolctl import threadpool_limits
 from metake import methods
 from metake.data.requests import Cases, EditRequest
 from metake.editing.keys import KeyReader
+from metake.experiments.decision import (
+    Decision, all_of, any_of, at_most, for_and_against, interval, opposite, undecided, with_interval
+)
 from metake.experiments.runs import RunConfig, open_run, read_cases, select
 from metake.experiments.studies.comparison import comparison, labelled
 from metake.experiments.studies.finished import finished
@@ -113,8 +116,8 @@ def _of_kind(records: pd.DataFrame, kind: str) -> pd.DataFrame:
 def read_states(folders: Sequence[Path], held_out: int) -> States:
     """States of the runs' edited facts and of `held_out` others, at the last layer that any of the runs edits.
 
-    The others are drawn by the run's seed among the facts about other subjects: where a prompt begins with its
-    subject, another fact about the same one has the same state. All folders are of runs on the same cases. Cost:
+    The others are drawn by the run's seed among the facts about other subjects: where a prompt begins with its subject,
+    another fact about the same one has the same state. All folders are of runs on the same cases. Cost:
     one forward pass a folder.
     """
     configs = [open_run(folder)[0] for folder in folders]
@@ -169,10 +172,9 @@ def apart(before: np.ndarray, after: np.ndarray, shrinkage: float = 0.0, dim: in
     ‖μ₂ − μ₁‖,   and the root of   ‖μ₂ − μ₁‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁^½ Σ₂ Σ₁^½)^½)        (Dowson and Landau 1982)
     Σ = (1 − δ) S + δ (tr S / d) I,   S the sample covariance                            (Ledoit and Wolf 2004)
 
-    before, after: (n, r) states; shrinkage: δ, the same for both, so that equal sets are at distance 0 and fewer
-    states than dimensions still give full rank; dim: d, if the states are coordinates in a subspace of r ≤ d
-    dimensions that holds all of them (orthonormal basis): the rest then contributes (d − r) (√σ₁ − √σ₂)²,
-    σ = δ tr S / d.
+    before, after: (n, r) states; shrinkage: δ, the same for both, so that equal sets are at distance 0 and fewer states
+    than dimensions still give full rank; dim: d, if the states are coordinates in a subspace of r ≤ d dimensions that
+    holds all of them (orthonormal basis): the rest then contributes (d − r) (√σ₁ − √σ₂)², σ = δ tr S / d.
     """
     dim = dim or before.shape[1]
     shift = float(np.square(after.mean(0) - before.mean(0)).sum())
@@ -239,8 +241,8 @@ def _interval(value: float, deviation: float) -> dict[str, float]:
 
 
 def side_by_side(found: pd.DataFrame) -> pd.DataFrame:
-    """`distances` or `ratios`, a row per data set and method: each measure of each group with its interval,
-    and in brackets the level of chance, if there is one."""
+    """`distances` or `ratios`, a row per data set and method: each measure of each group with its interval, and in
+    brackets the level of chance, if there is one."""
     told = [
         f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" + (f" ({r.chance:.3f})" if "chance" in found else "")
         for r in found.itertuples()
@@ -255,12 +257,23 @@ def judge(ratios: pd.DataFrame, against: str = "alphaedit", least: float = 0.05)
     """The paper's claim, MetaKE shifts the states less than AlphaEdit: holds if on every data set some distance is
     smaller by more than the share `least`, its interval below 1, and none is larger, interval and all;
     does not hold if every interval lies above 1 − `least`, so that nowhere it is smaller by that much;
-    inconclusive otherwise, and if AlphaEdit was not run.
-    """
+    inconclusive otherwise, and if AlphaEdit was not run."""
     own = ratios[ratios.method == against]
     if own.empty:
-        return {"holds": None, "decided_by": f"the records do not compare MetaKE with {against}"}
-    less = own[(own.value < 1 - least) & (own.high < 1)].dataset.nunique() == own.dataset.nunique()
-    holds = True if less and not (own.low > 1).any() else False if (own.low > 1 - least).all() else None
-    parts = [f"{r.measure}, {r.group} {r.value:.3f} [{r.low:.3f}, {r.high:.3f}] {r.dataset}" for r in own.itertuples()]
-    return {"holds": holds, "decided_by": "MetaKE's distance over AlphaEdit's: " + "; ".join(parts)}
+        return undecided("").verdict(f"the records do not compare MetaKE with {against}")
+    rows = [(r, f"{r.measure}, {r.group}, {r.dataset}") for r in own.itertuples()]
+    smaller: dict[str, list[Decision]] = {}
+    for r, what in rows:
+        below = opposite(interval(what, r.value, r.low, r.high, 1.0))
+        by_enough = at_most(what, r.value, 1.0, least, "resolution")
+        smaller.setdefault(r.dataset, []).append(all_of([by_enough, below]))
+    larger = any_of(interval(what, r.value, r.low, r.high, 1.0) for r, what in rows)
+    decided = for_and_against(
+        undecided("") if larger.holds else all_of(map(any_of, smaller.values())),
+        all_of(interval(what, r.value, r.low, r.high, 1 - least) for r, what in rows),
+    )
+    parts = [
+        f"{r.measure}, {r.group} {with_interval(r.value, r.low, r.high, 3, sign='')} {r.dataset}"
+        for r in own.itertuples()
+    ]
+    return decided.quiet().verdict("MetaKE's distance over AlphaEdit's: " + "; ".join(parts))

@@ -1,6 +1,5 @@
 """MetaKE v3 Figure 5: efficacy against the KL weight of Stage I, for the requests that an edit reaches best and for
-those it reaches least.
-"""
+those it reaches least."""
 
 from __future__ import annotations
 
@@ -21,7 +20,6 @@ from metake.experiments.runs import read_cases, select
 from metake.experiments.studies.comparison import PRIMARY, labelled
 from metake.experiments.studies.study import Batch, one
 from metake.language.model import load
-from metake.report.style import style
 from metake.support.errors import ParameterError
 
 OCTAVES = (0, 1, 2, 3)
@@ -45,8 +43,8 @@ def kl_strength(
 ) -> pd.DataFrame:
     """The whole pipeline at every λ_KL, on the requests of highest and of lowest γ apart (v3 §6.3 and Appendix C.6).
 
-    pool: requests drawn by a seed, ranked by γ under each method's own metric at its last edited layer,
-    before any edit;
+    pool: requests drawn by a seed, ranked by γ under each method's own metric at its last edited layer, before any
+    edit;
     share: of them in the "high" and in the "low" group, each edited in one batch from the unedited model; octaves: Λ is
     each method's default λ_KL times 2^±k; data: default ZsRE, as in the paper; out: see `study`.
     All else stays as the method has it.
@@ -82,9 +80,7 @@ def _sweep(
     batch: Batch, begun: Mapping[str, tuple[Editor, EditorState]], factors: Sequence[float], share: float,
     out: str | Path | None
 ) -> Iterator[dict[str, Any]]:
-    """Each method's groups are ranked by its own γ; what is in any group is planned once per λ_KL,
-    for all methods that plan alike.
-    """
+    """Groups by each method's own γ; what is in any of them is planned once per λ_KL, for all that plan alike."""
     ranked = {
         name: extremes([d.association for d in diagnose(batch.lm, batch.requests, editor, state)], share)
         for name, (editor, state) in begun.items()
@@ -110,10 +106,9 @@ def extremes(gamma: Sequence[float], share: float) -> dict[str, list[int]]:
 
 
 def curves(records: pd.DataFrame) -> pd.DataFrame:
-    """Means per data set, method, group and λ_KL: shares in percent, log p in nats, and the length of the plan and
-    what is realized of it as medians. `best`: the highest efficacy of its curve, of equal ones at the smallest λ_KL
-    (eq. 118).
-    """
+    """Means per data set, method, group and λ_KL: shares in percent, log p in nats, and the length of the plan and what
+    is realized of it as medians. `best`: the highest efficacy of its curve, of equal ones at the smallest λ_KL
+    (eq. 118)."""
     keys = ["dataset", "method", "group", "kl_weight"]
     grouped = records.sort_values("kl_weight", kind="stable").groupby(keys, sort=False)
     found = grouped[list(MEASURES)].mean()
@@ -126,9 +121,7 @@ def curves(records: pd.DataFrame) -> pd.DataFrame:
 
 
 class _Curve(NamedTuple):
-    """One method's group: a measure of each request at each λ_KL, and in each bootstrap draw its means and which λ_KL
-    is best.
-    """
+    """One method's group: a measure of each request at each λ_KL, and its means in each bootstrap draw."""
 
     grid: np.ndarray  #    (λ,)
     values: np.ndarray  #  (requests, λ)
@@ -154,16 +147,12 @@ class _Curve(NamedTuple):
 
 
 def _first_best(means: np.ndarray) -> np.ndarray:
-    """Place of the highest mean, of equal ones the first, that is of the smaller λ_KL; rounding errors must not part
-    them.
-    """
+    """Place of the highest mean; of equal ones, which rounding must not part, the first: the smaller λ_KL."""
     return means.round(9).argmax(-1)
 
 
 def _curves(records: pd.DataFrame, measure: str, draws: int, seed: int) -> dict[tuple[str, str], dict[str, _Curve]]:
-    """Per data set and method, by group. Groups of the same requests are drawn alike, so that their methods compare by
-    pair.
-    """
+    """Per data set and method, by group. The same requests are drawn alike, so that methods compare by pair."""
     found: dict[tuple[str, str], dict[str, _Curve]] = {}
     for (dataset, method, group), own in records.groupby(["dataset", "method", "group"], sort=False):
         table = own.pivot(index=["seed", "id"], columns="kl_weight", values=measure).sort_index()
@@ -183,8 +172,8 @@ def _interval(drawn: np.ndarray, prefix: str = "") -> dict[str, float]:
 def optima(records: pd.DataFrame, measure: str = "efficacy", draws: int = 4000, seed: int = 0) -> pd.DataFrame:
     """Where each curve is highest, λ*, with a 95 % bootstrap interval over requests, ties to the smaller (eq. 118).
 
-    tied: how many λ_KL share the highest mean; span: what the curve's highest and lowest mean are apart,
-    points or nats.
+    tied: how many λ_KL share the highest mean; span: what the curve's highest and lowest mean are apart, points or
+    nats.
     """
     rows, scale = [], 100 if measure in POINTS else 1
     for (dataset, method), groups in _curves(records, measure, draws, seed).items():
@@ -198,11 +187,10 @@ def optima(records: pd.DataFrame, measure: str = "efficacy", draws: int = 4000, 
 
 
 def shifts(records: pd.DataFrame, measure: str = "efficacy", draws: int = 4000, seed: int = 0) -> pd.DataFrame:
-    """How many octaves the low-γ group's λ* lies above the high-γ group's, log₂(λ*_low / λ*_high),
-    with 95 % bootstrap intervals.
+    """Octaves from the high-γ group's λ* to the low-γ group's, log₂(λ*_low / λ*_high), with 95 % bootstrap intervals.
 
-    nearer: by how many octaves the two are less apart than under the method before it in the records (MEMIT,
-    AlphaEdit, MetaKE);
+    nearer: by how many octaves the two are less apart than under the method before it in the records (MEMIT, AlphaEdit,
+    MetaKE);
     gap: the high-γ group's mean over all λ_KL minus the low-γ group's, points or nats; undecided:
     why the two λ* cannot be told apart whatever the intervals say, or "".
     """
@@ -234,10 +222,9 @@ def _undecided(high: _Curve, low: _Curve) -> str:
 def leads(
     records: pd.DataFrame, measure: str = "efficacy", draws: int = 4000, seed: int = 0, leader: str = "metake"
 ) -> pd.DataFrame:
-    """MetaKE minus every other method, over both groups and all λ_KL: in how many of these it is above,
-    equal or below, and the mean difference with a 95 % bootstrap interval, points or nats;
-    by pair as far as their groups hold the same requests.
-    """
+    """MetaKE minus every other method, over both groups and all λ_KL: in how many of these it is above, equal or below,
+    and the mean difference with a 95 % bootstrap interval, points or nats;
+    by pair as far as their groups hold the same requests."""
     found, rows, scale = _curves(records, measure, draws, seed), [], 100 if measure in POINTS else 1
     for (dataset, method), groups in found.items():
         if method != leader:
@@ -254,79 +241,3 @@ def leads(
                 }
             )
     return labelled(pd.DataFrame(rows), records)
-
-
-def claims(shifts: pd.DataFrame, leads: pd.DataFrame) -> pd.DataFrame:
-    """The paper's sentences on Figure 5 one by one, per data set: `says` is yes, no or open,
-    by 95 % intervals that leave out zero.
-
-    found, low, high: octaves of λ_KL, in the last two points of efficacy (nats, if the records' log p was compared).
-    Open too is what ties or the grid's end decide: `because` says so.
-    """
-    rows = []
-    for dataset, own in shifts.groupby("dataset", sort=False):
-        memit, alphaedit, ours = (own.set_index("method").loc[name] for name in PRIMARY)
-        differ = alphaedit.low > 0 or alphaedit.high < 0
-        found = [
-            _claim(
-                "MEMIT: the high-γ group prefers the smaller λ_KL", memit, "octaves", memit.low > 0, memit.high <= 0
-            ),
-            _claim(
-                "AlphaEdit: the groups' optima are nearer than MEMIT's", alphaedit, "nearer", alphaedit.nearer_low > 0,
-                alphaedit.nearer_high < 0, memit
-            ),
-            _claim("AlphaEdit: they still differ", alphaedit, "octaves", differ, alphaedit.low == alphaedit.high == 0),
-            _claim(
-                "MetaKE: the groups' optima are nearer than AlphaEdit's", ours, "nearer", ours.nearer_low > 0,
-                ours.nearer_high < 0, alphaedit
-            ),
-        ]
-        for led in leads[leads.dataset == dataset].itertuples():
-            most = led.above > (led.above + led.equal + led.below) / 2
-            row = pd.Series({"difference": led.difference, "low": led.low, "high": led.high, "undecided": ""})
-            found.append(
-                _claim(
-                    f"MetaKE: above {style(led.method).name}'s at most λ_KL", row, "difference", most and led.low > 0,
-                    led.high < 0
-                )
-            )
-        rows += [{"dataset": dataset} | row for row in found]
-    return labelled(pd.DataFrame(rows), shifts)
-
-
-def _claim(
-    claim: str, row: pd.Series, name: str, yes: bool, no: bool, other: pd.Series | None = None
-) -> dict[str, Any]:
-    prefix = "nearer_" if name == "nearer" else ""
-    undecided = row.undecided or (other is not None and other.undecided)
-    says = "open" if undecided else "yes" if yes else "no" if no else "open"
-    because = undecided or ("the interval holds zero" if says == "open" else "")
-    return {
-        "claim": claim, "found": row[name], "low": row[f"{prefix}low"], "high": row[f"{prefix}high"], "says": says,
-        "because": because
-    }
-
-
-def judge(claims: pd.DataFrame) -> dict[str, Any]:
-    """The paper's claim holds if each of its sentences is borne out, does not hold if one is contradicted;
-    inconclusive otherwise.
-    """
-    counts = ", ".join(
-        f"{(claims.says == word).sum()} {told}"
-        for word, told in (("yes", "borne out"), ("no", "contradicted"), ("open", "open"))
-    )
-    first = claims.iloc[0]
-    why = f" ({first.because})" if first.because else ""
-    against = "".join(
-        f"; contradicted: {r.claim}, {r.found:+.1f} [{r.low:.1f}, {r.high:.1f}]"
-        for r in claims[claims.says == "no"].itertuples()
-    )
-    said = (
-        f"of {len(claims)} sentences {counts}; low-γ optimum over high-γ optimum, MEMIT: {first.found:+.1f} "
-        f"[{first.low:.1f}, {first.high:.1f}] "
-        f"octaves{why}{against}"
-    )
-    return {
-        "holds": False if (claims.says == "no").any() else True if (claims.says == "yes").all() else None,
-        "decided_by": said,
-    }

@@ -1,6 +1,5 @@
 """What the paper leaves open of MetaKE's outer level: every reading against the ordering of v3 Table 2 and the
-direction of Figure 4.
-"""
+direction of Figure 4."""
 
 from __future__ import annotations
 
@@ -18,6 +17,7 @@ from metake import methods
 from metake.data.requests import Cases
 from metake.editing.editor import Editor
 from metake.editing.statistics import statistics
+from metake.experiments.decision import Decision, all_of, any_of, for_and_against, interval, opposite, with_interval
 from metake.experiments.runs import read_cases, select
 from metake.experiments.studies import comparison, realized_residual
 from metake.experiments.studies.readings import FEW, LEVELS, LITERAL, READINGS
@@ -44,18 +44,17 @@ def open_readings(
     text_tokens: int | None = None,
     out: str | Path | None = None,
 ) -> pd.DataFrame:
-    """Every reading with its ablations on records for choosing; the best of them and the literal default on records
-    for testing.
+    """Every reading with its ablations on records for choosing; the best and the literal default on those for testing.
 
     readings: names of `READINGS`; the literal one is always among them. A record belongs to one part by its subject
     (CRC-32), so that no subject, in whatever format or relation, is in both. edits, seeds: batches of the first part;
     test_edits, test_seeds:
     of the second. data: default ZsRE, as in Table 2 and Figure 4. out: see `study`.
 
-    One row per part ("choosing", "testing"), data set, seed, reading, variant ("method": "metake" or an ablation)
-    and request: see `study`, with the outer loss. What is the same under every reading stands once,
-    as reading "every reading": without the refinement, and with a stopped gradient, whose only force, the anchor's,
-    is zero where it starts.
+    One row per part ("choosing", "testing"), data set, seed, reading, variant ("method": "metake" or an ablation) and
+    request: see `study`, with the outer loss. What is the same under every reading stands once, as reading "every
+    reading": without the refinement, and with a stopped gradient, whose only force, the anchor's, is zero where it
+    starts.
     Raises ParameterError for an unknown reading, or seeds that are in both parts. Cost: two refinements a reading and
     batch.
     """
@@ -118,15 +117,15 @@ def of(records: pd.DataFrame, part: str, reading: str) -> pd.DataFrame:
 
 
 def differences(records: pd.DataFrame, part: str, reading: str, draws: int = 4000) -> pd.DataFrame:
-    """The full method minus each ablation on the same requests: shares in points, log-probabilities in nats,
-    with 95 % intervals.
+    """The full method minus each ablation on the same requests: points, of log-probabilities nats; 95 % intervals.
 
-    below: whether the difference lies below zero even by an interval widened so that all of them together have 95 %
-    (Bonferroni).
+    most: the upper end of an interval that is widened so that all of them together have 95 % (Bonferroni); below:
+    whether even that lies below zero.
     """
     own, pairs = of(records, part, reading), dict.fromkeys(methods.ABLATIONS, "metake")
     found = comparison.differences(own, pairs, metrics=SHARES + CLAIMED, draws=draws)
-    return comparison.labelled(found.assign(below=_together(own, pairs, len(found)).high < 0), records)
+    most = _together(own, pairs, len(found)).high
+    return comparison.labelled(found.assign(most=most, below=most < 0), records)
 
 
 def _together(records: pd.DataFrame, pairs: dict[str, str], count: int) -> pd.DataFrame:
@@ -134,16 +133,18 @@ def _together(records: pd.DataFrame, pairs: dict[str, str], count: int) -> pd.Da
     return comparison.differences(records, pairs, metrics=SHARES + CLAIMED, level=1 - 0.05 / count, draws=10_000)
 
 
-def ordering(found: pd.DataFrame) -> bool | None:
+def ordering(found: pd.DataFrame) -> Decision:
     """Table 2: is the full method above each ablation in efficacy and generalization, on every data set?
 
-    True if the log-probability of the target is higher after the prompt and after its paraphrases,
-    every interval above zero; False if one of these, or of efficacy or generalization themselves, is `below`;
-    None otherwise. found: of `differences`.
+    Holds if the log-probability of the target is higher after the prompt and after its paraphrases, every interval
+    above zero; does not hold if one of these, or of efficacy or generalization themselves, is `below`; else it cannot
+    be told. found: of `differences`.
     """
-    if found.below[found.metric != "specificity"].any():
-        return False
-    return True if (found.low[found.metric.isin(CLAIMED)] > 0).all() else None
+    finer, wide = found[found.metric.isin(CLAIMED)], found[found.metric != "specificity"]
+    return for_and_against(
+        all_of(interval(r.metric, r.difference, r.low, r.high) for r in finer.itertuples()),
+        any_of(opposite(interval(r.metric, r.difference, r.low, r.most)) for r in wide.itertuples()),
+    )
 
 
 def gains(records: pd.DataFrame, part: str, reading: str, draws: int = 4000) -> pd.DataFrame:
@@ -157,14 +158,16 @@ def summary(records: pd.DataFrame, part: str = "choosing", draws: int = 4000) ->
     outer_before, outer_after: means over requests, at Stage I's plan and at the refined one; anchor_after:
     the anchor's part of the latter; change: outer_after over outer_before, lowest and highest of the seeds beside it;
     moved: median, percent of the plan;
-    generalization: MetaKE minus AlphaEdit, points; paraphrase: the same of log p after paraphrases, nats,
-    with its interval;
+    generalization: MetaKE minus AlphaEdit, points; paraphrase: the same of log p after paraphrases, nats, with its
+    interval;
     realized: of β̂ over all layers against Stage I's plan, with its interval; ordering, figure4: "yes", "no" or "open".
     """
     rows = []
     for name in names(records, part):
         compared, realized = differences(records, part, name, draws), gains(records, part, name, draws)
-        says = {"ordering": WORDS[ordering(compared)], "figure4": WORDS[realized_residual.judge(realized)["holds"]]}
+        says = {
+            "ordering": WORDS[ordering(compared).holds], "figure4": WORDS[realized_residual.decide(realized).holds]
+        }
         own = records[(records.part == part) & (records.reading == name) & (records.method == "metake")]
         for dataset, group in own.groupby("dataset", sort=False):
             against = compared[(compared.dataset == dataset) & (compared.method == NO_REFINEMENT)].set_index("metric")
@@ -196,8 +199,8 @@ def _interval(name: str, row: pd.Series) -> dict[str, float]:
 def best(records: pd.DataFrame) -> str:
     """The reading to be tested: by the records for choosing alone, the one that reproduces most.
 
-    A claim counts 1 if it is reproduced, 0 if open, −1 if contradicted; of equal ones,
-    the largest gain in the log-probability after paraphrases over AlphaEdit, mean over data sets.
+    A claim counts 1 if it is reproduced, 0 if open, −1 if contradicted; of equal ones, the largest gain in the
+    log-probability after paraphrases over AlphaEdit, mean over data sets.
     """
     found = summary(records).assign(
         score=lambda s: sum(s[c].map({"yes": 1, "open": 0, "no": -1}) for c in ("ordering", "figure4"))
@@ -221,19 +224,18 @@ def against_default(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def beats(found: pd.DataFrame) -> bool | None:
-    """True if some interval of efficacy or generalization, or of their log-probabilities, lies above zero and none,
-    nor that of specificity, below; False if one lies below; None otherwise. found: what `against_default` returns."""
+    """True if some interval of efficacy or generalization, or of their log-probabilities, lies above zero and none, nor
+    that of specificity, below; False if one lies below; None otherwise. found: what `against_default` returns."""
     if (found.high < 0).any():
         return False
     return True if (found[found.metric != "specificity"].low > 0).any() else None
 
 
 def effects(records: pd.DataFrame) -> pd.DataFrame:
-    """Which factor matters: in the factorial design of `LEVELS`, each one's mean effect over the combinations of the
-    others.
+    """Which factor matters: each one's mean effect in the factorial design of `LEVELS`, over all other combinations.
 
-    Per data set and factor, second level minus first: of log₂ of the outer loss's change (1: twice as high),
-    of the percent that the plan moves, of log p after paraphrases (nats) and of the realized share.
+    Per data set and factor, second level minus first: of log₂ of the outer loss's change (1: twice as high), of the
+    percent that the plan moves, of log p after paraphrases (nats) and of the realized share.
     Empty if the records do not hold all combinations.
     """
     found = summary(records, draws=1)
@@ -260,30 +262,28 @@ def answers(records: pd.DataFrame) -> pd.DataFrame:
     rows = {"Table 2's ordering": {}, "Figure 4's direction": {}}
     for part, reading in product(parts, dict.fromkeys((name, LITERAL))):
         column = f"{reading}, {part}"
-        rows["Table 2's ordering"][column] = WORDS[ordering(differences(records, part, reading))]
-        rows["Figure 4's direction"][column] = WORDS[realized_residual.judge(gains(records, part, reading))["holds"]]
+        rows["Table 2's ordering"][column] = WORDS[ordering(differences(records, part, reading)).holds]
+        rows["Figure 4's direction"][column] = WORDS[realized_residual.decide(gains(records, part, reading)).holds]
     frame = pd.DataFrame([{"reproduced": question} | found for question, found in rows.items()])
     return comparison.labelled(frame, records)
 
 
 def judge(records: pd.DataFrame) -> dict[str, Any]:
-    """The claim, a reading reproduces Table 2's ordering and Figure 4's direction: holds if the winner does both on
-    the records for testing; does not hold if it contradicts one there; inconclusive otherwise. Also said:
-    whether it beats the literal default there.
-    """
+    """The claim, a reading reproduces Table 2's ordering and Figure 4's direction: holds if the winner does both on the
+    records for testing; does not hold if it contradicts one there; inconclusive otherwise. Also said:
+    whether it beats the literal default there."""
     name = winner(records)
-    compared, realized = differences(records, "testing", name), realized_residual.judge(gains(records, "testing", name))
-    says = (ordering(compared), realized["holds"])
+    compared, realized = differences(records, "testing", name), gains(records, "testing", name)
+    order, direction = ordering(compared), realized_residual.decide(realized)
     finer = compared[compared.metric.isin(CLAIMED)]
     weakest = finer.loc[finer.difference.idxmin()]
-    told = f"chosen of {len(names(records, 'choosing'))}: {name}; on held-out records the ordering is {WORDS[says[0]]} "
-    told += (
-        f"(weakest: {weakest.difference:+.3f} [{weakest.low:.3f}, {weakest.high:.3f}] nats, "
-        f"{weakest.metric.replace('_', ' ')} over "
-        f"{weakest.method}, {weakest.dataset})"
+    told = (
+        f"chosen of {len(names(records, 'choosing'))}: {name}; on held-out records the ordering is "
+        f"{WORDS[order.holds]} (weakest: {with_interval(weakest.difference, weakest.low, weakest.high, 3)} nats, "
+        f"{weakest.metric.replace('_', ' ')} over {weakest.method}, {weakest.dataset}), Figure 4's direction "
+        f"{WORDS[direction.holds]} ({realized_residual.judge(realized)['decided_by']}); {consequence(records)}"
     )
-    told += f", Figure 4's direction {WORDS[says[1]]} ({realized['decided_by']}); {consequence(records)}"
-    return {"holds": False if False in says else True if all(says) else None, "decided_by": told}
+    return all_of([order, direction]).quiet().verdict(told)
 
 
 def consequence(records: pd.DataFrame) -> str:
@@ -291,7 +291,8 @@ def consequence(records: pd.DataFrame) -> str:
     if winner(records) == LITERAL:
         return "the literal default is itself the best: it stays"
     wins = beats(against_default(records))
-    return {True: "it beats the literal default there, and is a candidate for the default",
-    False: "it is below the literal default in some "
-        "metric there: the default stays",
-            None: "it is not told apart from the literal default there: the default stays"}[wins]  # fmt: skip
+    return {
+        True: "it beats the literal default there, and is a candidate for the default",
+        False: "it is below the literal default in some metric there: the default stays",
+        None: "it is not told apart from the literal default there: the default stays",
+    }[wins]

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from metake import methods
+from metake.experiments.decision import Decision, all_of
 from metake.experiments.runs import open_run
 from metake.experiments.studies import comparison
 from metake.report import style
@@ -18,7 +19,6 @@ from metake.support.errors import ParameterError
 
 PAIRS = {"alphaedit": "metake"} | {name.partition("/")[2]: name for name in methods.OPERATORS}
 """Base → the same with its targets refined."""
-CLAIMED = ("efficacy", "generalization")
 
 
 def operators(
@@ -47,9 +47,7 @@ def _outer(run: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def differences(records: pd.DataFrame, **bootstrap: Any) -> pd.DataFrame:
-    """Refined minus base on the same cases, in points, per base (column `method`), data set and metric,
-    as far as recorded.
-    """
+    """Refined minus base on the same cases, in points, per recorded base (column `method`), data set and metric."""
     there = set(records.method)
     pairs = {base: refined for base, refined in PAIRS.items() if {base, refined} <= there}
     if not pairs:
@@ -88,29 +86,30 @@ def by_base(records: pd.DataFrame, confidence: float = 0.95, draws: int = 40_000
     with a dozen intervals of 95 % each, one beside zero would be no surprise. helps: "yes" if one lies above zero and
     none below, "no" if one lies below, else "open"; decided_by: the interval that says so, or the largest difference.
     """
-    count = len(differences(records, draws=1).query("metric in @CLAIMED"))
-    found = differences(records, level=1 - (1 - confidence) / count, draws=draws)
-    rows = []
-    for base, group in found[found.metric.isin(CLAIMED)].groupby("method", sort=False):
-        helps = {True: "yes", False: "no", None: "open"}[comparison.judge(group)["holds"]]
-        order = {"yes": group.low, "no": -group.high, "open": group.difference.abs()}[helps]
-        row = group.loc[order.idxmax()]
-        rows.append(
-            {
-                "method": base, "helps": helps,
-                "decided_by": f"{row.metric} {row.dataset} {signed(row.difference)} [{signed(row.low)}, "
-                f"{signed(row.high)}]"
-            }
-        )
+    rows = [row for row, _ in _decided(records, confidence, draws)]
     return comparison.labelled(pd.DataFrame(rows), records)
 
 
-def judge(records: pd.DataFrame) -> dict:
-    """The refinement helps on each base: holds if it does on all, does not hold if it harms on one,
-    else inconclusive.
-    """
-    found = by_base(records)
+def _decided(
+    records: pd.DataFrame, confidence: float = 0.95, draws: int = 40_000
+) -> Iterator[tuple[dict[str, str], Decision]]:
+    """A row of `by_base` and the decision behind it, base by base."""
+    count = len(comparison.claimed(differences(records, draws=1)))
+    found = comparison.claimed(differences(records, level=1 - (1 - confidence) / count, draws=draws))
+    for base, group in found.groupby("method", sort=False):
+        decision = comparison.decide(group)
+        helps = {True: "yes", False: "no", None: "open"}[decision.holds]
+        order = {"yes": group.low, "no": -group.high, "open": group.difference.abs()}[helps]
+        row = group.loc[order.idxmax()]
+        text = f"{row.metric} {row.dataset} {signed(row.difference)} [{signed(row.low)}, {signed(row.high)}]"
+        yield {"method": base, "helps": helps, "decided_by": text}, decision
+
+
+def judge(records: pd.DataFrame) -> dict[str, Any]:
+    """The refinement helps: holds if it does on all bases, does not hold if it harms on one, else inconclusive."""
+    found = list(_decided(records))
     words = {"yes": "helps", "no": "harms", "open": "open"}
-    parts = [f"on {style(row.method).name} {words[row.helps]} ({row.decided_by})" for row in found.itertuples()]
-    holds = True if set(found.helps) == {"yes"} else False if "no" in set(found.helps) else None
-    return {"holds": holds, "decided_by": "refined − base in points, intervals of 95 % together: " + "; ".join(parts)}
+    parts = [f"on {style(row['method']).name} {words[row['helps']]} ({row['decided_by']})" for row, _ in found]
+    return all_of(decision for _, decision in found).quiet().verdict(
+        "refined − base in points, intervals of 95 % together: " + "; ".join(parts)
+    )

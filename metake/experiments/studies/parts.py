@@ -46,16 +46,13 @@ def post_in_words(rule: PostProcess) -> str:
         case keep_largest():
             text = f"of each weight only the {100 * rule.share:.0f} % largest relative changes"
         case cap_spectrum():
-            text = (
-                "singular values of the change capped by the weight's largest, logarithm "
-                f"beyond{', and added a second time' * rule.add_twice}"
-            )
+            twice = ", and added a second time" * rule.add_twice
+            text = f"singular values of the change capped by the weight's largest, logarithm beyond{twice}"
         case soften_principal():
             side = "" if rule.side == "key" else " of the output side"
             text = (
                 f"{100 * rule.strength:.0f} % of what lies along the weight's principal directions{side} "
-                f"({100 * rule.ratio:.0f} % of its "
-                "spectrum) taken out"
+                f"({100 * rule.ratio:.0f} % of its spectrum) taken out"
             )
         case _:
             text = repr(rule)
@@ -68,11 +65,9 @@ def planned(editor: Editor) -> dict[str, str]:
     target = SITES[editor.target.site] + (
         ", each layer's own" if editor.own_targets else "" if len(layers) == 1 else ", the last layer's for all"
     )
-    refined = (
-        f"{editor.refine.steps} look-ahead steps of {editor.refine.step_size:g} through the gate"
-        if editor.refine
-        else None
-    )
+    refined = None
+    if rule := editor.refine:
+        refined = f"{rule.steps} look-ahead steps of {rule.step_size:g} through the gate"
     share = "all" if len(layers) == 1 else SHARES.get(editor.allocation, editor.allocation.__name__)
     return {"layers": ", ".join(layers), "target": target, "refined by": refined, "share of the residual": share}
 
@@ -80,13 +75,7 @@ def planned(editor: Editor) -> dict[str, str]:
 def written(editor: Editor) -> dict[str, str]:
     """How an editor writes: the metric, how exactly, with what memory, and what is done to the update, in words."""
     exact = "exact (ν = 0)" if editor.noise == 0 else f"compromise (ν = {editor.noise:g})"
-    solved = (
-        "whole batch"
-        if editor.together is None
-        else "one request"
-        if editor.together == 1
-        else f"{editor.together} requests"
-    )
+    solved = {None: "whole batch", 1: "one request"}.get(editor.together, f"{editor.together} requests")
     return {
         "metric Q": metric_in_words(editor.metric), "write": exact + ", at the plain prompt's key" * editor.plain,
         "solved together": solved,
@@ -108,8 +97,8 @@ def kept(
 ) -> pd.DataFrame:
     """What each method's state holds after two batches, and what its end of a sequence then still changes.
 
-    One row per method: keys remembered a layer, copies of original weights, running sums of updates,
-    and whether `finish` has something to do. The targets are cut to one step: only the state is looked at.
+    One row per method: keys remembered a layer, copies of original weights, running sums of updates, and whether
+    `finish` has something to do. The targets are cut to one step: only the state is looked at.
     """
     lm = load(model)
     requests = [case.request for case in facts(limit=2 * batch)]

@@ -1,6 +1,4 @@
-"""The readings of MetaKE's outer level that the paper's surviving text allows: what each changes of the literal
-default.
-"""
+"""The readings of MetaKE's outer level that the paper's text allows: what each changes of the literal default."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ FACTORS = (LITERAL, "optimizer", "step size", "anchor", "locality", "edit loss",
 
 
 class Reading(NamedTuple):
-    """The factor in which a reading differs from the literal default, and the fields of `Refinement` that it
-    changes.
-    """
+    """In which factor a reading differs from the literal default, and the fields of `Refinement` that it changes."""
 
     factor: str
     changes: dict[str, Any]

@@ -9,6 +9,9 @@ import numpy as np
 import pandas as pd
 
 from metake import methods
+from metake.experiments.decision import (
+    Decision, all_of, any_of, at_least, for_and_against, interval, opposite, with_interval
+)
 from metake.experiments.studies.comparison import PRIMARY, labelled
 from metake.experiments.studies.study import study
 
@@ -19,8 +22,7 @@ READINGS = {
     "whole_initial": "all layers, initial plan",
 }
 """What may be meant by β̂ = ⟨r̂, r⟩ / ‖r‖² (eq. 115): realized by the last layer or by all, of the refined plan or of
-Stage I's.
-"""
+Stage I's."""
 
 
 def realized_residual(model: str = "tiny", methods_: Sequence[str] = PRIMARY, **settings: Any) -> pd.DataFrame:
@@ -33,8 +35,7 @@ def realized_residual(model: str = "tiny", methods_: Sequence[str] = PRIMARY, **
 
 def binned(records: pd.DataFrame, bins: int = 13) -> pd.DataFrame:
     """Mean and standard error of each reading in quantile bins of γ, per data set and method:
-    one row a bin and reading.
-    """
+    one row a bin and reading."""
     long = records.melt(["dataset", "method", "percentile"], list(READINGS), "reading", "value").dropna()
     long["bin"] = np.minimum((long.percentile * bins / 100).apply(np.ceil).astype(int), bins)
     found = long.groupby(["dataset", "reading", "method", "bin"], sort=False).agg(
@@ -55,9 +56,7 @@ def curves(records: pd.DataFrame, bins: int = 13) -> pd.DataFrame:
 def gains(
     records: pd.DataFrame, one: str = "metake", other: str = "alphaedit", draws: int = 4000, seed: int = 0
 ) -> pd.DataFrame:
-    """Mean difference of β̂ between two methods on the same requests, per data set and reading,
-    with a 95 % bootstrap interval.
-    """
+    """Mean difference of β̂ on the same requests, per data set and reading, with a 95 % bootstrap interval."""
     generator, rows = np.random.default_rng(seed), []
     for dataset, group in records.groupby("dataset", sort=False):
         sides = [group[group.method == m].set_index(["seed", "id"]) for m in (one, other)]
@@ -73,16 +72,23 @@ def gains(
     return labelled(pd.DataFrame(rows), records)
 
 
+def decide(found: pd.DataFrame, least: float = 0.01) -> Decision:
+    """Does β̂ rise by more than `least`, with its interval above zero, in some reading on every data set (holds), or is
+    every interval in every reading below `least` (does not hold)?"""
+    risen: dict[str, list[Decision]] = {}
+    for r in found.itertuples():
+        enough = at_least(f"rise of β̂, {r.reading}", r.difference, 0.0, least, "resolution")
+        risen.setdefault(r.reading, []).append(all_of([enough, interval(r.reading, r.difference, r.low, r.high)]))
+    return for_and_against(
+        any_of(map(all_of, risen.values())),
+        all_of(opposite(interval(r.reading, r.difference, r.low, r.high, least)) for r in found.itertuples()),
+    )
+
+
 def judge(found: pd.DataFrame, least: float = 0.01) -> dict[str, Any]:
-    """The paper's claim, MetaKE realizes more of the plan than AlphaEdit: holds if β̂ rises by more than `least`,
-    with its interval above zero, in some reading on every data set; does not hold if every interval in every reading
-    lies below `least`; inconclusive otherwise.
-    """
-    risen = found[(found.low > 0) & (found.difference > least)].groupby("reading").dataset.nunique()
-    holds = True if (risen == found.dataset.nunique()).any() else False if (found.high < least).all() else None
+    """The paper's claim, MetaKE realizes more of the plan than AlphaEdit: as `decide` says."""
     best = found.loc[found.difference.idxmax()]
-    return {
-        "holds": holds,
-        "decided_by": f"largest rise of β̂ in any reading: {best.difference:+.4f} [{best.low:.4f}, "
-        f"{best.high:.4f}], {best.reading}, {best.dataset}",
-    }
+    return decide(found, least).quiet().verdict(
+        f"largest rise of β̂ in any reading: {with_interval(best.difference, best.low, best.high, 4)}, {best.reading}, "
+        f"{best.dataset}"
+    )

@@ -11,6 +11,7 @@ import pandas as pd
 
 from metake import methods
 from metake.editing.editor import Editor
+from metake.experiments.decision import Decision, all_of, interval, opposite, with_interval
 from metake.experiments.studies import comparison
 from metake.experiments.studies.study import study
 from metake.support.errors import ParameterError
@@ -30,9 +31,8 @@ def sensitivity(
     settings: see `study`.
 
     steps: T, with Adam at the recipe's η; adam: η of Adam, at the recipe's T; plain: η of plain gradient descent
-    (v3 eq. 82), at the recipe's T, with an anchor relative to ‖v_init‖²: with the literal one,
-    η near 1 would throw v from side to side. The values of η did not survive in the paper; as there,
-    the third of four is the default.
+    (v3 eq. 82), at the recipe's T, with an anchor relative to ‖v_init‖²: with the literal one, η near 1 would throw v
+    from side to side. The values of η did not survive in the paper; as there, the third of four is the default.
 
     Rows: see `study`, with outer objectives, and "sweep", "value" and "default" (whether the sweep is measured against
     this row); a setting that stands in two sweeps is computed once. Raises ParameterError for a sweep without its
@@ -71,9 +71,7 @@ def _settings(
 
 
 def _default(sweep: str, full: Editor, plain: Sequence[float]) -> float:
-    """What a sweep is measured against: the recipe's own number; of plain gradient descent, which no recipe has,
-    the third value.
-    """
+    """What a sweep is measured against: the recipe's number, or the third, of plain descent, which no recipe has."""
     return {
         "steps": full.refine.steps, "adam": full.refine.step_size, "plain": plain[2] if len(plain) > 2 else PLAIN[2]
     }[sweep]
@@ -86,9 +84,9 @@ def name(editor: Editor) -> str:
 
 
 def effects(records: pd.DataFrame) -> pd.DataFrame:
-    """Per data set and setting: scores in percent; log p of the target, nats; how far the plan moved,
-    in percent of Stage I's plan; and the outer objective per request before and after the refinement,
-    of it the anchor's part, and the mean after over the mean before:
+    """Per data set and setting: scores in percent; log p of the target, nats; how far the plan moved, in percent of
+    Stage I's plan; and the outer objective per request before and after the refinement, of it the anchor's part, and
+    the mean after over the mean before:
     above one, the refinement has not descended. Means, of `moved` the median."""
     keys = ["dataset", "sweep", "value"]
     grouped = records.groupby(keys, sort=False)
@@ -104,8 +102,7 @@ def effects(records: pd.DataFrame) -> pd.DataFrame:
 def differences(records: pd.DataFrame, draws: int = 4000, seed: int = 0) -> pd.DataFrame:
     """Each setting minus its sweep's default on the same requests: scores in points, log p in nats, and the trade-off,
     the mean of the three scores, in points; with 95 % bootstrap intervals over requests. One row a data set, sweep,
-    value and measure.
-    """
+    value and measure."""
     frame, rows = records.assign(trade_off=records[list(SCORES)].mean(axis=1)), []
     for (dataset, sweep), group in frame.groupby(["dataset", "sweep"], sort=False):
         generator, index = np.random.default_rng(seed), ["seed", "id"]
@@ -130,9 +127,7 @@ def differences(records: pd.DataFrame, draws: int = 4000, seed: int = 0) -> pd.D
 def wide(differences: pd.DataFrame) -> pd.DataFrame:
     """`differences` with a column a measure, each with its interval in brackets: for a table."""
     texts = [
-        f"{r.difference:+.{d}f} [{r.low:.{d}f}, {r.high:.{d}f}]"
-        for r in differences.itertuples()
-        for d in [3 if r.measure == "log_p" else 1]
+        with_interval(r.difference, r.low, r.high, 3 if r.measure == "log_p" else 1) for r in differences.itertuples()
     ]
     shown = differences.assign(text=texts, measure=differences.measure.str.replace("_", "-"))
     table = shown.pivot(index=["dataset", "sweep", "value"], columns="measure", values="text")[
@@ -146,8 +141,7 @@ def wide(differences: pd.DataFrame) -> pd.DataFrame:
 def reported(paper: pd.DataFrame) -> pd.DataFrame:
     """The paper's Table 3 as differences from its default, and as the mean of the three scores:
     `best` where that is highest among the settings of one parameter and model. paper: what `report.paper("table3")`
-    gives.
-    """
+    gives."""
     table = paper.assign(trade_off=paper[list(SCORES)].mean(axis=1))
     default = table[table.setting.str.contains("default")].set_index(["parameter", "model"])
     places = pd.MultiIndex.from_frame(table[["parameter", "model"]])
@@ -160,32 +154,44 @@ def reported(paper: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge(differences: pd.DataFrame, least: float = 5.0) -> dict[str, Any]:
-    """The paper's two claims: robust to T and η, and the default gives the best overall trade-off
-    (the mean of the three scores).
+    """The paper's two claims: robust to T and η, and the default gives the best trade-off (mean of the three scores).
 
-    Robust: yes if no setting is `least` points or more from its default in any score, by all intervals,
-    and the sample is large enough to show it (of n requests of which none changes, up to 3/n may still change,
-    at 95 %); no if an interval lies beyond.
+    Robust: yes if no setting is `least` points or more from its default in any score, by all intervals, and the sample
+    is large enough to show it (of n requests of which none changes, up to 3/n may still change, at 95 %); no if an
+    interval lies beyond.
     Best: yes if every other setting's trade-off lies below, with its interval; no if one lies above. Both: holds;
     one not: does not hold; else inconclusive.
     """
     scores, trade = differences[differences.measure.isin(SCORES)], differences[differences.measure == "trade_off"]
-    apart = (scores.low >= least) | (scores.high <= -least)
-    within = (scores.low > -least) & (scores.high < least)
     requests = scores.groupby("dataset").requests.max().sum()
-    robust = False if apart.any() else True if within.all() and 300 / requests <= least else None
-    best = False if (trade.low > 0).any() else True if (trade.high < 0).all() else None
-    holds = False if robust is False or best is False else True if robust and best else None
+    robust = all_of([_within(scores, least), _enough(requests, least)]).quiet()
+    best = all_of(opposite(interval("trade-off", r.difference, r.low, r.high)) for r in trade.itertuples()).quiet()
     words = {True: "yes", False: "no", None: "open"}
     far, top = scores.loc[scores.difference.abs().idxmax()], trade.loc[trade.difference.idxmax()]
     said = (
-        f"robust: {words[robust]}, farthest from its default {far.difference:+.1f} [{far.low:.1f}, "
-        f"{far.high:.1f}] points, {far.measure}, "
-        f"{SWEEPS[far.sweep]} = {far.value:g}, {far.dataset}"
+        f"robust: {words[robust.holds]}, farthest from its default "
+        f"{with_interval(far.difference, far.low, far.high)} points, {far.measure}, {SWEEPS[far.sweep]} = "
+        f"{far.value:g}, {far.dataset}"
     )
     said += (
-        f"; default best: {words[best]}, strongest rival {top.difference:+.2f} [{top.low:.2f}, "
-        f"{top.high:.2f}] points, "
-        f"{SWEEPS[top.sweep]} = {top.value:g}, {top.dataset}; {requests} requests"
+        f"; default best: {words[best.holds]}, strongest rival {with_interval(top.difference, top.low, top.high, 2)} "
+        f"points, {SWEEPS[top.sweep]} = {top.value:g}, {top.dataset}; {requests} requests"
     )
-    return {"holds": holds, "decided_by": said}
+    return all_of([robust, best]).verdict(said)
+
+
+def _within(scores: pd.DataFrame, least: float) -> Decision:
+    """Is every setting less than `least` points from its default, to either side?"""
+    return all_of(
+        side
+        for r in scores.itertuples()
+        for side in (
+            opposite(interval(r.measure, r.difference, r.low, r.high, least)),
+            interval(r.measure, r.difference, r.low, r.high, -least),
+        )
+    )
+
+
+def _enough(requests: int, least: float) -> Decision:
+    """Of n requests of which none changes, 3/n may still change, at 95 %: whether that is at most `least` points."""
+    return Decision(True if 300 / requests <= least else None, least * requests / 300, "sampling")

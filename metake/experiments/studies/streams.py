@@ -1,6 +1,4 @@
-"""MetaKE v3 Figure 9 (App. D.3): metrics against the number of edits, along one stream of batches whose edits
-accumulate.
-"""
+"""MetaKE v3 Figure 9 (App. D.3): metrics against the number of edits, along one stream whose edits accumulate."""
 
 from __future__ import annotations
 
@@ -10,7 +8,6 @@ import random
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,10 +17,12 @@ import pandas as pd
 
 from metake import methods as known
 from metake.algebra.geometry import KeyStatistics
-from metake.data.requests import Cases, EditCase, Probe
+from metake.data.requests import EditCase
 from metake.editing.editor import Editor, EditorState
 from metake.editing.statistics import statistics
-from metake.experiments.runs import edit_sequence, read_cases, select
+from metake.experiments.decision import all_of, interval, undecided
+from metake.experiments.runs import edit_sequence, read_cases
+from metake.experiments.studies.revisions import plan
 from metake.language.model import LanguageModel, load
 from metake.report.studies.comparison import signed
 from metake.report.style import style
@@ -34,79 +33,7 @@ from metake.support.storage import write_file
 METRICS = ("efficacy", "generalization", "specificity")
 IN_FORCE, FIRST, LATEST = GROUPS = ("in force", "first batch", "latest batch")
 NAMED = ("memit", "alphaedit", "blue", "sphere")  # whom the paper compares MetaKE with
-EDITED = 0.75  # of a data set's facts at most; the others stay as they are, so that specificity has something to ask
 POINTS = 10  # of a curve
-
-
-def revised(cases: Sequence[EditCase], seed: int) -> Cases:
-    """The same facts edited once more, each to another object of its relation: CounterFact cases,
-    ids ending in +1, +2, …
-
-    Objects of a relation: what the given cases with the same prompt hold true or write. The new one is none that the
-    fact had before, and its probes ask for it alone, against each of those (`streams` wants it to beat them all);
-    neighbors are asked for their own object against it. A fact whose relation has no such object left is passed over.
-    Generation prompts lose their reference.
-    Raises ParameterError if no fact can be revised, or the cases do not say what was true before (ZsRE).
-    """
-    objects = defaultdict(set)
-    for case in cases:
-        objects[case.request.prompt] |= _had(case)
-    found = []
-    for case in cases:
-        if left := sorted(objects[case.request.prompt] - _had(case)):
-            found.append(_renewed(case, random.Random(f"{seed}/{case.request.id}").choice(left)))
-    if not found:
-        raise ParameterError(
-            f"none of {len(cases)} facts has another object of its relation to be revised to; expected a "
-            "shorter stream, or more facts"
-        )
-    return Cases(found, "counterfact", getattr(cases, "source", ""))
-
-
-def _had(case: EditCase) -> set[str]:
-    """Every object that a fact has had: the one it is edited to, and those before."""
-    rivals = {p.rival for p in case.probes if p.kind == "efficacy"}
-    if None in rivals or not rivals:
-        raise ParameterError(
-            f"case {case.request.id!r} does not say what was true before its edit (ZsRE does not); only "
-            "CounterFact cases can be revised"
-        )
-    return rivals | {case.request.target}
-
-
-def _renewed(case: EditCase, target: str) -> EditCase:
-    name, _, turn = case.request.id.partition("+")
-    request = replace(case.request, target=target, id=f"{name}+{int(turn or 0) + 1}")
-    asked = dict.fromkeys((p.kind, p.prompt) for p in case.probes if p.kind in ("efficacy", "paraphrase"))
-    probes = [Probe(kind, prompt, target, rival) for kind, prompt in asked for rival in sorted(_had(case))]
-    probes += [replace(p, rival=target) for p in case.probes if p.kind == "neighborhood" and p.target != target]
-    probes += [replace(p, target="") for p in case.probes if p.kind == "generation"]
-    return EditCase(request, tuple(probes))
-
-
-def plan(lm: LanguageModel, cases: Cases, edits: int, batch: int, seed: int = 0) -> Cases:
-    """The stream: cases in an order drawn by `seed`, and once ¾ of the data set are edited, the same facts `revised`.
-
-    The first batch is never revised: what is kept of it can be followed to the end. Neighborhood probes that name a
-    subject
-    of the stream are dropped: their answers are meant to change. Raises ParameterError if the data do not last.
-    """
-    turn = list(select(lm, cases, max(min(edits, int(EDITED * len(cases))), 1), seed))
-    stream, turn = list(turn), turn[batch:]
-    while len(stream) < edits:
-        turn = list(revised(turn, seed))
-        stream += turn
-    stream = stream[:edits]
-    subjects = {c.request.subject for c in stream}
-    untouched = {
-        prompt: not any(s in prompt for s in subjects)
-        for c in stream
-        for prompt in (p.prompt for p in c.probes if p.kind == "neighborhood")
-    }
-    stream = [
-        c._replace(probes=tuple(p for p in c.probes if p.kind != "neighborhood" or untouched[p.prompt])) for c in stream
-    ]
-    return Cases(stream, cases.format, cases.source, cases.skipped)
 
 
 def streams(
@@ -124,8 +51,8 @@ def streams(
 ) -> pd.DataFrame:
     """One stream of `edits` per method, in batches, evaluated after every `every` edits.
 
-    At each point: "in force", at most `sample` of the facts edited so far, asked for their newest target,
-    drawn by `seed` and the same for every method; "first batch" (retention) and "latest batch" (recency).
+    At each point: "in force", at most `sample` of the facts edited so far, asked for their newest target, drawn by
+    `seed` and the same for every method; "first batch" (retention) and "latest batch" (recency).
     Method "pre-edit", edits 0, is the unedited model on the last point's cases. Methods that do something at the end
     (PRUNE) do it for the evaluation only.
     out: folder in which every evaluated point is kept, and not evaluated again; None: a temporary one.
@@ -162,8 +89,7 @@ def along(
     lm: LanguageModel, methods: Sequence[str], stream: Sequence[EditCase], text: str, folder: Path,
     told: Mapping[str, Any], measure: Callable[[int], list[dict[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
-    """`measure(edits made)` before editing ("pre-edit", 0) and along the stream of every method: its rows,
-    with method and edits.
+    """`measure(edits made)` before editing ("pre-edit", 0) and along every method's stream: its rows, with both.
 
     told: all that a point depends on, of it model, edits, batch, every, seed and text_tokens are read here; folder:
     every point is kept there, and not measured again. Raises ParameterError if it holds points of other settings.
@@ -188,8 +114,7 @@ def visit(
     lm: LanguageModel, editor: Editor, stream: Sequence[EditCase], given: Mapping[int, KeyStatistics], batch: int,
     wanted: Sequence[int]
 ) -> Iterator[int]:
-    """Edit along a stream in batches, and yield each wanted number of edits, the model being then as if the stream
-    ended there.
+    """Edit a stream in batches, and yield each wanted number of edits, the model being as if the stream ended there.
 
     `lm` is restored, bit for bit, when the iteration ends.
     """
@@ -209,9 +134,7 @@ def _finished(lm: LanguageModel, editor: Editor, state: EditorState) -> Iterator
 
 
 def _measure(lm: LanguageModel, done: Sequence[EditCase], batch: int, sample: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of one point. A fact keeps its place in the draw, so that consecutive points ask the same facts as far as
-    possible.
-    """
+    """Rows of one point. A fact keeps its place in the draw: consecutive points ask the same facts where possible."""
     force, names = {c.request.text: c for c in done}, {c.request.text: c.request.id for c in reversed(done)}
     drawn = sorted(force.values(), key=lambda c: random.Random(f"{seed}/{c.request.text}").random())[:sample]
     groups = dict(zip(GROUPS, (drawn, done[:batch], done[(len(done) - 1) // batch * batch :]), strict=True))
@@ -225,8 +148,7 @@ def _measure(lm: LanguageModel, done: Sequence[EditCase], batch: int, sample: in
 
 
 def _scores(case: EditCase, found: CaseScore) -> dict[str, float | None]:
-    """The family's metrics of one case; but a prompt that names several rivals succeeds only if the target beats them
-    all.
+    """The family's metrics of one case; but of several rivals of a prompt the target must beat all.
 
     A mean over rivals would credit an unedited model: it ranks one counterfactual object above another half of the
     time.
@@ -275,9 +197,7 @@ class Points:
 
 
 def _matrix(records: pd.DataFrame, group: str, metric: str) -> dict[str, np.ndarray]:
-    """Per method: facts × points, NaN where a fact was not asked; the same facts and points in the same order for
-    all.
-    """
+    """Per method: facts × points, NaN where a fact was not asked; facts and points in the same order for all."""
     own = records[(records.group == group) & (records.edits > 0)]
     wide = own.pivot(index=["method", "id"], columns="edits", values=metric).astype(float)
     facts = own.id.unique()
@@ -285,9 +205,7 @@ def _matrix(records: pd.DataFrame, group: str, metric: str) -> dict[str, np.ndar
 
 
 def _curves(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Mean over facts at each point, in percent, for each row of `counts`, how often a fact is drawn:
-    draws × points.
-    """
+    """Percent at each point for each row of `counts`, how often a fact is drawn: draws × points."""
     there = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return 100 * (counts @ np.nan_to_num(values)) / (counts @ there)
@@ -295,8 +213,7 @@ def _curves(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def summarize(records: pd.DataFrame) -> pd.DataFrame:
     """Percent per method: each metric in force, mean over all points and at the last one; efficacy of the first batch
-    and of the latest at the end.
-    """
+    and of the latest at the end."""
     end = records.edits.max()
     rows = []
     for method in records.method.unique():
@@ -320,8 +237,8 @@ def differences(
     by least squares.
 
     Metric "all three" is their mean. Intervals by bootstrap over facts, drawn alike for both methods, at all points;
-    95 % for all rivals jointly (Bonferroni). Raises ParameterError if `one` or every rival is missing,
-    or there is one point only.
+    95 % for all rivals jointly (Bonferroni). Raises ParameterError if `one` or every rival is missing, or there is one
+    point only.
     """
     points = sorted(records.edits[records.edits > 0].unique())
     rivals = [r for r in rivals if r in set(records.method) and r != one]
@@ -360,20 +277,13 @@ def judge(differences: pd.DataFrame) -> dict[str, Any]:
     holds if the level over all three metrics lies above each one's, interval and all; does not hold if it lies below
     one's; else, or if one of them was not run, inconclusive."""
     own = differences[(differences.quantity == "level") & (differences.metric == "all three")]
-    rounding = 1e-9  # points: equal curves are equal
-    holds = (
-        False
-        if (own.high < -rounding).any()
-        else True
-        if (own.low > rounding).all() and set(NAMED) <= set(own.method)
-        else None
-    )
+    absent = [f"{style(m).name} was not run" for m in NAMED if m not in set(own.method)]
+    exact = own.round(9).itertuples()  # equal curves are equal
+    ahead = [interval(r.method, r.difference, r.low, r.high) for r in exact]
     parts = [
         f"{style(r.method).name} {signed(r.difference)} [{signed(r.low)}, {signed(r.high)}]" for r in own.itertuples()
     ]
-    parts += [f"{style(m).name} was not run" for m in NAMED if m not in set(own.method)]
-    return {
-        "holds": holds,
-        "decided_by": "mean of efficacy, generalization and specificity over all edit counts, MetaKE minus the "
-        "other, in points: " + "; ".join(parts),
-    }
+    return all_of(ahead + [undecided(why) for why in absent]).quiet().verdict(
+        "mean of efficacy, generalization and specificity over all edit counts, MetaKE minus the other, in points: "
+        + "; ".join(parts + absent)
+    )

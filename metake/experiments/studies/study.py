@@ -1,6 +1,6 @@
-"""One batch of edits by several editors from the same unedited model: what each request planned,
-what was realized of it, and what came of it. The pages on the ablation, the open readings, the hyper-parameters and
-the realized residual read it.
+"""One batch of edits by several editors from one unedited model: what a request planned, what of it was realized.
+
+The pages on the ablation, the open readings, the hyper-parameters and the realized residual read it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ FORMATS = {"CounterFact format": "facts", "ZsRE format": "facts-zsre"}
 
 @dataclass(frozen=True)
 class Batch:
-    """The same for every editor: the model, its statistics and the cases before any edit; Stage I's targets as they
-    are made.
-    """
+    """The same for every editor: the model, its statistics, the cases before any edit; Stage I's targets once made."""
 
     lm: LanguageModel
     statistics: Statistics
@@ -64,9 +62,7 @@ class Batch:
         return [c.request for c in self.cases]
 
     def plan(self, editor: Editor, state: EditorState) -> Targets:
-        """Stage I's targets, made once for all editors that plan alike. Raises ParameterError if this one plans in
-        pieces.
-        """
+        """Stage I's targets, once for all editors that plan alike. ParameterError if this one plans in pieces."""
         if editor.plan_key(state) is None:
             raise ParameterError(
                 "a study compares editors with one plan a request; found one with its own targets at each "
@@ -95,8 +91,7 @@ def study(
 
     One row per data set, seed, editor ("method") and request: the metrics of `Evaluation.records` as shares;
     `likelihood`'s logarithms, which still tell editors apart where every request succeeds;
-    and at the last edited layer, by ‖·‖ and ⟨·,·⟩
-    over the residual stream:
+    and at the last edited layer, by ‖·‖ and ⟨·,·⟩ over the residual stream:
 
     gamma, beta      γ and β = γ/(1+γ) under the editor's own metric, before any edit          (MetaKE v3 eqs 111–112,
     116)
@@ -132,9 +127,7 @@ def study(
 def one(
     batch: Batch, editor: Editor, state: EditorState | None = None, outer: bool = False, out: str | Path | None = None
 ) -> list[dict[str, Any]]:
-    """What one editor does to a batch, a row a request, as `study` says; state: what `Editor.init` gives,
-    if it is at hand.
-    """
+    """What one editor does to a batch, a row a request, as `study` says; state: of `Editor.init`, if it is at hand."""
     state = state or editor.init(batch.lm, batch.statistics)
     told = (
         describe(editor), state.contexts, state.statistics_digest, batch.lm.base(),
@@ -159,8 +152,7 @@ def _measured(batch: Batch, editor: Editor, state: EditorState, outer: bool) -> 
 
 
 def likelihood(case: CaseScore) -> dict[str, float]:
-    """Logarithms of what the scores cut to success or failure, natural, means over the target's tokens and the case's
-    probes.
+    """What the scores cut to success or failure: natural logarithms, means over the target's tokens and the probes.
 
     log_p, log_p_paraphrase: of the target after the edited prompt and after its paraphrases; log_odds:
     log p of the target minus that of the true object, after the edited prompt, where there is a rival (CounterFact).

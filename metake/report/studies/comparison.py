@@ -21,9 +21,7 @@ CELL = re.compile(r'<td class="text"> *((?:–|[\d.]+(?: ± [\d.]+)?))( |\*)</td
 
 
 def _by_seed(records: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Mean and, where there are several seeds, sample standard deviation per data set, method and metric,
-    in percent.
-    """
+    """Mean and, over several seeds, sample standard deviation per data set, method and metric, in percent."""
     _require(records, "dataset", "method", *metrics)
     if "id" in records:
         _require(records, "seed")
@@ -33,13 +31,8 @@ def _by_seed(records: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
         for metric in metrics:
             values = group[metric].dropna()
             if len(values):
-                sd = (
-                    group[f"{metric}_sd"].iloc[0]
-                    if f"{metric}_sd" in group
-                    else values.std()
-                    if len(values) > 1
-                    else float("nan")
-                )
+                told = group.get(f"{metric}_sd")
+                sd = values.std() if told is None else told.iloc[0]  # of one value NaN
                 rows.append({"dataset": dataset, "method": method, "metric": metric, "mean": values.mean(), "sd": sd})
     return pd.DataFrame(rows)
 
@@ -64,8 +57,7 @@ def _grid(
     datasets: Sequence[str], metrics: Sequence[str], rows: Sequence[str], panel: Callable[[Any, str, str], None],
     unit: str, width: float = 1.95
 ) -> tuple[Callable[[Any], None], dict[str, Any]]:
-    """A panel per metric (down) and data set (across), the same rows in each: narrow enough for a phone,
-    however many rows.
+    """A panel per metric (down) and data set (across), the same rows in each: narrow enough for a phone.
 
     Returns what draws it, and the size and panels for `Figure`.
     """
@@ -108,8 +100,8 @@ def comparison_dots(
 
     One order of methods throughout; a stem begins at the unedited model's value, if the records have it as "pre-edit";
     the highest of each panel is bold.
-    records: dataset, method, and a column per metric, in one of three forms: a row per case, with id and seed,
-    in shares; a row per run, in percent; a row per method, in percent, with the deviations as <metric>_sd.
+    records: dataset, method, and a column per metric, in one of three forms: a row per case, with id and seed, in
+    shares; a row per run, in percent; a row per method, in percent, with the deviations as <metric>_sd.
     """
     found = _by_seed(records, metrics)
     datasets, methods = list(records.dataset.unique()), in_order(records.method)
@@ -173,8 +165,7 @@ def _draw_dots(axes: Any, own: pd.DataFrame, deviations: bool, unbounded: bool) 
 def comparison_table(
     summary: pd.DataFrame, caption: str = "", digits: int = 1, source: pd.DataFrame | None = None
 ) -> Shown:
-    """What `experiments.comparison.summarize` returns, methods in their order; deviations, if any,
-    as mean ± sd in one cell.
+    """What `experiments.comparison.summarize` returns, methods in their order, a deviation as mean ± sd in one cell.
 
     The highest of a column within a data set is bold, in the text marked by *; ties as shown share it.
     """
@@ -206,8 +197,7 @@ def comparison_table(
 def tradeoff(
     records: pd.DataFrame, x: str = "specificity", y: str = "efficacy", model: str | None = None, name: str = "tradeoff"
 ) -> Figure:
-    """One metric against another, a point per method, a panel per data set; whiskers are ± one standard deviation over
-    seeds.
+    """One metric against another, a point per method, a panel per data set; whiskers: ± one deviation over seeds.
 
     records: as for `comparison_dots`.
     """
@@ -244,8 +234,7 @@ def tradeoff(
 
 
 def forest(differences: pd.DataFrame, against: str, model: str | None = None, name: str = "differences") -> Figure:
-    """Paired differences with their intervals, a panel per metric and data set, a row per method that one is compared
-    with.
+    """Paired differences with their intervals, a panel per metric and data set, a row per method compared with.
 
     differences: as `experiments.comparison.differences` returns them (dataset, metric, method, difference, low, high;
     in points). against: what is subtracted from what, for the axis. A filled mark and a bold number:

@@ -18,7 +18,7 @@ def gamma_auroc(
 ) -> Figure:
     """AUROC of each predictor on held-out requests, a mark per method, a panel per data set and kind of failure.
 
-    found: `experiments.gamma_beforehand.assessed`; chance: the predictor that knows nothing, drawn as the line at ½.
+    found: `experiments.predictors.assessed`; chance: the predictor that knows nothing, drawn as the line at ½.
     """
     _require(found, "dataset", "method", "outcome", "predictor", "edits", "fail", "auroc", "low", "high")
     counts = found.drop_duplicates(["dataset", "method", "outcome"])
@@ -26,34 +26,16 @@ def gamma_auroc(
     predictors = [p for p in found.predictor.unique() if p != chance]
 
     def panel(axes: Any, dataset: str, outcome: str) -> None:
-        axes.axvline(0.5, color=_soft(0.8), linewidth=1, zorder=1)
         own = found[(found.dataset == dataset) & (found.outcome == outcome) & (found.predictor != chance)]
-        methods = in_order(own.method)
-        for row in own.itertuples():
-            place, look = (
-                predictors.index(row.predictor) + 0.24 * (methods.index(row.method) - (len(methods) - 1) / 2),
-                style(row.method),
-            )
-            axes.plot(
-                [row.low, row.high], [place, place], color=look.color, linewidth=1.6, solid_capstyle="butt", zorder=2
-            )
-            axes.plot(
-                row.auroc, place, marker=look.marker, markersize=6, markeredgewidth=0, linestyle="", color=look.color,
-                label=look.name if row.predictor == predictors[0] else "", zorder=3
-            )
-        axes.set(xlim=(0, 1), xticks=(0, 0.25, 0.5, 0.75, 1), xticklabels=("0", "¼", "½", "¾", "1"))
-        axes.set(ylim=(max(len(predictors), 1) - 0.4, -0.6), yticks=range(len(predictors)), yticklabels=predictors)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(False, axis="y")
+        _draw_auroc(axes, own, predictors)
 
     summary = found.assign(auroc=[f"{r.auroc:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in found.itertuples()]).pivot(
         index=["dataset", "outcome", "method"], columns="predictor", values="auroc"
     )
-    summary = (
-        summary[predictors].reset_index().rename_axis(columns=None)
-        if len(found)
-        else counts[["dataset", "outcome", "method", "edits", "fail"]]
-    )
+    if len(found):
+        summary = summary[predictors].reset_index().rename_axis(columns=None)
+    else:
+        summary = counts[["dataset", "outcome", "method", "edits", "fail"]]
     told = "; ".join(
         f"{r.dataset}, {r.outcome}, {style(r.method).name}, {r.predictor}: {r.auroc:.2f}"
         for r in found.itertuples()
@@ -63,27 +45,37 @@ def gamma_auroc(
         "Area under the ROC curve of failure predictors on held-out requests, one half is chance. "
         f"{told or 'Nowhere enough edits fail.'}"
     )
-    return _panels(
-        panel, counts, found if len(found) else counts.dropna(axis=1), name, alt, model, summary,
-        0.9 + 0.3 * max(len(predictors), 2), "AUROC"
-    )
+    data, height = found if len(found) else counts.dropna(axis=1), 0.9 + 0.3 * max(len(predictors), 2)
+    return _panels(panel, counts, data, name, alt, model, summary, height, "AUROC")
+
+
+def _draw_auroc(axes: Any, found: pd.DataFrame, predictors: list[str]) -> None:
+    axes.axvline(0.5, color=_soft(0.8), linewidth=1, zorder=1)
+    methods = in_order(found.method)
+    for row in found.itertuples():
+        look, beside = style(row.method), methods.index(row.method) - (len(methods) - 1) / 2
+        place = predictors.index(row.predictor) + 0.24 * beside
+        axes.plot([row.low, row.high], [place, place], color=look.color, linewidth=1.6, solid_capstyle="butt", zorder=2)
+        axes.plot(
+            row.auroc, place, marker=look.marker, markersize=6, markeredgewidth=0, linestyle="", color=look.color,
+            label=look.name if row.predictor == predictors[0] else "", zorder=3
+        )
+    axes.set(xlim=(0, 1), xticks=(0, 0.25, 0.5, 0.75, 1), xticklabels=("0", "¼", "½", "¾", "1"))
+    axes.set(ylim=(max(len(predictors), 1) - 0.4, -0.6), yticks=range(len(predictors)), yticklabels=predictors)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
 
 
 def gamma_calibration(curves: pd.DataFrame, model: str | None = None, name: str = "gamma_calibration") -> Figure:
-    """Of the requests that γ gives some probability of failure, how many fail: a line per method,
-    with Wilson's intervals.
+    """How many requests fail of those to which γ gives a probability of it: a line per method, Wilson's intervals.
 
-    curves: `experiments.gamma_beforehand.reliability`.
+    curves: `experiments.predictors.reliability`.
     """
     _require(curves, "dataset", "method", "outcome", "bin", "requests", "predicted", "observed", "low", "high")
-    counts = curves.assign(fails=(curves.observed * curves.requests).round()).groupby(
-        ["dataset", "method", "outcome"], sort=False
-    )
-    counts = (
-        counts.agg(edits=("requests", "sum"), fail=("fails", "sum"), enough=("predicted", "count"))
-        .reset_index()
-        .astype({"fail": int})
-    )
+    cells = curves.assign(fails=(curves.observed * curves.requests).round())
+    cells = cells.groupby(["dataset", "method", "outcome"], sort=False)
+    counts = cells.agg(edits=("requests", "sum"), fail=("fails", "sum"), enough=("predicted", "count"))
+    counts = counts.reset_index().astype({"fail": int})
     curves = curves.dropna(subset="predicted")
 
     def panel(axes: Any, dataset: str, outcome: str) -> None:
@@ -118,9 +110,7 @@ def _panels(
     panel: Callable[[Any, str, str], None], counts: pd.DataFrame, data: pd.DataFrame, name: str, alt: str,
     model: str | None, summary: pd.DataFrame, height: float, label: str
 ) -> Figure:
-    """A panel per data set (across) and kind of failure (down); each says below which methods fail too seldom,
-    or too often.
-    """
+    """A panel per data set (across) and kind of failure (down); below, which methods fail too seldom, or too often."""
     datasets, outcomes = list(counts.dataset.unique()), list(counts.outcome.unique())
     titles = texts(pd.Series(datasets, name="dataset"), 0)
 

@@ -1,6 +1,5 @@
 """What edited models write, one method below the other: the new object is boxed, the old one underlined;
-and how often each appears.
-"""
+and how often each appears."""
 
 from __future__ import annotations
 
@@ -21,13 +20,13 @@ from metake.report.style import in_order, style
 
 WIDTH = 100  # characters of a line in text/plain
 LOOK = (  # by shape, never by color alone; nothing here depends on the theme
-    "<style>.metake-generations section{margin:0 0 1.4rem;overflow-wrap:anywhere}.metake-generations "
-    "section>p{margin:0 0 .5rem}"
+    "<style>.metake-generations section{margin:0 0 1.4rem;overflow-wrap:anywhere}"
+    ".metake-generations section>p{margin:0 0 .5rem}"
     ".metake-generations dl{display:grid;grid-template-columns:minmax(6.5em,max-content) 1fr;gap:.45rem 1rem;margin:0}"
     ".metake-generations dt{font-weight:600;border-left:.3em solid;padding-left:.5em}.metake-generations dd{margin:0}"
     ".metake-generations small{display:block;opacity:.8}"
-    ".metake-generations mark{background:rgba(0,167,107,.16);color:inherit;font-weight:700;border:1.5px "
-    "solid;border-radius:.25em;padding:0 .2em}"
+    ".metake-generations mark{background:rgba(0,167,107,.16);color:inherit;font-weight:700;"
+    "border:1.5px solid;border-radius:.25em;padding:0 .2em}"
     ".metake-generations u{font-style:italic;text-decoration:underline dotted 2px;text-underline-offset:.2em}"
     "@media(max-width:36em){.metake-generations dl{grid-template-columns:1fr}}</style>"
 )
@@ -35,8 +34,7 @@ LOOK = (  # by shape, never by color alone; nothing here depends on the theme
 
 def whole_words(*answers: str) -> re.Pattern[str]:
     """Finds any of the answers as whole words, capitals or not; group n is the n-th.
-    Texts are expected NFKD-normalized, as `sample` gives them.
-    """
+    Texts are expected NFKD-normalized, as `sample` gives them."""
     forms = [(i, unicodedata.normalize("NFKD", answer)) for i, answer in enumerate(answers)]
     longest_first = sorted(forms, key=lambda form: -len(form[1]))
     return re.compile(
@@ -57,8 +55,7 @@ def marked(
 
 
 def generations(records: pd.DataFrame, everything: bool = False) -> Shown:
-    """Texts that the unedited and each edited model write, per case and prompt; the edit's probabilities and outcome
-    beside each.
+    """What the unedited and each edited model write, per case and prompt, with the edit's probabilities and outcome.
 
     records: as `case_study` returns them; of the cases marked `shown`, or of all if `everything`.
     The texts are escaped: a model may write markup.
@@ -82,10 +79,8 @@ def generations(records: pd.DataFrame, everything: bool = False) -> Shown:
                 text, row["target"], row["old"], escape, lambda t: f"<mark>{escape(t)}</mark>",
                 lambda t: f"<u>{escape(t)}</u>"
             )
-            html.append(
-                "<dt "
-                f'style="border-color:{style(method).color}">{escape(style(method).name)}</dt><dd>{shown}<small>{escape(told)}</small></dd>'
-            )
+            name = f'<dt style="border-color:{style(method).color}">{escape(style(method).name)}</dt>'
+            html.append(f"{name}<dd>{shown}<small>{escape(told)}</small></dd>")
             body = marked(text, row["target"], row["old"], str, "«{}»".format, "‹{}›".format)
             plain += [
                 f"  {style(method).name}: {told}",
@@ -111,8 +106,7 @@ def _legible(text: str) -> str:
 
 
 def target_shares(summary: pd.DataFrame, model: str | None = None, name: str = "case_study") -> Figure:
-    """Share of continuations with the new object (marker and 95 % interval) and with the old one (bar mark),
-    per method.
+    """Continuations with the new object (marker, 95 % interval) and with the old one (bar mark), per method.
 
     summary: method, cases, target, low, high, old_object, all but the first two in percent.
     """

@@ -26,29 +26,6 @@ def state_maps(points: pd.DataFrame, model: str | None = None, name: str = "hidd
     """
     _require(points, "dataset", "method", "group", "id", "x", "y", "moved")
     methods = [m for m in in_order(points.method) if m != "pre-edit"]
-    columns = min(3, len(methods))
-    rows = -(-len(methods) // columns)
-    before = points[points.method == "pre-edit"].set_index("id")
-    kept = [i for _, group in before.groupby("group", sort=False) for i in group.index[:: -(-len(group) // DRAWN)]]
-
-    def draw(axes: Any) -> None:
-        for place, method in zip(axes.flat, methods, strict=False):
-            after = points[points.method == method].set_index("id").loc[before.index]
-            _draw_map(place, before, after, kept, style(method))
-        for place in axes.flat[len(methods) :]:
-            place.set_axis_off()
-        marks = {"linestyle": "", "color": _soft(0.8)}
-        signs = [
-            mpl.lines.Line2D(
-                [], [], color=style("pre-edit").color, marker="x", markersize=5, linestyle="", label="before"
-            )
-        ]
-        signs += [
-            mpl.lines.Line2D([], [], marker="s", markersize=6, label="after, edited fact", **marks),
-            mpl.lines.Line2D([], [], marker="o", markersize=3.5, label="after, held-out fact", **marks),
-        ]
-        axes[0, 0].figure.legend(handles=signs, loc="outside lower center", ncols=3)
-
     medians = (
         points[points.method != "pre-edit"]
         .pivot_table("moved", "method", "group", aggfunc="median")
@@ -61,14 +38,33 @@ def state_maps(points: pd.DataFrame, model: str | None = None, name: str = "hidd
         for r in medians.to_dict("records")
     )
     alt = (
-        f"Maps of {len(before)} facts' hidden states before and after the edits, one panel per method, the "
-        "same t-SNE. Median distance that a "
-        f"state moved, in spreads – {told}."
+        f"Maps of {(points.method == 'pre-edit').sum()} facts' hidden states before and after the edits, "
+        f"one panel per method, the same t-SNE. Median distance that a state moved, in spreads – {told}."
     )
+    columns = min(3, len(methods))
+    rows = -(-len(methods) // columns)
+    size, panels = (2.75 * columns, 0.5 + 2.6 * rows), {"nrows": rows, "ncols": columns}
     return Figure(
-        draw, points, name, alt, model, medians, (2.75 * columns, 0.5 + 2.6 * rows), nrows=rows, ncols=columns,
-        sharex=True, sharey=True
+        lambda axes: _draw_maps(axes, points, methods), points, name, alt, model, medians, size, **panels, sharex=True,
+        sharey=True
     )
+
+
+def _draw_maps(axes: Any, points: pd.DataFrame, methods: list[str]) -> None:
+    before = points[points.method == "pre-edit"].set_index("id")
+    kept = [i for _, group in before.groupby("group", sort=False) for i in group.index[:: -(-len(group) // DRAWN)]]
+    for place, method in zip(axes.flat, methods, strict=False):
+        after = points[points.method == method].set_index("id").loc[before.index]
+        _draw_map(place, before, after, kept, style(method))
+    for place in axes.flat[len(methods) :]:
+        place.set_axis_off()
+    line, marks = mpl.lines.Line2D, {"linestyle": "", "color": _soft(0.8)}
+    signs = [
+        line([], [], color=style("pre-edit").color, marker="x", markersize=5, linestyle="", label="before"),
+        line([], [], marker="s", markersize=6, label="after, edited fact", **marks),
+        line([], [], marker="o", markersize=3.5, label="after, held-out fact", **marks),
+    ]
+    axes[0, 0].figure.legend(handles=signs, loc="outside lower center", ncols=3)
 
 
 def _draw_map(axes: Any, before: pd.DataFrame, after: pd.DataFrame, kept: list[str], look: Style) -> None:
@@ -85,10 +81,8 @@ def _draw_map(axes: Any, before: pd.DataFrame, after: pd.DataFrame, kept: list[s
             own.x, own.y, linestyle="", marker=marker, markersize=size, color=look.color, alpha=0.85, markeredgewidth=0,
             zorder=3 + edited
         )
-    low, high = (
-        min(before.x.min(), before.y.min(), after.x.min(), after.y.min()),
-        max(before.x.max(), before.y.max(), after.x.max(), after.y.max()),
-    )
+    both = pd.concat([before, after])[["x", "y"]]
+    low, high = both.min(axis=None), both.max(axis=None)
     span = high - low
     line = np.linspace(low, high, 120)
     for frame, color in ((before, gray), (after, look.color)):
@@ -109,11 +103,8 @@ def state_distances(distances: pd.DataFrame, model: str | None = None, name: str
     """
     _require(distances, "dataset", "method", "group", "measure", "value", "low", "high", "chance")
     several = distances.dataset.nunique() > 1
-    found = distances.assign(
-        column=distances.dataset + ", " + distances.group
-        if several
-        else distances.group.str.replace(" ", "-") + " facts"
-    )
+    column = distances.group.str.replace(" ", "-") + " facts"
+    found = distances.assign(column=distances.dataset + ", " + distances.group if several else column)
     methods, measures, columns = in_order(found.method), list(found.measure.unique()), list(found.column.unique())
     least = found.value[found.value > 0].min() / 3
 

@@ -28,9 +28,7 @@ def refined_minus_base(differences: pd.DataFrame, model: str | None = None) -> F
 
 
 def recorded_or(name: str, records: pd.DataFrame) -> pd.DataFrame:
-    """The recording of this name, or, if there is none yet, the given records. Its label says which:
-    `.attrs["label"]`.
-    """
+    """The recording of this name, or else the given records. The label says which: `.attrs["label"]`."""
     found = _found(name)
     if not isinstance(found, ParameterError):
         return found

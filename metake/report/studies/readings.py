@@ -8,7 +8,7 @@ import matplotlib as mpl
 import pandas as pd
 
 from metake.report.figure import Figure
-from metake.report.plots import _log_axis, _require, _soft
+from metake.report.plots import _legend_below, _log_axis, _require, _soft
 from metake.report.shown import texts
 from metake.report.style import style
 
@@ -22,8 +22,7 @@ LEAST = {"paraphrase": 0.02, "realized": 0.02}
 
 
 def reading_dots(summary: pd.DataFrame, model: str | None = None, name: str = "open_readings") -> Figure:
-    """A row per reading, grouped by the factor in which it differs from the literal default,
-    whose values are the dashed lines.
+    """A row per reading, grouped by the factor in which it differs from the literal default, the dashed lines.
 
     summary: what `experiments.open_readings.summary` returns. Left: the outer loss at the refined plan over that at
     Stage I's, the whisker from the lowest to the highest seed; middle and right: with 95 % intervals. A filled mark:
@@ -34,31 +33,6 @@ def reading_dots(summary: pd.DataFrame, model: str | None = None, name: str = "o
         *(f"{p}{end}" for p in PANELS for end in ("", "_low", "_high"))
     )
     readings, datasets = list(dict.fromkeys(summary.reading)), list(dict.fromkeys(summary.dataset))
-    factors = summary.drop_duplicates("reading").set_index("reading").factor
-
-    def draw(axes: Any) -> None:
-        for panel, quantity in zip(axes[0], PANELS, strict=True):
-            neutral = 1 if quantity == "change" else 0
-            panel.axvline(neutral, color=_soft(0.8), linewidth=1, zorder=1)
-            for k, dataset in enumerate(datasets):
-                own = summary[summary.dataset == dataset]
-                panel.axvline(
-                    own.loc[own.reading == readings[0], quantity].iloc[0], color=_color(k), linewidth=1,
-                    linestyle=(0, (3, 3)), alpha=0.8, zorder=1
-                )
-                for row in own.itertuples():
-                    _dot(
-                        panel, readings.index(row.reading) + 0.3 * (k - (len(datasets) - 1) / 2), k, neutral,
-                        *(getattr(row, f"{quantity}{end}") for end in ("", "_low", "_high"))
-                    )
-            _dress(panel, quantity, readings, factors)
-        for k, label in enumerate(texts(pd.Series(datasets, name="dataset"), 0)):
-            axes[0, 0].plot([], [], color=_color(k), marker=MARKS[k % 4], linestyle="", markersize=6, label=label)
-        if len(datasets) > 1:
-            axes[0, 0].figure.legend(
-                *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(datasets)
-            )
-
     fell = summary[summary.change < 1]
     told = "; ".join(
         f"{r.reading}, {r.dataset}: {r.change:.2f} times, {r.paraphrase:+.3f} nats, {r.realized:+.3f}"
@@ -67,16 +41,33 @@ def reading_dots(summary: pd.DataFrame, model: str | None = None, name: str = "o
     alt = f"""Per reading: outer loss after over before the refinement, difference of the paraphrases' log-probability
         and of the realized share to AlphaEdit.
         The outer loss falls for {len(fell)} of {len(summary)}. {told}."""
-    shown = summary[
-        [
-            "reading", "dataset", "requests", "outer_before", "outer_after", "moved", "paraphrase", "realized",
-            "ordering", "figure4"
-        ]
-    ]
+    numbers = ["outer_before", "outer_after", "moved", "paraphrase", "realized"]
+    shown = summary[["reading", "dataset", "requests", *numbers, "ordering", "figure4"]]
+    size = (8.4, 1.3 + (0.2 + 0.08 * len(datasets)) * len(readings))
     return Figure(
-        draw, summary, name, alt, model, shown, (8.4, 1.3 + (0.2 + 0.08 * len(datasets)) * len(readings)),
+        lambda axes: _draw(axes, summary, readings, datasets), summary, name, alt, model, shown, size,
         ncols=len(PANELS), sharey=True
     )
+
+
+def _draw(axes: Any, summary: pd.DataFrame, readings: list[str], datasets: list[str]) -> None:
+    factors = summary.drop_duplicates("reading").set_index("reading").factor
+    for panel, quantity in zip(axes[0], PANELS, strict=True):
+        neutral = 1 if quantity == "change" else 0
+        panel.axvline(neutral, color=_soft(0.8), linewidth=1, zorder=1)
+        dashed = {"linewidth": 1, "linestyle": (0, (3, 3)), "alpha": 0.8, "zorder": 1}
+        for k, dataset in enumerate(datasets):
+            own = summary[summary.dataset == dataset]
+            panel.axvline(own.loc[own.reading == readings[0], quantity].iloc[0], color=_color(k), **dashed)
+            for row in own.itertuples():
+                height = readings.index(row.reading) + 0.3 * (k - (len(datasets) - 1) / 2)
+                numbers = (getattr(row, f"{quantity}{end}") for end in ("", "_low", "_high"))
+                _dot(panel, height, k, neutral, *numbers)
+        _dress(panel, quantity, readings, factors)
+    for k, label in enumerate(texts(pd.Series(datasets, name="dataset"), 0)):
+        axes[0, 0].plot([], [], color=_color(k), marker=MARKS[k % 4], linestyle="", markersize=6, label=label)
+    if len(datasets) > 1:
+        _legend_below(axes, len(datasets))
 
 
 def _color(place: int) -> str:

@@ -7,15 +7,14 @@ from typing import Any
 import pandas as pd
 
 from metake.report.figure import Figure
-from metake.report.plots import _require
+from metake.report.plots import _legend_below, _require
 from metake.report.style import in_order, style
 
 
 def realized_curves(
     curves: pd.DataFrame, dataset: str, names: dict[str, str], model: str | None = None, name: str = "realized_residual"
 ) -> Figure:
-    """Mean β̂ with its standard error in quantile bins of γ, a panel a reading,
-    requests as points (MetaKE v3 Figure 4).
+    """Mean β̂ with its standard error in quantile bins of γ, a panel a reading (MetaKE v3 Figure 4); points: requests.
 
     curves: `experiments.realized_residual.curves`: kind, dataset, reading, method, percentile, mean, error; names:
     of the readings, for the panels' titles.
@@ -44,9 +43,7 @@ def realized_curves(
             place.set_xlabel("percentile of γ, within the method")
         for row in axes:
             row[0].set_ylabel("realized share β̂")
-        axes[0, 0].figure.legend(
-            *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods)
-        )
+        _legend_below(axes, len(methods))
 
     means = found.groupby(["reading", "method"], sort=False)["mean"].mean()
     told = "; ".join(

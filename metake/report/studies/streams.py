@@ -9,7 +9,7 @@ import matplotlib as mpl
 import pandas as pd
 
 from metake.report.figure import Figure
-from metake.report.plots import _require, _soft
+from metake.report.plots import _legend_below, _require, _soft
 from metake.report.shown import SHOWN
 from metake.report.style import in_order, style
 
@@ -35,36 +35,6 @@ def stream_curves(
     settings = records.attrs.get("settings") or records.attrs.get("provenance") or {}
     end, turn = records.edits.max(), settings.get("distinct", records.edits.max())
     methods = [m for m in in_order(records.method) if m != "pre-edit"]
-
-    def draw(axes: Any) -> None:
-        for i, group in enumerate(groups):
-            for j, metric in enumerate(SHARES):
-                here = axes[i, j]
-                if turn < end:
-                    here.axvline(turn, color=_soft(0.5), linestyle=":", linewidth=1.2)
-                # later ones slimmer, so that equal curves show one inside the other
-                for k, method in enumerate(methods):
-                    own, look, slim = (
-                        found[(found.method == method) & (found.group == group)], style(method), k / len(methods)
-                    )
-                    looks = {"color": look.color, "marker": look.marker, "linestyle": look.line, "label": look.name}
-                    here.plot(own.edits, own[metric], markersize=7 - 2.5 * slim, linewidth=2.4 - 1.2 * slim, **looks)
-                for level in found[(found.method == "pre-edit") & (found.group == group)][metric]:
-                    here.axhline(
-                        level, color=style("pre-edit").color, linestyle=(0, (1, 2)), linewidth=1.6,
-                        label="before any edit"
-                    )
-                here.set(ylim=(-3, 103), xlim=(0, 1.04 * end), yticks=(0, 25, 50, 75, 100))
-                here.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True, steps=(1, 2, 5, 10)))
-                here.set_title("" if i else f"{metric}, %")
-            axes[i, 0].set_ylabel(ROWS.get(group, group), fontweight="bold", labelpad=8)
-        axes[-1, 1].set_xlabel(
-            "edits made so far" + (", dotted: from here on facts are edited again" if turn < end else "")
-        )
-        axes[0, 0].figure.legend(
-            *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(methods) + 1)
-        )
-
     last = found[(found.edits == end) & (found.group == groups[0])].set_index("method")
     told = "; ".join(
         f"{SHOWN['method'](m)}: " + ", ".join(f"{metric} {last[metric][m]:.0f}" for metric in SHARES)
@@ -72,17 +42,45 @@ def stream_curves(
         if m in last.index
     )
     alt = (
-        f"Efficacy, generalization and specificity in percent against the number of edits, up to {end}. After "
-        "the last, over "
-        f"{ROWS.get(groups[0], groups[0])} – {told}."
+        f"Efficacy, generalization and specificity in percent against the number of edits, up to {end}. After the "
+        f"last, over {ROWS.get(groups[0], groups[0])} – {told}."
     )
     summary = found[found.group == groups[0]].drop(columns="group")
     keep = sorted(summary.edits.unique())
     summary = summary[summary.edits.isin({keep[0], keep[len(keep) // 2], keep[-1]})]  # first, middle and last point
+    size, panels = (8.6, 0.9 + 2.15 * len(groups)), {"nrows": len(groups), "ncols": len(SHARES)}
     return Figure(
-        draw, found, name, alt, model, summary, (8.6, 0.9 + 2.15 * len(groups)), 1, nrows=len(groups),
-        ncols=len(SHARES), sharex=True, sharey=True
+        lambda axes: _draw(axes, found, groups, methods, turn), found, name, alt, model, summary, size, 1, **panels,
+        sharex=True, sharey=True
     )
+
+
+def _draw(axes: Any, found: pd.DataFrame, groups: Sequence[str], methods: list[str], turn: int) -> None:
+    """turn: from how many edits on facts are edited again."""
+    end = found.edits.max()
+    for i, group in enumerate(groups):
+        for j, metric in enumerate(SHARES):
+            here = axes[i, j]
+            if turn < end:
+                here.axvline(turn, color=_soft(0.5), linestyle=":", linewidth=1.2)
+            _draw_lines(here, found[found.group == group], metric, methods)
+            here.set(ylim=(-3, 103), xlim=(0, 1.04 * end), yticks=(0, 25, 50, 75, 100))
+            here.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True, steps=(1, 2, 5, 10)))
+            here.set_title("" if i else f"{metric}, %")
+        axes[i, 0].set_ylabel(ROWS.get(group, group), fontweight="bold", labelpad=8)
+    again = ", dotted: from here on facts are edited again" if turn < end else ""
+    axes[-1, 1].set_xlabel("edits made so far" + again)
+    _legend_below(axes, min(5, len(methods) + 1))
+
+
+def _draw_lines(axes: Any, found: pd.DataFrame, metric: str, methods: list[str]) -> None:
+    for k, method in enumerate(methods):  # later ones slimmer, so that equal curves show one inside the other
+        own, look, slim = found[found.method == method], style(method), k / len(methods)
+        looks = {"color": look.color, "marker": look.marker, "linestyle": look.line, "label": look.name}
+        axes.plot(own.edits, own[metric], markersize=7 - 2.5 * slim, linewidth=2.4 - 1.2 * slim, **looks)
+    looks = {"color": style("pre-edit").color, "linestyle": (0, (1, 2)), "linewidth": 1.6}
+    for level in found[found.method == "pre-edit"][metric]:
+        axes.axhline(level, label="before any edit", **looks)
 
 
 def _means(records: pd.DataFrame) -> pd.DataFrame:
