@@ -5,7 +5,6 @@ All requests are optimized in one batch, each with its own loss, stopping and cl
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,8 +18,6 @@ from metake.language.tokens import Row, locality_rows, rewriting_rows
 from metake.support.errors import NumericalError, ParameterError, near_misses
 from metake.support.machine import halving
 from metake.support.progress import progress
-
-log = logging.getLogger("metake")
 
 
 @dataclass(frozen=True)

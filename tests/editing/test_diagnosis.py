@@ -96,11 +96,11 @@ def test_past_edits_lower_the_association():
     _, later = method.step(lm, REQUESTS[:1], state)
     past, *_ = KeyReader(lm, REQUESTS[:1], CONTEXTS, 2).read(2)
     found = mk.diagnose(lm, REQUESTS, method, later)
-    for d, gamma in zip(found, literal(lm, statistics, "alphaedit", later.metrics[2].past)[0], strict=True):
+    for d, gamma in zip(found, literal(lm, statistics, "alphaedit", later.keys[2])[0], strict=True):
         assert d.association == pytest.approx(gamma, rel=1e-7)
     assert all(now.association < then.association for now, then in zip(found, fresh, strict=True))
     ratios = [now.association / then.association for now, then in zip(found, fresh, strict=True)]
-    assert ratios[0] == min(ratios) and later.metrics[2].past.shape == past.shape
+    assert ratios[0] == min(ratios) and later.metrics[2].past_metric.shape == past.shape
 
 
 def test_nothing_is_edited_or_optimized(monkeypatch):

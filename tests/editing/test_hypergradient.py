@@ -57,7 +57,7 @@ def edit(kind: str, count: int = 1, editor: Editor = EDITOR, bos: bool | None = 
     value = initial.value + 0.1 * nudge
     spaces = {i: reference.projector(statistics[i].covariance, THRESHOLD) for i in editor.layers}
     past = {
-        i: state.metrics[i].past.T if editor.remember else torch.zeros(len(spaces[i]), 0, dtype=torch.float64)
+        i: state.keys[i].T if editor.remember else torch.zeros(len(spaces[i]), 0, dtype=torch.float64)
         for i in editor.layers
     }
 
