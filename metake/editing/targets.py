@@ -14,7 +14,7 @@ from torch import Tensor
 from metake.data.requests import EditRequest
 from metake.editing.plant import SITES, Plant, anchors, plants, score
 from metake.language.model import LanguageModel
-from metake.language.tokens import Row, locality_rows, rewriting_rows
+from metake.language.tokens import Row, Rows
 from metake.support.errors import NumericalError, ParameterError, near_misses
 from metake.support.machine import halving
 from metake.support.progress import progress
@@ -80,7 +80,7 @@ class Targets:
 
 
 def optimize_targets(
-    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int,
+    lm: LanguageModel, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str], layer: int,
     rule: TargetRule = TargetRule()
 ) -> Targets:
     """Optimize one planned residual per request at the output of block `layer`, on the model as it is.
@@ -93,10 +93,11 @@ def optimize_targets(
     Cost: one forward over all rows, then at most steps − 1 forward-backward passes over the blocks above `layer` at the
     positions from the subject's last token on.
     """
-    if not requests:
+    if not len(requests):
         empty = torch.zeros(0, lm.width, dtype=torch.float64, device=lm.device)
         return Targets(layer, empty, empty)
-    rows = rewriting_rows(lm.tokenizer, requests, contexts) + locality_rows(lm.tokenizer, requests)
+    batch = Rows.of(lm.tokenizer, requests, contexts)
+    rows = batch.rewriting() + batch.locality()
     if layer >= lm.depth - 1 and any(r.labels and r.read[0] > r.lookup for r in rows):
         raise ParameterError(
             f"layer {layer} is the last block of {lm.name!r}: what is planted at the subject cannot reach the "

@@ -24,7 +24,8 @@ from metake.algebra.geometry import KeyStatistics
 from metake.algebra.update import Edit, total
 from metake.data.facts import facts
 from metake.data.requests import Cases, EditRequest, batches, counterfact, zsre
-from metake.editing.editor import Editor, EditorState, digest_of
+from metake.editing.editor import Editor, EditorState
+from metake.editing.record import digest_of
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
 from metake.language.model import LanguageModel, load

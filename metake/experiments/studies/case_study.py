@@ -14,7 +14,8 @@ import pandas as pd
 
 from metake import methods as known
 from metake.data.requests import EditCase
-from metake.editing.editor import Editor, describe, digest_of
+from metake.editing.editor import Editor
+from metake.editing.record import describe, digest_of
 from metake.editing.statistics import statistics
 from metake.experiments.kept import kept
 from metake.experiments.runs import Unedited, read_cases, select
