@@ -186,7 +186,7 @@ def _look_ahead(
     keys, states = run.read([targets.layer], [targets.layer])
     response = (u if u is None else u @ gate.T.to(lm.dtype) for u in keys[targets.layer])
     part = _LookAhead(bucket, run, states[targets.layer], Split(*response))
-    if (bucket.label < 0).any():  # p₀: the live model before this batch
+    if bucket.watches:  # p₀: the live model before this batch
         _losses(part, torch.zeros_like(targets.planned), targets.layer, rule)
     return part
 
@@ -194,7 +194,7 @@ def _look_ahead(
 def _losses(part: _LookAhead, residuals: Tensor, layer: int, rule: Refinement) -> tuple[Tensor, Tensor]:
     """L_edit and L_loc of one bucket on the virtually edited model, (n,) each. residuals: R as rows, (n, d)."""
     moved = (h if h is None else h + a @ residuals.to(h.dtype) for h, a in zip(part.state, part.response, strict=True))
-    logits = part.run.logits(layer, Split(*moved), part.bucket.row, part.bucket.column)
+    logits = part.run.logits(layer, Split(*moved), part.bucket.places)
     return part.bucket.losses(logits, len(residuals), rule.locality_direction)
 
 

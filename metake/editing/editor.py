@@ -198,8 +198,10 @@ class Editor:
             requests_digest=digest_of(requests),
             statistics_digest=state.statistics_digest, context_templates=state.contexts, seed=self.seed,
             versions=versions(),
-            layers={str(i): norms(lm, u, [s.layers[i] for s in solved]) for i,
-            u in zip(self.layers, updates, strict=True)},
+            layers={
+                str(i): norms(lm, u, [s.layers[i] for s in solved], not self.plain)
+                for i, u in zip(self.layers, updates, strict=True)
+            },
             trace={r.id: t for r, t in zip(requests, (t for s in solved for t in s.trace), strict=True)},
             seconds=clock.seconds, peak_memory=peak_memory(lm.device),
         )  # fmt: skip

@@ -207,7 +207,7 @@ class Downstream:
 
     def _score(self, states: Split) -> Tensor:
         """Weighted L_edit and L_loc with these outputs of block L, (n, 2)."""
-        logits = self.rows.logits(self.last, states, self.bucket.row, self.bucket.column)
+        logits = self.rows.logits(self.last, states, self.bucket.places)
         nll, drift = self.bucket.losses(logits, self.count, self.rule.locality_direction)
         return torch.stack([self.rule.edit_weight * nll, self.rule.locality_weight * drift], 1)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metake.algebra.solve import Solution
+from metake.algebra.solve import Solution, spectrum
 from metake.algebra.update import LayerUpdate
 from metake.data.requests import EditRequest
 from metake.language.model import LanguageModel
@@ -59,18 +59,23 @@ class Clock:
         self._last = now
 
 
-def norms(lm: LanguageModel, update: LayerUpdate, solved: Sequence[SolvedLayer]) -> dict[str, float]:
-    """What a record says of one layer: Frobenius norms of R and of what is realized, ‖Δ‖/‖W‖, and the spectrum of B."""
+def norms(
+    lm: LanguageModel, update: LayerUpdate, solved: Sequence[SolvedLayer], at_keys: bool = True
+) -> dict[str, float]:
+    """What a record says of one layer: Frobenius norms of R and of what is realized, ‖Δ‖/‖W‖, and the spectrum of B.
+
+    at_keys: whether the residuals are found at the keys that were solved with; see `spectrum`.
+    """
     solved = [layer for layer in solved if len(layer.residuals)]
     if not solved:
         return {}
-    spectrum = torch.cat([torch.linalg.eigvals(layer.solution.realization).real for layer in solved])
+    shares = torch.cat([spectrum(layer.solution.realization, at_keys) for layer in solved])
     return {
         "planned": torch.cat([layer.residuals for layer in solved]).norm().item(),
         "realized": torch.cat([layer.solution.realized for layer in solved]).norm().item(),
         "relative_update": (update.delta.norm() / lm.weight(update.module).double().norm()).item(),
-        "spectrum_min": spectrum.min().item(),
-        "spectrum_max": spectrum.max().item(),
+        "spectrum_min": shares.min().item(),
+        "spectrum_max": shares.max().item(),
     }
 
 

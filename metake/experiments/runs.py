@@ -23,7 +23,8 @@ from metake import methods
 from metake.algebra.geometry import KeyStatistics
 from metake.algebra.update import Edit, total
 from metake.data.facts import facts
-from metake.data.requests import Cases, EditRequest, batches, counterfact, zsre
+from metake.data.files import counterfact, zsre
+from metake.data.requests import Cases, EditRequest, batches
 from metake.editing.editor import Editor, EditorState
 from metake.editing.record import digest_of
 from metake.editing.statistics import statistics

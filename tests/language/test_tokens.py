@@ -251,7 +251,7 @@ def test_the_loss_at_the_labels_is_the_models_own(kind, cut):
         expected[row.request] += lm.model(whole, labels=labels).loss / len(CONTEXTS)
     cuts = [row.lookup if cut else 0 for row in rows]
     bucket, run = Bucket.of(rows, cuts, lm.device), Prefixed(lm, [row.ids for row in rows], cuts)
-    found, drift = bucket.losses(run.logits(-1, Split(None, None), bucket.row, bucket.column), len(REQUESTS))
+    found, drift = bucket.losses(run.logits(-1, Split(None, None), bucket.places), len(REQUESTS))
     torch.testing.assert_close(found, expected)
     assert not drift.any()
 
