@@ -11,22 +11,15 @@ from .algebra.geometry import (
 from .algebra.solve import Solution, association, attenuation, feasible_interval, gate, realization, solve
 from .algebra.update import Edit, EditRecord, LayerUpdate
 from .data.facts import facts
-from .data.requests import (
-    EditCase,
-    EditRequest,
-    Probe,
-    batches,
-    counterfact,
-    counterfact_cases,
-    zsre,
-    zsre_cases,
-)
+from .data.files import counterfact, counterfact_cases, zsre, zsre_cases
+from .data.requests import EditCase, EditRequest, Probe, batches
 from .editing.bilevel import Refinement, refine
 from .editing.diagnosis import diagnose
 from .editing.editor import Editor, EditorState
 from .editing.statistics import Statistics, statistics
 from .editing.targets import TargetRule, Targets, optimize_targets
-from .language.model import ARCHITECTURES, Architecture, LanguageModel, load
+from .language.architecture import ARCHITECTURES, Architecture
+from .language.model import LanguageModel, load
 from .methods import METHODS
 from .scoring.evaluation import Evaluation, evaluate, recall
 from .support.errors import (

@@ -29,6 +29,7 @@ CONFIGS = {
     "qwen3": LLAMA | {"head_dim": 8},
     "phi": LLAMA | {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
 }
+DEPTH = {"gpt2": "n_layer", "gptj": "n_layer"}
 SENTENCES = [
     "The mother tongue of Danielle Darrieux is French. The capital of France is Paris.",
     "Beyoncé was born in Houston, and the Boeing 747 flies to Côte d'Ivoire.",
@@ -51,11 +52,14 @@ def small_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def random_model(
-    kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, bos: bool | None = None, spread: float = 0.12
+    kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, bos: bool | None = None, spread: float = 0.12,
+    depth: int = 4
 ) -> LanguageModel:
-    """A fresh random model; weights wide enough that attention and predictions are far from uniform."""
+    """A fresh random model of `depth` blocks; weights wide enough that attention and predictions are far from
+    uniform.
+    """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **SMALL, **CONFIGS[kind])
+    config = AutoConfig.for_model(kind, **SMALL, **CONFIGS[kind] | {DEPTH.get(kind, "num_hidden_layers"): depth})
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -36,8 +36,8 @@ from metake import (
 )  # fmt: skip
 from metake.algebra.geometry import condition, null_space
 from metake.algebra.update import EditRecord, total
-from metake.editing.editor import describe, digest_of
 from metake.editing.keys import KeyReader
+from metake.editing.record import describe, digest_of
 from metake.language.generation import context_templates
 from metake.language.model import LanguageModel
 from metake.language.tokens import encode, pad

@@ -201,10 +201,10 @@ class Conditioned:
 
     Kept as the thin factor KₚᵀQ, (N, d_in), and the Cholesky factor of I + KₚᵀQKₚ, (N, N): an application costs
     2 n N d_in on top of the base metric; conditioning on n more keys adds their border to the factor, N² n + n³.
+    Nothing asks for Kₚ itself: where it meets a further key it does so through the metric.
     """
 
     base: Metric
-    past: Tensor
     past_metric: Tensor = field(repr=False)
     factor: Tensor = field(repr=False)
 
@@ -258,24 +258,24 @@ def condition(metric: Metric, keys: Tensor) -> Metric:
     if isinstance(metric, Dense):
         return metric.condition(keys)
     thin = _remember(metric, keys)
-    if len(thin.past) <= thin.dim / 2:
+    if len(thin.past_metric) <= thin.dim / 2:
         return thin
     operator = thin.apply(torch.eye(thin.dim, dtype=keys.dtype, device=keys.device))
     return Dense((operator + operator.T) / 2)
 
 
 def _remember(metric: Metric, keys: Tensor) -> Conditioned:
-    base, past = (metric.base, metric.past) if isinstance(metric, Conditioned) else (metric, keys[:0])
+    base = metric.base if isinstance(metric, Conditioned) else metric
     keys_metric = base.apply(keys)
     corner = keys_metric @ keys.T
     corner.diagonal().add_(1.0)
-    if not past.shape[0]:
-        return Conditioned(base, keys, keys_metric, torch.linalg.cholesky(corner))
-    border = torch.linalg.solve_triangular(metric.factor, past @ keys_metric.T, upper=False)
+    if not isinstance(metric, Conditioned):
+        return Conditioned(base, keys_metric, torch.linalg.cholesky(corner))
+    border = torch.linalg.solve_triangular(metric.factor, metric.past_metric @ keys.T, upper=False)
     low = torch.linalg.cholesky(corner - border.T @ border)
     top = torch.cat([metric.factor, torch.zeros_like(border)], dim=1)
     factor = torch.cat([top, torch.cat([border.T, low], dim=1)])
-    return Conditioned(base, torch.cat([past, keys]), torch.cat([metric.past_metric, keys_metric]), factor)
+    return Conditioned(base, torch.cat([metric.past_metric, keys_metric]), factor)
 
 
 class MetricRule(Protocol):
@@ -286,9 +286,9 @@ class MetricRule(Protocol):
 
 @dataclass(frozen=True)
 class inverse_covariance:  # noqa: N801  (reads as a function in an editor's parts)
-    """Rule for `InverseCovariance`: MEMIT's `weight` = λ_C, MetaKE v1's `ridge`."""
+    """Rule for `InverseCovariance`: MEMIT's `weight` = λ_C (15 000 on most models), MetaKE v1's `ridge`."""
 
-    weight: float = 15_000.0
+    weight: float = 1.0
     ridge: float = 0.0
 
     def __call__(self, statistics: KeyStatistics) -> InverseCovariance:
@@ -297,10 +297,10 @@ class inverse_covariance:  # noqa: N801  (reads as a function in an editor's par
 
 @dataclass(frozen=True)
 class null_space:  # noqa: N801
-    """Rule for `NullSpace`: AlphaEdit's `threshold` on the eigenvalues of C, and `ridge` = λ ("L2")."""
+    """Rule for `NullSpace`: AlphaEdit's `threshold` on the eigenvalues of C, and `ridge` = λ ("L2": 10 in its code)."""
 
     threshold: float = 2e-2
-    ridge: float = 10.0
+    ridge: float = 1.0
 
     def __call__(self, statistics: KeyStatistics) -> NullSpace:
         return NullSpace(statistics, self.ridge, self.threshold)

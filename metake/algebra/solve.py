@@ -87,6 +87,17 @@ def realization(keys: Tensor, gate: Tensor) -> Tensor:
     return gate @ keys.T
 
 
+def spectrum(realization: Tensor, at_keys: bool = True) -> Tensor:
+    """Eigenvalues of B, real parts, (n,).
+
+    B = (νI + Γ)⁻¹Γ is as symmetric as Γ = KᵀQK and takes a symmetric solver, n³ instead of 25 n³, unless the residual
+    is found elsewhere than `at_keys` (ROME).
+    """
+    if at_keys:
+        return torch.linalg.eigvalsh((realization + realization.T) / 2)
+    return torch.linalg.eigvals(realization).real
+
+
 def solve(keys: Tensor, residuals: Tensor, metric: Metric, noise: float = 1.0, at: Tensor | None = None) -> Solution:
     """Gate, request-interaction matrix and realized residuals ΔK = R B of one batch at one layer.
 
@@ -99,28 +110,38 @@ def solve(keys: Tensor, residuals: Tensor, metric: Metric, noise: float = 1.0, a
     return Solution(structural, interaction, interaction.T @ residuals)
 
 
-def association(keys: Tensor, metric: Metric) -> Tensor:
+def association(keys: Tensor, metric: Metric, at: Tensor | None = None) -> Tensor:
     """Association of each request alone with the downstream constraints.
 
     γ = kᵀ Q k, (n,) ≥ 0           (MetaKE v3 eqs 111–112: Q = C⁻¹ for MEMIT, (P/λ) | Kₚ for AlphaEdit)
+
+    at: as in `gate`, (n, d_in); then γ = kᵀ Q k*, of either sign.
     """
+    if at is not None:
+        return (metric.apply(keys) * at).sum(-1)
     return (metric.apply(keys) * keys).sum(-1).clamp_min(0)
 
 
-def attenuation(association: Tensor) -> Tensor:
-    """β = γ / (1 + γ), the realized share of a single planned residual (MetaKE v3 Proposition 1)."""
-    return association / (1 + association)
+def attenuation(association: Tensor, noise: float = 1.0) -> Tensor:
+    """β = γ / (ν + γ), the realized share of a single planned residual (MetaKE v3 Proposition 1, with ν = 1).
+
+    noise: ν, as in `gate`; 0 writes exactly, β = 1.
+    """
+    return association / (noise + association)
 
 
-def feasible_interval(association: Tensor, tau: float | Tensor, epsilon: float | Tensor) -> tuple[Tensor, Tensor]:
+def feasible_interval(
+    association: Tensor, tau: float | Tensor, epsilon: float | Tensor, noise: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Norms of the planned residual that satisfy both success and editability.
 
-    τ/β ≤ ‖r‖ ≤ ε/(1−β) = ε(1+γ);  empty (lower > upper) iff β < τ/(τ+ε)              (MetaKE v3 Theorem 1)
+    τ/β ≤ ‖r‖ ≤ ε/(1−β) = ε(1+γ/ν);  empty (lower > upper) iff β < τ/(τ+ε)            (MetaKE v3 Theorem 1, with ν = 1)
 
     association: γ, (n,); tau: > 0, realized norm that success needs; epsilon: > 0, unrealized norm that is tolerated,
-    both in the residual's units. Returns (lower, upper), each (n,); γ = 0 gives lower = inf.
+    both in the residual's units. Returns (lower, upper), each (n,); γ = 0 gives lower = inf, ν = 0 upper = inf.
     """
     tau, epsilon = (torch.as_tensor(x, dtype=association.dtype, device=association.device) for x in (tau, epsilon))
     if not ((tau > 0).all() and (epsilon > 0).all()):
         raise ParameterError(f"tau and epsilon must be > 0; found tau={tau.tolist()}, epsilon={epsilon.tolist()}")
-    return tau / attenuation(association), epsilon * (1 + association)
+    upper = epsilon * (1 + association / noise) if noise else torch.full_like(epsilon + association, torch.inf)
+    return tau / attenuation(association, noise), upper

@@ -13,7 +13,8 @@ from importlib import resources
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from metake.data.requests import Cases, counterfact_cases, zsre_cases
+from metake.data.files import counterfact_cases, zsre_cases
+from metake.data.requests import Cases
 from metake.support.errors import ParameterError, near_misses
 
 FORMATS = {"counterfact": counterfact_cases, "zsre": zsre_cases}

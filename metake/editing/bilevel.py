@@ -23,7 +23,7 @@ from metake.editing.objective import Bucket
 from metake.editing.targets import Targets
 from metake.language.model import LanguageModel
 from metake.language.prefixes import Prefixed, Split
-from metake.language.tokens import Row, locality_rows, rewriting_rows
+from metake.language.tokens import Row, Rows
 from metake.support.errors import NumericalError, ParameterError, near_misses
 from metake.support.machine import halving
 from metake.support.progress import progress
@@ -90,36 +90,36 @@ class _LookAhead(NamedTuple):
 
 
 def refine(
-    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], targets: Targets, gate: Tensor,
+    lm: LanguageModel, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str], targets: Targets, gate: Tensor,
     rule: Refinement = Refinement()
 ) -> Targets:
     """Targets refined by `rule.steps` look-ahead iterations on the virtually edited model.
 
     min_V Σᵢ L_edit,i + L_loc,i + L_reg,i  at  W̃_L = W_L + (V − H) M      (MetaKE v3 eqs 7–9, 79–82)
 
-    targets: Stage I's, planted at layer L; gate: (n, d_in) frozen M of layer L on the live model.
+    requests: or their rows, if they are made; targets: Stage I's, planted at layer L; gate: (n, d_in) frozen M of layer
+    L on the live model.
     Returns Targets with the same anchor and the refined plan; `trace` gains the outer losses under "refine".
     Raises NumericalError if a loss is not finite. The model is not changed.
     Cost: `steps` forward-backward passes over the blocks above L at all positions, the shared contexts counted once.
     """
     if not len(requests) or not rule.steps:
         return targets
+    rows = Rows.of(lm.tokenizer, requests, contexts)
     tokens = min(rule.tokens, lm.room(lm.depth - targets.layer, gradients=True))
     return halving(
-        lambda few: _descend(
-            outer_objective(lm, requests, contexts, targets, gate, replace(rule, tokens=few)), targets
-        ),
+        lambda few: _descend(outer_objective(lm, rows, contexts, targets, gate, replace(rule, tokens=few)), targets),
         tokens,
     )
 
 
 def outer_objective(
-    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], targets: Targets, gate: Tensor,
+    lm: LanguageModel, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str], targets: Targets, gate: Tensor,
     rule: Refinement = Refinement()
 ) -> OuterObjective:
     """F_VL as `refine` descends it, with what no step changes read once from the live model; arguments as there."""
-    rows = rewriting_rows(lm.tokenizer, requests, contexts if rule.prompts == "contexts" else contexts[:1])
-    rows += locality_rows(lm.tokenizer, requests, rule.locality_position)
+    batch = Rows.of(lm.tokenizer, requests, contexts)
+    rows = batch.rewriting(plain=rule.prompts == "plain") + batch.locality(rule.locality_position)
     parts = [_look_ahead(lm, *group, targets, gate, rule) for group in _groups(lm, rows, rule.tokens)]
     work = torch.promote_types(lm.dtype, torch.float32)
     return OuterObjective(parts, targets.anchor.to(work), targets.value.to(work), targets.layer, rule)
@@ -186,7 +186,7 @@ def _look_ahead(
     keys, states = run.read([targets.layer], [targets.layer])
     response = (u if u is None else u @ gate.T.to(lm.dtype) for u in keys[targets.layer])
     part = _LookAhead(bucket, run, states[targets.layer], Split(*response))
-    if (bucket.label < 0).any():  # p₀: the live model before this batch
+    if bucket.watches:  # p₀: the live model before this batch
         _losses(part, torch.zeros_like(targets.planned), targets.layer, rule)
     return part
 
@@ -194,7 +194,7 @@ def _look_ahead(
 def _losses(part: _LookAhead, residuals: Tensor, layer: int, rule: Refinement) -> tuple[Tensor, Tensor]:
     """L_edit and L_loc of one bucket on the virtually edited model, (n,) each. residuals: R as rows, (n, d)."""
     moved = (h if h is None else h + a @ residuals.to(h.dtype) for h, a in zip(part.state, part.response, strict=True))
-    logits = part.run.logits(layer, Split(*moved), part.bucket.row, part.bucket.column)
+    logits = part.run.logits(layer, Split(*moved), part.bucket.places)
     return part.bucket.losses(logits, len(residuals), rule.locality_direction)
 
 

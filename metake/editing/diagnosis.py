@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 
 from metake.algebra.geometry import KeyStatistics
-from metake.algebra.solve import association, attenuation, feasible_interval, gate, realization
+from metake.algebra.solve import attenuation, feasible_interval
 from metake.data.requests import EditRequest, check_batch
 from metake.editing.editor import Editor, EditorState
-from metake.editing.keys import KeyReader
+from metake.editing.keys import Keys
 from metake.language.model import LanguageModel
+from metake.language.tokens import Rows
 from metake.support.errors import ParameterError
 
 
@@ -22,11 +23,11 @@ class RequestDiagnosis(NamedTuple):
 
     id: str
     association: float  # γ
-    attenuation: float  # β = γ/(1+γ): the share that is realized if the request is edited alone
-    in_batch: float  # the diagonal of B: its own share within this batch
+    attenuation: float  # β = γ/(ν+γ): the share that is realized if the request is edited alone
+    in_batch: float  # the diagonal of B: its own share beside the requests that are solved with it
     anchor: float  # ‖h‖, the present representation
     lower: float  # τ/β: a shorter plan does not succeed
-    upper: float  # ε(1+γ): a longer plan leaves more unrealized than is tolerated
+    upper: float  # ε(1+γ/ν): a longer plan leaves more unrealized than is tolerated
     feasible: bool
 
 
@@ -57,7 +58,10 @@ def diagnose(
     """γ, β and the feasible interval of each request at the editor's last layer, without optimizing or editing
     anything.
 
-    γ = kᵀQk,  β = γ/(1+γ),  τ/β ≤ ‖r‖ ≤ ε(1+γ)                (MetaKE v3 Proposition 1, Theorem 1, eqs 111–112)
+    γ = kᵀQk,  β = γ/(ν+γ),  τ/β ≤ ‖r‖ ≤ ε(1+γ/ν)    (MetaKE v3 Proposition 1, Theorem 1, eqs 111–112, with ν = 1)
+
+    What is read is what the editor would solve from: its keys, where it wants the residual to be found (ROME: the plain
+    prompt's key, γ = kᵀQk*), its noise ν and its site. An exact write, ν = 0, has β = 1 and no upper bound.
 
     statistics: key statistics, or the state of an editing sequence, whose past keys then count. tau: norm that must be
     realized; epsilon: norm that may stay unrealized; both as shares of ‖h‖ if `relative`, else in the model's units.
@@ -68,14 +72,15 @@ def diagnose(
     requests = list(requests)
     check_batch(requests)
     state = statistics if isinstance(statistics, EditorState) else editor.init(lm, statistics)
-    layer = editor.layers[-1]
-    keys, anchor, _ = KeyReader(lm, requests, state.contexts, layer).read(layer)
-    metric, norm = state.metrics[layer], anchor.norm(dim=1)
-    gamma = association(keys, metric)
+    layer, rows = editor.layers[-1], Rows.of(lm.tokenizer, requests, state.contexts)
+    found = editor.reading.reader(lm, rows, layer).read(layer)
+    metric, noise, norm = state.metrics[layer], editor.noise, found.current.norm(dim=1)
+    gamma = editor.reading.association(found, metric)
     scale = norm if relative else torch.ones_like(norm)
-    lower, upper = feasible_interval(gamma, tau * scale, epsilon * scale)
-    own = realization(keys, gate(keys, metric, editor.noise)).diagonal()
-    columns = (gamma, attenuation(gamma), own, norm, lower, upper, lower <= upper)
+    lower, upper = feasible_interval(gamma, tau * scale, epsilon * scale, noise)
+    groups = (Keys(*(t[list(group)] for t in found)) for group in editor.reading.groups(len(rows)))
+    own = torch.cat([editor.reading.realization(group, metric).diagonal() for group in groups])
+    columns = (gamma, attenuation(gamma, noise), own, norm, lower, upper, lower <= upper)
     return Diagnosis(
         RequestDiagnosis(r.id, *values) for r, *values in zip(requests, *(c.tolist() for c in columns), strict=True)
     )

@@ -5,27 +5,25 @@ targets → (refinement) → for each layer: keys, share of the residual, gate, 
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from metake.algebra.geometry import Isotropic, KeyStatistics, Metric, MetricRule, condition
 from metake.algebra.postprocess import PostProcess, correction
-from metake.algebra.solve import Solution, gate, solve
 from metake.algebra.update import Edit, EditRecord, LayerUpdate
 from metake.data.requests import EditRequest, check_batch
 from metake.editing.bilevel import Refinement, refine
-from metake.editing.keys import KeyReader
+from metake.editing.keys import KeyReader, Reading
+from metake.editing.record import Clock, Solved, SolvedLayer, describe, digest_of, joined, norms
 from metake.editing.targets import TargetRule, Targets, optimize_targets
 from metake.language.generation import ContextRule, context_templates
 from metake.language.model import LanguageModel
+from metake.language.tokens import Rows
 from metake.support.errors import ParameterError, StatisticsError
-from metake.support.machine import peak_memory, synchronize, versions
+from metake.support.machine import peak_memory, versions
 
 Allocation = Callable[[int, int], float]
 
@@ -186,11 +184,10 @@ class Editor:
         paths = [lm.write_path(layer) for layer in self.layers]
         hashes = {path: lm.digest(path) for path in paths}
         clock = Clock(lm.device)
-        size = self.together or max(1, len(requests))
+        rows = Rows.of(lm.tokenizer, requests, state.contexts)
         with lm.scratch(paths):
             solved = [
-                self._write(lm, requests[k : k + size], state, clock, planned)
-                for k in range(0, max(1, len(requests)), size)
+                self._write(lm, rows.pick(group), state, clock, planned) for group in self.reading.groups(len(rows))
             ]
         updates = tuple(
             self._posted("batch", sum(parts[1:], parts[0]), lm.weight(path))
@@ -201,8 +198,10 @@ class Editor:
             requests_digest=digest_of(requests),
             statistics_digest=state.statistics_digest, context_templates=state.contexts, seed=self.seed,
             versions=versions(),
-            layers={str(i): norms(lm, u, [s.layers[i] for s in solved]) for i,
-            u in zip(self.layers, updates, strict=True)},
+            layers={
+                str(i): norms(lm, u, [s.layers[i] for s in solved], not self.plain)
+                for i, u in zip(self.layers, updates, strict=True)
+            },
             trace={r.id: t for r, t in zip(requests, (t for s in solved for t in s.trace), strict=True)},
             seconds=clock.seconds, peak_memory=peak_memory(lm.device),
         )  # fmt: skip
@@ -243,17 +242,21 @@ class Editor:
             update = rule(update, weight)
         return update
 
+    @property
+    def reading(self) -> Reading:
+        """How this editor reads a batch, and what it solves from that."""
+        site = "block" if self.target.site == "block" else "mlp"
+        return Reading(site, self.context_rule.flat, self.plain, self.noise, self.together, 2 * self.target.tokens)
+
     def _plan(
-        self, lm: LanguageModel, reader: KeyReader, requests: list[EditRequest], state: EditorState, layer: int,
-        clock: Clock, planned: Targets | None
+        self, lm: LanguageModel, reader: KeyReader, rows: Rows, state: EditorState, layer: int, clock: Clock,
+        planned: Targets | None
     ) -> Targets:
         """Stage I at `layer` and, for MetaKE, the outer level through the layer's gate on the live model."""
-        targets = planned or optimize_targets(lm, requests, state.contexts, layer, self.target)
+        targets = planned or optimize_targets(lm, rows, state.contexts, layer, self.target)
         clock("targets")
-        if self.refine and requests:
-            targets = refine(
-                lm, requests, state.contexts, targets, self._frozen_gate(reader, state, layer), self.refine
-            )
+        if self.refine and len(rows):
+            targets = refine(lm, rows, state.contexts, targets, self._frozen_gate(reader, state, layer), self.refine)
             clock("refinement")
         return targets
 
@@ -262,32 +265,26 @@ class Editor:
         metric = state.metrics[layer]
         if self.refine.gate == "key_only":
             metric = Isotropic(metric.dim, getattr(self.metric, "ridge", 0.0) or 1.0)
-        found = reader.read(layer)
-        return gate(found.keys, metric, self.noise, found.plain if self.plain else None)
+        return self.reading.gate(reader.read(layer, layer), metric)
 
     def _write(
-        self, lm: LanguageModel, requests: list[EditRequest], state: EditorState, clock: Clock, planned: Targets | None
-    ) -> _Solved:
+        self, lm: LanguageModel, rows: Rows, state: EditorState, clock: Clock, planned: Targets | None
+    ) -> Solved:
         """Both stages for requests that are solved together; layer by layer, each on the model that the layers before
         have changed.
         """
-        reader = KeyReader(
-            lm, requests, state.contexts, self.layers[-1], 2 * self.target.tokens, self.context_rule.flat,
-            "block" if self.target.site == "block" else "mlp"
-        )
+        reading, last = self.reading, self.layers[-1]
+        reader = reading.reader(lm, rows, last)
         updates, layers, trace = [], {}, []
         for index, layer in enumerate(self.layers):
             if self.own_targets or not index:
-                targets = self._plan(
-                    lm, reader, requests, state, layer if self.own_targets else self.layers[-1], clock, planned
-                )
+                place = layer if self.own_targets else last
+                targets = self._plan(lm, reader, rows, state, place, clock, planned)
                 trace.append(targets.trace)
             found = reader.read(layer, targets.layer)
             clock("keys")
             residuals = (targets.value - found.current) * self.allocation(index, len(self.layers))
-            solution = solve(
-                found.keys, residuals, state.metrics[layer], self.noise, found.plain if self.plain else None
-            )
+            solution = reading.solve(found, residuals, state.metrics[layer])
             update = self._posted(
                 "layer", LayerUpdate(lm.write_path(layer), residuals.T.contiguous(), solution.gate),
                 lm.weight(lm.write_path(layer))
@@ -296,76 +293,5 @@ class Editor:
             lm.add(update.module, update)
             clock("write")
             updates.append(update)
-            layers[layer] = _Layer(found.keys, residuals, solution)
-        return _Solved(tuple(updates), layers, _joined(trace))
-
-
-class _Layer(NamedTuple):
-    """What was solved at one layer."""
-
-    keys: Tensor
-    residuals: Tensor
-    solution: Solution
-
-
-class _Solved(NamedTuple):
-    """Requests that were solved together: updates per layer, what they were solved from, and each request's trace."""
-
-    updates: tuple[LayerUpdate, ...]
-    layers: dict[int, _Layer]
-    trace: tuple[dict, ...]
-
-
-def _joined(traces: list[tuple[dict, ...]]) -> tuple[dict, ...]:
-    """One trace a request: of its only targets, or the last layer's with the earlier ones' under "earlier"."""
-    return (
-        traces[0]
-        if len(traces) == 1
-        else tuple({**last, "earlier": list(others)} for *others, last in zip(*traces, strict=True))
-    )
-
-
-class Clock:
-    """Seconds per stage: each call charges the time since the last one, once the device has finished."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self.device, self._last = device, time.perf_counter()
-
-    def __call__(self, stage: str) -> None:
-        synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
-
-
-def norms(lm: LanguageModel, update: LayerUpdate, solved: Sequence[_Layer]) -> dict[str, float]:
-    """What a record says of one layer: Frobenius norms of R and of what is realized, ‖Δ‖/‖W‖, and the spectrum of B."""
-    solved = [layer for layer in solved if len(layer.residuals)]
-    if not solved:
-        return {}
-    spectrum = torch.cat([torch.linalg.eigvals(layer.solution.realization).real for layer in solved])
-    return {
-        "planned": torch.cat([layer.residuals for layer in solved]).norm().item(),
-        "realized": torch.cat([layer.solution.realized for layer in solved]).norm().item(),
-        "relative_update": (update.delta.norm() / lm.weight(update.module).double().norm()).item(),
-        "spectrum_min": spectrum.min().item(),
-        "spectrum_max": spectrum.max().item(),
-    }
-
-
-def describe(value: Any) -> Any:
-    """A method's parts as plain data, each dataclass with its name: what a record keeps of a recipe."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"part": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
-    if callable(value):
-        return getattr(value, "__name__", repr(value))
-    return [describe(v) for v in value] if isinstance(value, tuple) else value
-
-
-def digest_of(requests: Sequence[EditRequest]) -> str:
-    """SHA-256 of the requests' content, in order."""
-    digest = hashlib.sha256()
-    for request in requests:
-        digest.update(repr(sorted(asdict(request).items())).encode())
-    return digest.hexdigest()
+            layers[layer] = SolvedLayer(found.keys, residuals, solution)
+        return Solved(tuple(updates), layers, joined(trace))

@@ -19,16 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metake.algebra.solve import gate
 from metake.data.requests import EditRequest
 from metake.editing.bilevel import OuterObjective, Refinement
 from metake.editing.editor import Editor, EditorState
-from metake.editing.keys import KeyReader
+from metake.editing.keys import Keys
 from metake.editing.objective import Bucket
 from metake.editing.targets import Targets
 from metake.language.model import LanguageModel
 from metake.language.prefixes import Prefixed, Split
-from metake.language.tokens import Row, locality_rows, prompt_rows, rewriting_rows, shared_beginnings
+from metake.language.tokens import Row, Rows, shared_beginnings
 from metake.support.errors import NumericalError, ParameterError
 
 
@@ -133,27 +132,30 @@ class Downstream:
     def __init__(
         self, lm: LanguageModel, requests: Sequence[EditRequest], editor: Editor, state: EditorState, initial: Targets
     ):
-        if editor.post or editor.own_targets or editor.plain or editor.target.site != "block":
+        reading = editor.reading
+        apart = len(reading.groups(len(requests))) > 1
+        if editor.post or editor.own_targets or reading.plain or reading.site != "block" or apart:
             raise ParameterError(
-                "the exact hypergradient is of editors that write R·M towards one shared target at a block's "
-                "output (memit, alphaedit, "
-                "metake); this one has a post-process, own targets, a plain key or another site"
+                "the exact hypergradient is of editors that write R·M towards one shared target at a block's output "
+                "(memit, alphaedit, metake); this one has a post-process, own targets, a plain key or another site, or "
+                "solves these requests apart"
             )
         self.lm, self.editor, self.state, self.initial, self.last = lm, editor, state, initial, editor.layers[-1]
         self.rule, self.count = editor.refine or Refinement(), len(requests)
-        self.reader = KeyReader(lm, requests, state.contexts, self.last, flat=editor.context_rule.flat)
-        rows = _taught(lm, requests, state.contexts, self.rule.prompts)
-        taught, rows = len(rows), rows + locality_rows(lm.tokenizer, requests, self.rule.locality_position)
+        batch = Rows.of(lm.tokenizer, requests, state.contexts)
+        self.reader = reading.reader(lm, batch, self.last)
+        rows = _taught(batch, self.rule.prompts)
+        taught, rows = len(rows), rows + batch.locality(self.rule.locality_position)
         cuts = shared_beginnings([r.ids for r in rows], [r.lookup for r in rows])
         self.bucket, self.rows = Bucket.of(rows, cuts, lm.device), Prefixed(lm, [r.ids for r in rows], cuts)
         self.lookup = (
             torch.arange(taught, device=lm.device),
             torch.tensor([r.lookup - c for r, c in zip(rows[:taught], cuts, strict=False)], device=lm.device),
         )
-        plain = prompt_rows(lm.tokenizer, requests, state.contexts[:1])
-        self.plain = Prefixed(lm, [r.ids for r in plain], [0] * len(plain))
+        plain = batch.prompts()[:: len(batch.contexts)]
+        self.plain = Prefixed(lm, plain, [0] * len(plain))
         self.ends = (
-            torch.arange(len(plain), device=lm.device), torch.tensor([r.lookup for r in plain], device=lm.device)
+            torch.arange(len(plain), device=lm.device), torch.tensor([len(ids) - 1 for ids in plain], device=lm.device)
         )
         self._start()
 
@@ -175,9 +177,10 @@ class Downstream:
             self.reader, self.state, self.last
         )
 
-    def _keys(self, found: Split) -> Tensor:
-        """K of a layer, averaged over the contexts, float64."""
-        return self.reader._average(found.tail[self.lookup].double())
+    def _keys(self, found: Split, current: Tensor) -> Keys:
+        """K of a layer as the editor reads it, float64."""
+        rows = found.tail[self.lookup].double()
+        return Keys(self.reader.average(rows), current, rows[:: self.reader.contexts])
 
     def write(self, value: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Split]:
         """The whole sequential edit towards V, (n, d): (R, M) of each layer as rows, and block L's outputs after all
@@ -195,7 +198,7 @@ class Downstream:
             plain_keys, plain_states = self.plain.read([layer], sorted({layer, self.last}), after, plain)
             current = plain_states[self.last].tail[self.ends].double()  # h^L as the layers before have left it
             residuals = (value - current) * self.editor.allocation(index, len(self.editor.layers))
-            structural = gate(self._keys(keys[layer]), self.state.metrics[layer], self.editor.noise)
+            structural = self.editor.reading.gate(self._keys(keys[layer], current), self.state.metrics[layer])
             rows = _moved(states[layer], keys[layer], residuals, structural)
             plain = _moved(plain_states[layer], plain_keys[layer], residuals, structural)
             written.append((residuals, structural))
@@ -204,7 +207,7 @@ class Downstream:
 
     def _score(self, states: Split) -> Tensor:
         """Weighted L_edit and L_loc with these outputs of block L, (n, 2)."""
-        logits = self.rows.logits(self.last, states, self.bucket.row, self.bucket.column)
+        logits = self.rows.logits(self.last, states, self.bucket.places)
         nll, drift = self.bucket.losses(logits, self.count, self.rule.locality_direction)
         return torch.stack([self.rule.edit_weight * nll, self.rule.locality_weight * drift], 1)
 
@@ -259,16 +262,16 @@ class Downstream:
         return losses.detach().double(), list(slopes)
 
 
-def _taught(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], prompts: str) -> list[Row]:
+def _taught(batch: Rows, prompts: str) -> list[Row]:
     """Rewriting rows in all contexts: their beginnings give the keys. With "plain" prompts only the plain ones are
     scored.
     """
-    rows = rewriting_rows(lm.tokenizer, requests, contexts)
+    rows, count = batch.rewriting(), len(batch.contexts)
     if prompts == "contexts":
         return rows
-    plain = rewriting_rows(lm.tokenizer, requests, contexts[:1])
+    plain = batch.rewriting(plain=True)
     unscored = (row._replace(ids=row.ids[: row.lookup + 1], read=(), labels=()) for row in rows)
-    return [plain[i // len(contexts)] if i % len(contexts) == 0 else row for i, row in enumerate(unscored)]
+    return [plain[i // count] if i % count == 0 else row for i, row in enumerate(unscored)]
 
 
 def _moved(states: Split, keys: Split, residuals: Tensor, gate: Tensor) -> Split:

@@ -1,17 +1,22 @@
-"""Keys and current states of a batch at each edited layer, read in one sweep that resumes where the last edit ended."""
+"""Keys and current states of a batch at each edited layer, read in one sweep that resumes where the last edit ended,
+and what an editor solves from them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from metake.algebra.geometry import Metric
+from metake.algebra.solve import Solution, association, gate, realization, solve
 from metake.data.requests import EditRequest
 from metake.language.model import LanguageModel
 from metake.language.prefixes import Prefixed, Split
-from metake.language.tokens import prompt_rows
+from metake.language.tokens import Rows
 from metake.support.machine import halving
 
 
@@ -44,13 +49,13 @@ class KeyReader:
     """
 
     def __init__(
-        self, lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], last: int,
+        self, lm: LanguageModel, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str], last: int,
         tokens: int = 8192, flat: bool = False, site: str = "block"
     ):
         self.lm, self.last, self.count, self.contexts, self.flat, self.site = (
             lm, last, len(requests), len(contexts), flat, site
         )
-        self.rows = [row.ids for row in prompt_rows(lm.tokenizer, requests, contexts)]
+        self.rows = Rows.of(lm.tokenizer, requests, contexts).prompts()
         self._divide(min(tokens, lm.room(1, gradients=False)))
 
     def _divide(self, tokens: int) -> None:
@@ -93,10 +98,57 @@ class KeyReader:
             if layer:
                 below.append(states[layer - 1])
         self.below, self.start = below, layer - 1
-        return Keys(self._average(rows_of_keys), current, rows_of_keys[:: self.contexts])
+        return Keys(self.average(rows_of_keys), current, rows_of_keys[:: self.contexts])
 
-    def _average(self, rows: Tensor) -> Tensor:
+    def average(self, rows: Tensor) -> Tensor:
+        """Each request's key, (n, d_in), from those in its contexts, (n × contexts, d_in)."""
         grouped = rows.view(self.count, self.contexts, rows.shape[1])
         if self.contexts == 1 or self.flat:
             return grouped.mean(1)
         return (grouped[:, 0] + grouped[:, 1:].mean(1)) / 2
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an editor reads a batch, and what it solves from that: one answer for all that ask, before, in and after an
+    edit.
+
+    site, flat: as in `KeyReader`; plain: the residual is to be found at the plain prompt's key; noise: ν of the gate;
+    together: how many requests are solved at once, None for all of a batch.
+    """
+
+    site: str = "block"
+    flat: bool = False
+    plain: bool = False
+    noise: float = 1.0
+    together: int | None = None
+    tokens: int = 8192
+
+    def reader(self, lm: LanguageModel, rows: Rows, last: int) -> KeyReader:
+        return KeyReader(lm, rows, rows.contexts, last, self.tokens, self.flat, self.site)
+
+    def groups(self, count: int) -> list[range]:
+        """The requests of a batch that are solved at once; of an empty batch the one empty group."""
+        size = self.together or max(1, count)
+        return [range(first, min(first + size, count)) for first in range(0, max(1, count), size)]
+
+    def at(self, found: Keys) -> Tensor | None:
+        """K*, where the residuals are to be found; None: at the keys themselves."""
+        return found.plain if self.plain else None
+
+    def gate(self, found: Keys, metric: Metric) -> Tensor:
+        """M."""
+        return gate(found.keys, metric, self.noise, self.at(found))
+
+    def solve(self, found: Keys, residuals: Tensor, metric: Metric) -> Solution:
+        """M, B and R B."""
+        return solve(found.keys, residuals, metric, self.noise, self.at(found))
+
+    def association(self, found: Keys, metric: Metric) -> Tensor:
+        """γ of each request alone, (n,)."""
+        return association(found.keys, metric, self.at(found))
+
+    def realization(self, found: Keys, metric: Metric) -> Tensor:
+        """B of requests that are solved together, (n, n)."""
+        at = self.at(found)
+        return realization(found.keys if at is None else at, self.gate(found, metric))

@@ -1,11 +1,12 @@
 """Stage I: the vector each request should find at the last edited layer (MEMIT §4.3; MetaKE v3 eq. 2).
 
-All requests are optimized in one batch, each with its own loss, stopping and clamp; `plant` holds what no step changes.
+Many requests are optimized side by side, each with its own loss, stopping and clamp, to the end; `plant` holds what no
+step changes.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,14 +14,12 @@ import torch
 from torch import Tensor
 
 from metake.data.requests import EditRequest
-from metake.editing.plant import SITES, Plant, anchors, plants, score
+from metake.editing.plant import SITES, Plant, chunks, planted, score
 from metake.language.model import LanguageModel
-from metake.language.tokens import Row, locality_rows, rewriting_rows
+from metake.language.tokens import Rows
 from metake.support.errors import NumericalError, ParameterError, near_misses
 from metake.support.machine import halving
 from metake.support.progress import progress
-
-log = logging.getLogger("metake")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Targets:
 
 
 def optimize_targets(
-    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int,
+    lm: LanguageModel, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str], layer: int,
     rule: TargetRule = TargetRule()
 ) -> Targets:
     """Optimize one planned residual per request at the output of block `layer`, on the model as it is.
@@ -91,68 +90,69 @@ def optimize_targets(
     minimize NLL(target | context · prompt) + λ_KL KL + decay, one δ per request  (MEMIT's compute_z; MetaKE v3 eq. 2)
 
     contexts: context templates, "{}" (the plain prompt) first. Returns Targets in float64 on the model's device.
-    Requests do not influence one another: the result is that of one request at a time, whatever the micro-batch.
+    Requests do not influence one another: the result is that of one request at a time, whatever the micro-batch, and
+    memory is that of a few, however many there are. requests: or their rows, if they are made.
     Raises RequestError for a prompt that cannot be located, NumericalError if a loss is not finite.
     Cost: one forward over all rows, then at most steps − 1 forward-backward passes over the blocks above `layer` at the
     positions from the subject's last token on.
     """
-    if not requests:
+    if not len(requests):
         empty = torch.zeros(0, lm.width, dtype=torch.float64, device=lm.device)
         return Targets(layer, empty, empty)
-    rows = rewriting_rows(lm.tokenizer, requests, contexts) + locality_rows(lm.tokenizer, requests)
-    if layer >= lm.depth - 1 and any(r.labels and r.read[0] > r.lookup for r in rows):
+    batch = Rows.of(lm.tokenizer, requests, contexts)
+    if layer >= lm.depth - 1 and any(r.read[0] > r.lookup for r in batch.taught):
         raise ParameterError(
             f"layer {layer} is the last block of {lm.name!r}: what is planted at the subject cannot reach the "
             "end of the prompt; choose a lower layer"
         )
-    plain = rows[: len(requests) * len(contexts) : len(contexts)]
     return halving(
-        lambda tokens: _optimize(lm, rows, plain, layer, rule, tokens),
+        lambda tokens: _optimize(lm, batch, layer, rule, tokens),
         min(rule.tokens, lm.room(lm.depth - layer, gradients=True)),
     )
 
 
-def _optimize(
-    lm: LanguageModel, rows: list[Row], plain: Sequence[Row], layer: int, rule: TargetRule, tokens: int
-) -> Targets:
-    """In micro-batches of at most `tokens`."""
-    parts = plants(lm, rows, layer, rule.site, tokens)
-    anchor = anchors(lm, plain, layer, rule.site, tokens)
-    planned, trace = _descend(lm, parts, anchor.to(torch.promote_types(lm.dtype, torch.float32)), layer, rule)
-    return Targets(layer, anchor[0].double(), planned[0].double(), trace)
+def _optimize(lm: LanguageModel, batch: Rows, layer: int, rule: TargetRule, tokens: int) -> Targets:
+    """Chunk by chunk, in micro-batches of at most `tokens`."""
+    anchor, planned = torch.zeros(2, len(batch), lm.width, dtype=torch.float64, device=lm.device)
+    trace: list[dict] = [{"loss": [], "nll": [], "kl": []} for _ in range(len(batch))]
+    for chunk in chunks(batch, tokens):
+        parts, found = planted(lm, batch.pick(chunk), layer, rule.site, tokens)
+        work = found.to(torch.promote_types(lm.dtype, torch.float32))
+        delta = _descend(lm, parts, work, layer, rule, {i: trace[i] for i in chunk})
+        anchor[chunk], planned[chunk] = found[0].double(), delta[0].double()
+    return Targets(layer, anchor, planned, tuple(trace))
 
 
 def _descend(
-    lm: LanguageModel, parts: list[Plant], anchor: Tensor, layer: int, rule: TargetRule
-) -> tuple[Tensor, tuple[dict, ...]]:
+    lm: LanguageModel, parts: list[Plant], anchor: Tensor, layer: int, rule: TargetRule, trace: dict[int, dict]
+) -> Tensor:
     """Batched Adam with per-request stopping, clamping and freezing; finished requests leave the buckets.
 
-    anchor: (vectors a request, n, d), as is the result.
+    anchor: (vectors a request, n, d), as is the result; trace: of each request by its number, to be filled.
     """
     delta = torch.zeros_like(anchor, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=rule.step_size)
     scale = anchor.norm(dim=-1)
     active = torch.ones(anchor.shape[1], dtype=torch.bool, device=anchor.device)
     emphasis = torch.ones_like(scale[0])  # ν
-    trace: list[dict] = [{"loss": [], "nll": [], "kl": []} for _ in active]
     for step in progress(range(rule.steps), "targets"):
         optimizer.zero_grad()
         with torch.set_grad_enabled(step < rule.steps - 1):  # the last loss is read, not descended
             nll, kl, wrong = _losses(lm, parts, delta, emphasis, layer, rule)
         penalty = (rule.decay * delta.norm(dim=-1) / scale.square()).sum(0)
         loss = emphasis * nll + rule.kl_weight * kl + penalty.detach()
-        _record(trace, active, loss, nll, kl, step)
-        active &= loss >= rule.stop_below
+        still = active & (loss >= rule.stop_below)
         if rule.relax is not None:
             # two plain numbers would give float32
             emphasis = torch.where(wrong == 0, emphasis.new_tensor(rule.relax), 1.0)
-            active &= (wrong > 0) | ((kl * rule.kl_weight if rule.drift_weighted else kl) > rule.drift_below)
-        if step == rule.steps - 1 or not active.any():
+            still &= (wrong > 0) | ((kl * rule.kl_weight if rule.drift_weighted else kl) > rule.drift_below)
+        before, after = _record(trace, torch.stack([loss, nll, kl, active.to(loss), still.to(loss)]), step)
+        if step == rule.steps - 1 or not after:
             break
         penalty.sum().backward()
-        _update(delta, optimizer, active, rule.clamp * scale)
-        parts = _compact(parts, active)
-    return delta.detach(), tuple(trace)
+        _update(delta, optimizer, still, rule.clamp * scale)
+        parts, active = _compact(parts, still) if after < before else parts, still
+    return delta.detach()
 
 
 def _losses(
@@ -179,20 +179,25 @@ def _update(delta: Tensor, optimizer: torch.optim.Optimizer, active: Tensor, lim
     optimizer.step()
     with torch.no_grad():
         norm = delta.norm(dim=-1, keepdim=True)
-        delta.mul_(torch.where(norm > limit[..., None], limit[..., None] / norm, 1.0))
-        delta[:, ~active] = before[:, ~active]
+        clamped = delta * torch.where(norm > limit[..., None], limit[..., None] / norm, 1.0)
+        delta.copy_(torch.where(active[:, None], clamped, before))
 
 
-def _record(trace: list[dict], active: Tensor, loss: Tensor, nll: Tensor, kl: Tensor, step: int) -> None:
-    if not torch.isfinite(loss[active]).all():
-        bad = (active & ~torch.isfinite(loss)).nonzero()[:, 0].tolist()
+def _record(trace: dict[int, dict], numbers: Tensor, step: int) -> tuple[int, int]:
+    """Note the losses of the requests that were active, and count those and the ones that still are.
+
+    numbers: (5, n) loss, NLL, KL, active before and after: one transfer a step.
+    """
+    loss, *others, before, after = numbers.tolist()
+    if bad := sorted(i for i, now, value in zip(trace, before, loss, strict=True) if now and not math.isfinite(value)):
         raise NumericalError(
             f"the target loss of request(s) {bad} is not finite at step {step}; try a smaller step size, or a "
             "wider dtype than the model's"
         )
-    for i in active.nonzero()[:, 0].tolist():
-        for name, value in (("loss", loss), ("nll", nll), ("kl", kl)):
-            trace[i][name].append(value[i].item())
+    for one, now, *values in zip(trace.values(), before, loss, *others, strict=True):
+        for name, value in zip(one, values, strict=True) if now else ():
+            one[name].append(value)
+    return sum(map(bool, before)), sum(map(bool, after))
 
 
 def _compact(parts: list[Plant], active: Tensor) -> list[Plant]:

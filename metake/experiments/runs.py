@@ -24,8 +24,10 @@ from metake import methods
 from metake.algebra.geometry import KeyStatistics
 from metake.algebra.update import Edit, EditRecord
 from metake.data.facts import facts
-from metake.data.requests import Cases, EditRequest, batches, counterfact, zsre
-from metake.editing.editor import Editor, EditorState, digest_of
+from metake.data.files import counterfact, zsre
+from metake.data.requests import Cases, EditRequest, batches
+from metake.editing.editor import Editor, EditorState
+from metake.editing.record import digest_of
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
 from metake.language.model import LanguageModel, load

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -108,10 +108,22 @@ def resumed(blocks: Sequence[nn.Module], last: int, state: Tensor, arity: int) -
                 block.forward = forward
 
 
+class Places(NamedTuple):
+    """(row, column) pairs of a rectangle of rows, flat: as they are asked for, and each once, ascending."""
+
+    asked: Tensor
+    once: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, columns: Tensor, width: int) -> Places:
+        """rows, columns: (pairs,); width: columns of the rectangle."""
+        asked = rows * width + columns
+        return cls(asked, torch.unique(asked))
+
+
 @contextlib.contextmanager
-def gathered(head: nn.Module, last_mlp: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[None]:
-    """Let the model compute logits only at the given (row, position) pairs: it then returns them as (pairs,
-    vocabulary).
+def gathered(head: nn.Module, last_mlp: nn.Module, places: Places) -> Iterator[None]:
+    """Let the model compute logits only at the given places: it then returns them as (places, vocabulary).
 
     The head, its bias and the final norm stay the model's own; only the rows that reach the head are chosen. The last
     block's MLP acts on each position alone and feeds nothing but the head: it too runs only there.
@@ -119,19 +131,15 @@ def gathered(head: nn.Module, last_mlp: nn.Module, rows: Tensor, positions: Tens
     shape: list[int] = []
 
     def choose(_: nn.Module, args: tuple) -> tuple:
-        return args[0].flatten(0, 1).index_select(0, rows * args[0].shape[1] + positions), *args[1:]
+        return args[0].flatten(0, 1).index_select(0, places.asked), *args[1:]
 
     def thin(_: nn.Module, args: tuple) -> tuple:
         shape[:] = args[0].shape[:2]
-        return args[0].flatten(0, 1).index_select(0, once())[None], *args[1:]
+        return args[0].flatten(0, 1).index_select(0, places.once)[None], *args[1:]
 
     def spread(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
-        return (
-            output.new_zeros(shape[0] * shape[1], output.shape[-1]).index_copy(0, once(), output[0]).unflatten(0, shape)
-        )
-
-    def once() -> Tensor:
-        return torch.unique(rows * shape[1] + positions)  # a pair may be asked for twice
+        whole = output.new_zeros(shape[0] * shape[1], output.shape[-1])
+        return whole.index_copy(0, places.once, output[0]).unflatten(0, shape)
 
     handles = (
         head.register_forward_pre_hook(choose), last_mlp.register_forward_pre_hook(thin),

@@ -19,43 +19,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from metake.language import assets
-from metake.language.capture import gathered, hidden, reading, resumed
+from metake.language.architecture import ARCHITECTURES, check_paths
+from metake.language.capture import Places, gathered, hidden, reading, resumed
 from metake.language.kernels import fast_products
 from metake.language.tokens import Padded, buckets, shared_beginnings
 from metake.support.errors import ArchitectureError, ParameterError, RequestError, near_misses
 from metake.support.machine import default_device, start_cost, usable, working_memory
 from metake.support.progress import no_bars_in_pipes
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """Where a family of models keeps its parts; paths with one {} for the block's number."""
-
-    block: str
-    mlp: str
-    write: str  # the MLP's output projection: its input is the key
-    attention: str
-
-
-_LLAMA = Architecture(
-    "model.layers.{}", "model.layers.{}.mlp", "model.layers.{}.mlp.down_proj", "model.layers.{}.self_attn"
-)
-_GPT2 = Architecture("transformer.h.{}", "transformer.h.{}.mlp", "transformer.h.{}.mlp.c_proj", "transformer.h.{}.attn")
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "gpt2": _GPT2,
-    "gptj": Architecture(_GPT2.block, _GPT2.mlp, "transformer.h.{}.mlp.fc_out", _GPT2.attention),
-    "gpt_neox": Architecture(
-        "gpt_neox.layers.{}", "gpt_neox.layers.{}.mlp", "gpt_neox.layers.{}.mlp.dense_4h_to_h",
-        "gpt_neox.layers.{}.attention"
-    ),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "phi": Architecture(_LLAMA.block, _LLAMA.mlp, "model.layers.{}.mlp.fc2", _LLAMA.attention),
-}
-"""One row per `config.model_type`. A user may add a row at run time."""
 
 
 @dataclass
@@ -79,27 +49,12 @@ class LanguageModel:
         self.model.eval().requires_grad_(False)
         self._check()
 
-    def _check_paths(self) -> None:
-        """The row must name modules that exist, one set a block, each where its name says. Raises ArchitectureError."""
-        row, kind, modules = self.architecture, self.model.config.model_type, dict(self.model.named_modules())
-        for what, inside in (("block", None), ("mlp", "block"), ("write", "mlp"), ("attention", "block")):
-            path, whole = getattr(row, what), inside and getattr(row, inside)
-            flaws = {
-                "which must contain exactly one {} for the block's number": path.count("{}") != 1,
-                "but the model has no such module": path.replace("{}", "0") not in modules,
-                f"which is not inside its {inside} = {whole!r}": whole and not f"{path}.".startswith(f"{whole}."),
-            }
-            if flaw := next((said for said, found in flaws.items() if found), ""):
-                raise ArchitectureError(
-                    f"row {kind!r} names {what} = {path!r}, {flaw}; correct metake.ARCHITECTURES[{kind!r}]"
-                )
-
     @torch.no_grad()
     def _check(self) -> None:
         """One two-token forward with hooks: the row must name modules of the expected shapes.
         Raises ArchitectureError.
         """
-        self._check_paths()
+        check_paths(self.architecture, self.model)
         row, kind, width = self.architecture, self.model.config.model_type, self.width
         seen: dict[str, Any] = {}
         block, write = self.block(0), self.write(0)
@@ -181,8 +136,12 @@ class LanguageModel:
 
     def logits(self, batch: Padded, rows: Tensor, columns: Tensor, past: DynamicCache | None = None) -> Tensor:
         """Next-token logits at (row, column) pairs only, (pairs, vocabulary)."""
+        return self.logits_at(batch, Places.of(rows, columns, batch.ids.shape[1]), past)
+
+    def logits_at(self, batch: Padded, places: Places, past: DynamicCache | None = None) -> Tensor:
+        """`logits` at places that were worked out before, for who asks again and again."""
         last = self.model.get_submodule(self.architecture.mlp.format(self.depth - 1))
-        with gathered(self.model.get_output_embeddings(), last, rows, columns):
+        with gathered(self.model.get_output_embeddings(), last, places):
             return self.run(batch, past).logits
 
     def read(
@@ -220,16 +179,17 @@ class LanguageModel:
         """
         return list(buckets(sizes, tokens, passes * start_cost(self.device)))
 
+    def beginnings(self, rows: Sequence[Sequence[int]], limits: Sequence[int]) -> list[int]:
+        """How many first tokens of each row, at most its limit, others share, such that running them once pays here."""
+        return shared_beginnings(rows, limits, start_cost(self.device))
+
     def continuing(
         self, rows: Sequence[Sequence[int]], limits: Sequence[int], tokens: int
     ) -> tuple[list[list[int]], list[int]]:
-        """Micro-batches as `groups`, and how many first tokens of each row, at most its limit,
-        others share and run with it once.
-        """
-        cuts = shared_beginnings(rows, limits, start_cost(self.device))
-        return self.groups(
-            [len(row) - cut for row, cut in zip(rows, cuts, strict=True)], tokens, 2 if any(cuts) else 1
-        ), cuts
+        """Micro-batches as `groups` of what is left of rows after their `beginnings`, and how long those are."""
+        cuts = self.beginnings(rows, limits)
+        sizes = [len(row) - cut for row, cut in zip(rows, cuts, strict=True)]
+        return self.groups(sizes, tokens, 2 if any(cuts) else 1), cuts
 
     # -- weights ----------------------------------------------------------------------------------------------------
 

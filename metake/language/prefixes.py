@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from metake.language.capture import Places
 from metake.language.model import LanguageModel
 from metake.language.tokens import Padded, continued, pad
 
@@ -82,11 +83,11 @@ class Prefixed:
             self.lm.read(self.tail, states=[self.lm.depth - 1], past=cache)
         return cache
 
-    def logits(self, after: int, start: Split, rows: Tensor, columns: Tensor) -> Tensor:
-        """Logits at (row, column after the cut) pairs, going on after block `after`, which gave `start`."""
+    def logits(self, after: int, start: Split, places: Places) -> Tensor:
+        """Logits at places of the rows after their cuts, going on after block `after`, which gave `start`."""
         past, *_ = self.begin((), [self.lm.depth - 1], after, start.head)
         with self.lm.resumed(after, start.tail):
-            return self.lm.logits(self.tail, rows, columns, past=past)
+            return self.lm.logits_at(self.tail, places, past=past)
 
 
 def columns_before(lengths: Tensor, width: int) -> Tensor:

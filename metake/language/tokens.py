@@ -5,7 +5,8 @@ Everything here is exact bookkeeping in absolute positions of one row; padding s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -88,12 +89,6 @@ def in_context(context: str, template: str) -> str:
     return context.replace("{}", template, 1)
 
 
-def prompt_rows(tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]) -> list[Located]:
-    """Every request in every context, cut after the subject's last token; request-major order, n × contexts rows."""
-    rows = (locate(tokenizer, in_context(c, r.prompt), r.subject) for r in requests for c in contexts)
-    return [Located(row.ids[: row.lookup + 1], row.lookup) for row in rows]
-
-
 def rewriting_rows(tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]) -> list[Row]:
     """Rows that teach the target: each request in each context, teacher-forced on its target.
 
@@ -109,20 +104,80 @@ def rewriting_rows(tokenizer: Any, requests: Sequence[EditRequest], contexts: Se
     return rows
 
 
-def locality_rows(
-    tokenizer: Any, requests: Sequence[EditRequest], position: str = "subject", template: str = "{} is a"
-) -> list[Row]:
-    """Rows that watch for drift: the next-token distribution of "{subject} is a".
+def locality_rows(tokenizer: Any, requests: Sequence[EditRequest], template: str = "{} is a") -> list[Row]:
+    """Rows that watch for drift: the next-token distribution after "{subject} is a"."""
+    found = (locate(tokenizer, template, request.subject) for request in requests)
+    return [Row(i, ids, lookup, (len(ids) - 1,), ()) for i, (ids, lookup) in enumerate(found)]
 
-    position: "subject" reads it at the subject's last token, as the released code of the family does (the words after
-    it then play no part and are cut off); "final" at the last token, the literal reading of MetaKE v3 eq. 98.
+
+class _Once:
+    """A tokenizer that reads each text once: a request's prompts begin alike, and requests share targets."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.known = tokenizer, {}
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        key = (text, *options.items())
+        if key not in self.known:
+            self.known[key] = self.tokenizer(text, **options)
+        return self.known[key]
+
+    def decode(self, token: int) -> str:
+        return self.tokenizer.decode(token)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch of requests as token rows: what all stages of an edit read, made and checked once.
+
+    taught: each request in each context with its target, request-major, the plain prompt first; watched: a row of each
+    request's subject alone.
     """
-    rows = []
-    for i, request in enumerate(requests):
-        ids, lookup = locate(tokenizer, template, request.subject)
-        end = lookup if position == "subject" else len(ids) - 1
-        rows.append(Row(i, ids[: end + 1], lookup, (end,), ()))
-    return rows
+
+    contexts: tuple[str, ...]
+    taught: tuple[Row, ...]
+    watched: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str]) -> Rows:
+        """The rows of requests in these contexts; rows pass as they are. Raises RequestError as `locate` does."""
+        if isinstance(requests, Rows):
+            return requests
+        once = _Once(tokenizer)
+        taught, watched = rewriting_rows(once, requests, contexts), locality_rows(once, requests)
+        return cls(tuple(contexts), tuple(taught), tuple(watched))
+
+    def __len__(self) -> int:
+        """How many requests."""
+        return len(self.watched)
+
+    def pick(self, requests: Iterable[int]) -> Rows:
+        """The rows of some of the requests, which are numbered anew."""
+        count = len(self.contexts)
+        pairs = list(enumerate(requests))
+        taught = (row._replace(request=k) for k, i in pairs for row in self.taught[i * count : (i + 1) * count])
+        watched = (self.watched[i]._replace(request=k) for k, i in pairs)
+        return Rows(self.contexts, tuple(taught), tuple(watched))
+
+    def prompts(self) -> list[tuple[int, ...]]:
+        """Every request in every context, cut after the subject's last token."""
+        return [row.ids[: row.lookup + 1] for row in self.taught]
+
+    def rewriting(self, plain: bool = False) -> list[Row]:
+        """The rows that teach the targets, or those of the plain prompt alone, which then weigh as much."""
+        if not plain:
+            return list(self.taught)
+        return [row._replace(weight=1 / len(row.labels)) for row in self.taught[:: len(self.contexts)]]
+
+    def locality(self, position: str = "subject") -> list[Row]:
+        """The rows that watch for drift.
+
+        position: "subject" reads at the subject's last token, as the released code of the family does (the words after
+        it then play no part and are cut off); "final" at the last token, the literal reading of MetaKE v3 eq. 98.
+        """
+        if position == "final":
+            return list(self.watched)
+        return [row._replace(ids=row.ids[: row.lookup + 1], read=(row.lookup,)) for row in self.watched]
 
 
 def pad(rows: Sequence[Sequence[int]], device: Any) -> Padded:

@@ -93,6 +93,12 @@ def test_metrics_are_what_they_say():
     assert torch.equal(dense(null_space(THRESHOLD, 5.0)(p.flat)), dense(NullSpace(p.flat, 5.0, THRESHOLD)))
 
 
+def test_a_metric_and_its_rule_have_the_same_defaults():
+    p = problem()
+    for metric, rule, statistics in ((InverseCovariance, inverse_covariance, p.full), (NullSpace, null_space, p.flat)):
+        assert torch.equal(dense(metric(statistics)), dense(rule()(statistics)))
+
+
 def test_building_a_metric_leaves_the_statistics_alone():
     p = problem()
     before = p.full.moment.clone()
@@ -159,8 +165,16 @@ def test_conditioning_step_by_step_is_conditioning_once(sizes: list[int], kind: 
         "a history of more than half the dimensions becomes a matrix"
     )
     if isinstance(metric, Conditioned):
-        assert metric.base is base and torch.equal(metric.past, p.past.T)
+        assert metric.base is base and metric.past_metric.shape == p.past.T.shape
+        assert_close(metric.past_metric, base.apply(p.past.T))
         assert_close(metric.factor, once.factor)
+
+
+def test_a_history_is_kept_once():
+    """A number for each coordinate of each past key, and their n × n factor: nothing holds the keys a second time."""
+    p = problem(past=4)
+    held = [t for t in vars(condition(p.null_space(), p.past.T)).values() if isinstance(t, Tensor)]
+    assert sum(t.numel() for t in held) == 4 * 9 + 4 * 4
 
 
 @pytest.mark.parametrize("kind", ["inverse covariance", "null space", "isotropic"])
@@ -180,7 +194,7 @@ def test_conditioning_returns_a_new_metric_and_forgets_nothing():
     one = condition(base, p.past.T)
     before = dense(one)
     two = condition(one, p.keys.T)
-    assert isinstance(one, Conditioned) and len(one.past) == 3 and isinstance(two, Dense) and two.dim == 9
+    assert isinstance(one, Conditioned) and len(one.past_metric) == 3 and isinstance(two, Dense) and two.dim == 9
     assert (
         torch.equal(dense(one), before)
         and condition(one, p.keys.T[:0]) is one

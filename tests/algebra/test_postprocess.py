@@ -21,7 +21,8 @@ from torch import Tensor
 from metake.algebra.geometry import inverse_covariance
 from metake.algebra.postprocess import cap_spectrum, correction, keep_largest, soften_principal
 from metake.algebra.update import LayerUpdate
-from metake.editing.editor import Editor, describe
+from metake.editing.editor import Editor
+from metake.editing.record import describe
 from metake.editing.targets import TargetRule
 from metake.support.errors import ParameterError, ProvenanceError
 

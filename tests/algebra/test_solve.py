@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metake.algebra.geometry import InverseCovariance, Isotropic, KeyStatistics, NullSpace, condition
-from metake.algebra.solve import association, attenuation, feasible_interval, gate, realization, solve
+from metake.algebra.solve import association, attenuation, feasible_interval, gate, realization, solve, spectrum
 from metake.support.errors import ParameterError, StatisticsError
 
 THRESHOLD = 1e-6
@@ -353,3 +353,30 @@ def test_values_out_of_range_are_refused():
     for tau, epsilon in ((0.0, 1.0), (1.0, -1.0), (torch.tensor([1.0, 0.0]), 1.0)):
         with pytest.raises(ParameterError, match="tau and epsilon must be > 0"):
             feasible_interval(gamma, tau, epsilon)
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("apart", [False, True], ids=["at the keys", "elsewhere"])
+def test_the_spectrum_is_that_of_the_realization(noise: float, apart: bool):
+    """By a symmetric solver wherever B is symmetric, by the general one where it is not (ROME's plain key)."""
+    p = problem()
+    for metric in (InverseCovariance(p.full, p.ridge), p.null_space(), condition(p.null_space(), p.past.T)):
+        at = p.keys.T + 0.3 * torch.randn(p.keys.T.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        B = solve(p.keys.T, p.residuals.T, metric, noise, at if apart else None).realization
+        expected = torch.linalg.eigvals(B).real.sort().values
+        assert (spectrum(B, not apart).sort().values - expected).abs().max() < 1e-10
+        assert not apart or noise == 0 or (B - B.T).norm() > 1e-3 * B.norm()
+
+
+@pytest.mark.parametrize("noise", [0.25, 1.0, 5.0, 0.0])
+def test_one_request_alone_under_any_noise(noise: float):
+    """β = γ/(ν+γ) is what the solve realizes, also at another key; the interval's ends are τ/β and ε/(1−β)."""
+    p = problem(n=1)
+    metric, k, r = InverseCovariance(p.full, p.ridge), p.keys.T, p.residuals.T
+    for at in (None, k + 0.1 * torch.ones_like(k)):
+        gamma = association(k, metric, at)
+        beta = attenuation(gamma, noise)
+        assert_close(solve(k, r, metric, noise, at).realization[0], beta)
+        lower, upper = feasible_interval(gamma, 0.2, 0.3, noise)
+        assert_close(lower, 0.2 / beta)
+        assert upper.item() == float("inf") if noise == 0 else torch.isclose(upper, 0.3 / (1 - beta)).all()

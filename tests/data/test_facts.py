@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from metake.data.facts import facts, facts_records, reference_texts, rendered_sentences
-from metake.data.requests import Cases, check_batch, counterfact, zsre
+from metake.data.files import counterfact, zsre
+from metake.data.requests import Cases, check_batch
 from metake.support.errors import ParameterError
 
 module = importlib.import_module("metake.data.facts")

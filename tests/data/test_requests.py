@@ -7,9 +7,8 @@ import pickle
 
 import pytest
 
-from metake.data.requests import (
-    Cases, EditRequest, Probe, batches, check_batch, counterfact, counterfact_cases, zsre, zsre_cases
-)
+from metake.data.files import counterfact, counterfact_cases, zsre, zsre_cases
+from metake.data.requests import Cases, EditRequest, Probe, batches, check_batch
 from metake.support.errors import ParameterError, RequestError
 
 

@@ -144,7 +144,7 @@ def test_the_gate_is_the_structural_one_or_that_of_the_keys_alone(metric, ridge:
     _, state = editor.step(lm, past, state)
     K, C = reference.keys(lm, BATCH, CONTEXTS, LAYER), text_statistics(lm, [LAYER])[LAYER].covariance
     structural = editor._frozen_gate(KeyReader(lm, BATCH, CONTEXTS, LAYER), state, LAYER)
-    Kp = state.metrics[LAYER].past.T
+    Kp = state.keys[LAYER].T
     assert Kp.shape == (64, 2)
     if isinstance(metric, null_space):
         expected = reference.gate_b3(K, reference.projector(C, metric.threshold), ridge, Kp)

@@ -1,6 +1,9 @@
 """γ, β and the feasible interval before any edit, against the d×d formulas written out."""
 
+from dataclasses import replace
+
 import pytest
+import reference
 import torch
 from models import random_model
 from same import fingerprint
@@ -63,6 +66,76 @@ def test_diagnosis_equals_the_formulas(kind, model):
         assert d.upper == pytest.approx(0.3 * norm * (1 + gamma), rel=1e-8)
 
 
+def tiny_editor(name, lm, **changes):
+    """A method with its own parts, on two layers of the random model (ROME and EMMET: on one)."""
+    layers = (2,) if name in ("rome", "emmet") else LAYERS
+    return mk.methods.method(name, "tiny", layers=layers, contexts=CONTEXTS, **changes)
+
+
+def mlp_output(lm, request, layer):
+    """What the written module puts out at the subject's last token of the plain prompt, by a full forward pass."""
+    return reference.at_lookup(lm, request.prompt, request.subject, layer).mlp
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_rome_is_diagnosed_as_it_writes(model):
+    """γ = k̄ᵀQk* with a flat average k̄ and the plain prompt's k*; exact for each request alone; h is the MLP's output."""
+    lm, statistics = setting(model)
+    method = tiny_editor("rome", lm, metric=mk.inverse_covariance(20.0, 1e-3))
+    found = mk.diagnose(lm, REQUESTS, method, statistics, tau=0.2, epsilon=0.3)
+    metric = torch.linalg.inv(20.0 * statistics[2].covariance + 1e-3 * torch.eye(statistics[2].dim).double())
+    for d, request in zip(found, REQUESTS, strict=True):
+        rows = [reference.at_lookup(lm, t, request.subject, 2).key for t in reference.templates(request, CONTEXTS)]
+        gamma = (sum(rows) / len(rows)) @ metric @ rows[0]
+        assert d.association == pytest.approx(gamma.item(), rel=1e-8)
+        assert d.attenuation == pytest.approx(1, abs=1e-12) and d.in_batch == pytest.approx(1, abs=1e-9)
+        norm = mlp_output(lm, request, 2).norm().item()
+        assert d.anchor == pytest.approx(norm, rel=1e-10) and d.lower == pytest.approx(0.2 * norm)
+        assert d.upper == float("inf") and d.feasible
+    edit = method.edit(lm, REQUESTS, statistics)
+    assert edit.record.layers["2"]["spectrum_min"] == pytest.approx(min(d.in_batch for d in found), abs=1e-9)
+
+
+def test_emmet_is_diagnosed_as_it_writes():
+    """Exact for the whole batch, at the averaged keys; h is the block's output."""
+    lm, statistics = setting()
+    method = tiny_editor("emmet", lm, metric=mk.inverse_covariance(20.0, 1e-3))
+    found = mk.diagnose(lm, REQUESTS, method, statistics, tau=0.2, epsilon=0.3)
+    for d, gamma, norm in zip(found, *literal(lm, statistics, "memit")[::2], strict=True):
+        assert d.association == pytest.approx(gamma, rel=1e-8) and d.attenuation == pytest.approx(1, abs=1e-12)
+        assert d.in_batch == pytest.approx(1, abs=1e-9) and d.anchor == pytest.approx(norm, rel=1e-12)
+        assert d.lower == pytest.approx(0.2 * norm) and d.upper == float("inf") and d.feasible
+
+
+def test_pmet_is_diagnosed_at_the_output_it_writes():
+    """h is the MLP's own output, the norm that Stage I plans from; γ, β and B are those of its gate."""
+    lm, statistics = setting("llama")
+    method = tiny_editor("pmet", lm, metric=mk.inverse_covariance(20.0, 1e-3))
+    found = mk.diagnose(lm, REQUESTS, method, statistics)
+    planned = mk.optimize_targets(lm, REQUESTS, CONTEXTS, 2, replace(method.target, steps=1))
+    for d, request, anchor, gamma, own in zip(
+        found, REQUESTS, planned.anchor, *literal(lm, statistics, "memit")[:2], strict=True
+    ):
+        assert d.anchor == pytest.approx(mlp_output(lm, request, 2).norm().item(), rel=1e-10)
+        assert d.anchor == pytest.approx(anchor.norm().item(), rel=1e-10)
+        assert d.association == pytest.approx(gamma, rel=1e-8) and d.in_batch == pytest.approx(own, rel=1e-8)
+    block = mk.diagnose(lm, REQUESTS, replace(method, target=mk.TargetRule()), statistics)
+    assert all(abs(one.anchor - other.anchor) > 1e-2 for one, other in zip(found, block, strict=True))
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0, 4.0])
+def test_requests_that_are_solved_apart_do_not_meet(noise):
+    """With one request at a time, what a batch realizes is what each realizes alone, β = γ/(ν+γ)."""
+    lm, statistics = setting()
+    together, apart = (
+        mk.diagnose(lm, REQUESTS, editor("memit", noise=noise, together=k), statistics) for k in (None, 1)
+    )
+    for d, other in zip(apart, together, strict=True):
+        beta = d.association / (noise + d.association)
+        assert d.in_batch == pytest.approx(beta, rel=1e-10) and d.attenuation == pytest.approx(beta, rel=1e-12)
+        assert d.in_batch > other.in_batch and d.upper == pytest.approx(0.25 * d.anchor / (1 - beta), rel=1e-8)
+
+
 def test_norms_may_be_given_in_the_units_of_the_model():
     lm, statistics = setting()
     share, units = (mk.diagnose(lm, REQUESTS, editor("memit"), statistics, 0.2, 0.3, relative=r) for r in (True, False))
@@ -96,11 +169,11 @@ def test_past_edits_lower_the_association():
     _, later = method.step(lm, REQUESTS[:1], state)
     past, *_ = KeyReader(lm, REQUESTS[:1], CONTEXTS, 2).read(2)
     found = mk.diagnose(lm, REQUESTS, method, later)
-    for d, gamma in zip(found, literal(lm, statistics, "alphaedit", later.metrics[2].past)[0], strict=True):
+    for d, gamma in zip(found, literal(lm, statistics, "alphaedit", later.keys[2])[0], strict=True):
         assert d.association == pytest.approx(gamma, rel=1e-7)
     assert all(now.association < then.association for now, then in zip(found, fresh, strict=True))
     ratios = [now.association / then.association for now, then in zip(found, fresh, strict=True)]
-    assert ratios[0] == min(ratios) and later.metrics[2].past.shape == past.shape
+    assert ratios[0] == min(ratios) and later.metrics[2].past_metric.shape == past.shape
 
 
 def test_nothing_is_edited_or_optimized(monkeypatch):

@@ -57,7 +57,7 @@ def edit(kind: str, count: int = 1, editor: Editor = EDITOR, bos: bool | None = 
     value = initial.value + 0.1 * nudge
     spaces = {i: reference.projector(statistics[i].covariance, THRESHOLD) for i in editor.layers}
     past = {
-        i: state.metrics[i].past.T if editor.remember else torch.zeros(len(spaces[i]), 0, dtype=torch.float64)
+        i: state.keys[i].T if editor.remember else torch.zeros(len(spaces[i]), 0, dtype=torch.float64)
         for i in editor.layers
     }
 
@@ -224,6 +224,11 @@ def test_what_is_not_a_shared_target_at_a_block_is_refused():
     for make in (blue, pmet, rect, rome, OPERATORS["metake/sphere"]):
         with pytest.raises(ParameterError, match="one shared target"):
             Downstream(e.lm, e.requests, make("tiny"), e.downstream.state, e.initial)
+    two = edit("gpt2", 2)
+    for together in (None, 2):
+        Downstream(two.lm, two.requests, replace(EDITOR, together=together), two.downstream.state, two.initial)
+    with pytest.raises(ParameterError, match="solves these requests apart"):
+        Downstream(two.lm, two.requests, replace(EDITOR, together=1), two.downstream.state, two.initial)
 
 
 def test_a_target_that_is_not_finite_is_an_error():

@@ -304,3 +304,23 @@ def test_an_error_in_the_middle_of_stage_two_leaves_the_model_as_it_was(monkeypa
     with reference.unchanged(lm), pytest.raises(NumericalError, match="a fault"):
         replace(ALPHAEDIT, allocation=fail).edit(lm, REQUESTS[:2], statistics)
     assert written == [False, True]  # the first layer had been written when the fault came
+
+
+@pytest.mark.parametrize("name", ["metake", "metake/blue", "rome"])
+def test_one_edit_tokenizes_each_text_once(name: str):
+    """Keys, targets, gate and refinement of a hundred requests read the same token rows."""
+    lm, asked = random_model("gpt2"), []
+    tokenizer = lm.tokenizer
+
+    def count(text: str, **options: object) -> object:
+        asked.append((text, options.get("add_special_tokens", True)))
+        return tokenizer(text, **options)
+
+    requests = [replace(REQUESTS[i % 4], subject=f"Rome {i}", id=str(i)) for i in range(100 if name != "rome" else 8)]
+    editor = method(name, "tiny", layers=LAYERS[1:2] if name == "rome" else LAYERS[:2], contexts=CONTEXTS)
+    editor = replace(editor, target=replace(editor.target, steps=1), metric=inverse_covariance(0.05))
+    editor = replace(editor, refine=editor.refine and replace(editor.refine, steps=1))
+    state = editor.init(lm, text_statistics(lm, editor.layers))
+    lm.tokenizer = count
+    editor.step(lm, requests, state)
+    assert len(asked) == len(set(asked)) and len(asked) >= len(requests) * (len(CONTEXTS) + 1)

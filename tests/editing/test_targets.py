@@ -16,8 +16,10 @@ from reference import CONTEXTS, REQUESTS, double_inside  # noqa: F401 (a fixture
 
 import metake.editing.targets
 from metake.data.requests import EditRequest
+from metake.editing.plant import HELD, chunks
 from metake.editing.targets import TargetRule, Targets, optimize_targets
 from metake.language.model import LanguageModel
+from metake.language.tokens import Rows
 from metake.support.errors import NumericalError, ParameterError, RequestError
 
 pytestmark = pytest.mark.usefixtures("double_inside", "as_in_large_batches")
@@ -304,6 +306,22 @@ def test_the_result_does_not_depend_on_micro_batches_or_on_the_batch(kind: str):
         assert (planned - whole.planned).abs().max() <= 1e-9
 
 
+def test_requests_are_optimized_in_chunks_of_whole_ones_of_similar_size():
+    lm = small("gpt2")
+    many = [replace(r, prompt="Rome " * k + r.prompt, id=f"{r.id}{k}") for r in REQUESTS for k in range(6)]
+    batch = Rows.of(lm.tokenizer, many, CONTEXTS)
+    whole = sum(len(row.ids) for row in (*batch.taught, *batch.watched))
+    for tokens in (1, 40, whole // HELD // 3, whole // HELD + 1):
+        found = chunks(batch, tokens)
+        assert sorted(i for chunk in found for i in chunk) == list(range(len(many)))
+        parts = [batch.pick(chunk) for chunk in found]
+        held = [sum(len(row.ids) for row in (*part.taught, *part.watched)) for part in parts]
+        assert all(size <= 1.5 * HELD * tokens or len(part) == 1 for part, size in zip(parts, held, strict=True))
+        widths = [[len(row.ids) - row.lookup for row in part.rewriting(plain=True)] for part in parts]
+        assert all(min(one) >= max(other) for one, other in itertools.pairwise(widths)), "padding would be computed"
+    assert len(found) == 1 and len(chunks(batch, 1)) == len(many)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rows_that_begin_with_padding_stay_finite(
@@ -336,11 +354,10 @@ def test_only_what_a_plan_can_still_change_is_computed(monkeypatch):
     found = optimize_targets(lm, REQUESTS, CONTEXTS, LAYER, rule)
     for handle in handles:
         handle.remove()
-    shared, whole, plain = seen[0]
+    shared, whole = seen[0]
     again, before, *later = seen[LAYER + 1]
-    assert plain[0] == len(REQUESTS), "and once more the plain prompts, for what stands there now"
     assert (
-        seen[LAYER] == [shared, whole, plain]
+        seen[LAYER] == [shared, whole]
         and again == shared
         and whole[0] == len(REQUESTS) * (len(CONTEXTS) + 1) == before[0]
     )

@@ -9,6 +9,7 @@ import torch
 from models import random_model
 from reference import double_inside  # noqa: F401 (a fixture)
 
+from metake.language.capture import Places
 from metake.language.prefixes import Prefixed, Split
 from metake.language.tokens import pad
 
@@ -61,7 +62,7 @@ def test_logits_and_gradients_are_those_of_whole_rows_from_any_block(lm, cuts, a
     if after >= 0:
         states = whole_states(lm, after)
         start = Split(*(t if t is None else t + push for t in split(states, cuts)))
-    found = run.logits(after, start, rows, LAST - torch.tensor(cuts))
+    found = run.logits(after, start, Places.of(rows, LAST - torch.tensor(cuts), run.tail.ids.shape[1]))
     with lm.resumed(after, states if states is None else states + push):
         expected = lm.logits(batch, rows, LAST)
     assert_close(found, expected)

@@ -17,7 +17,7 @@ from metake import EditRequest, RequestError
 from metake.editing.objective import Bucket
 from metake.language.prefixes import Prefixed, Split
 from metake.language.tokens import (
-    buckets, continuation, continued, encode, in_context, locality_rows, locate, pad, prompt_rows, rewriting_rows,
+    Rows, buckets, continuation, continued, encode, in_context, locality_rows, locate, pad, rewriting_rows,
     shared_beginnings
 )
 
@@ -120,7 +120,7 @@ def test_a_subject_that_ends_inside_a_token_is_refused(name, template, subject, 
     assert f"{subject!r} in {template!r} ends inside the token {token!r}" in str(caught.value) and "put a space" in str(
         caught.value
     )
-    for rows in (prompt_rows, rewriting_rows):
+    for rows in (Rows.of, rewriting_rows):
         with pytest.raises(RequestError, match="ends inside the token"):
             rows(
                 tok, [EditRequest("{} is", "Rome", "x", "fine"), EditRequest(template, subject, "x", "torn")], CONTEXTS
@@ -173,12 +173,36 @@ REQUESTS = [
 ]
 
 
-def test_prompt_rows_end_with_the_subject(tok):
-    rows = prompt_rows(tok, REQUESTS, CONTEXTS)
+def test_prompts_end_with_the_subject(tok):
+    rows = Rows.of(tok, REQUESTS, CONTEXTS).prompts()
     assert len(rows) == len(REQUESTS) * len(CONTEXTS)
-    for row, (request, context) in zip(rows, ((r, c) for r in REQUESTS for c in CONTEXTS), strict=True):
-        filled = context.format(request.prompt).partition("{}")[0] + request.subject
-        assert text_of(tok, row.ids) == filled and row.lookup == len(row.ids) - 1
+    for ids, (request, context) in zip(rows, ((r, c) for r in REQUESTS for c in CONTEXTS), strict=True):
+        assert text_of(tok, ids) == context.format(request.prompt).partition("{}")[0] + request.subject
+
+
+def test_a_batch_is_the_rows_of_its_requests(tok):
+    """The plain rows are those of the plain prompt alone; some of its requests are a batch of their own."""
+    batch = Rows.of(tok, REQUESTS, CONTEXTS)
+    assert Rows.of(tok, batch, ("{}",)) is batch and len(batch) == len(REQUESTS)
+    assert batch.rewriting() == rewriting_rows(tok, REQUESTS, CONTEXTS)
+    assert batch.rewriting(plain=True) == rewriting_rows(tok, REQUESTS, CONTEXTS[:1])
+    for some in ([2], [3, 0], [], range(len(REQUESTS))):
+        assert batch.pick(some) == Rows.of(tok, [REQUESTS[i] for i in some], CONTEXTS)
+    empty = Rows.of(tok, [], CONTEXTS)
+    assert not len(empty) and not empty.prompts() and not empty.rewriting() and not empty.locality()
+
+
+def test_a_batch_asks_for_each_text_once(tok):
+    asked = []
+
+    def count(text, **options):
+        asked.append((text, *options.items()))
+        return tok(text, **options)
+
+    shared = [EditRequest(t, s, "Rome", f"{t}{s}") for t in TEMPLATES[:3] for s in SUBJECTS[1:4]]
+    rows = Rows.of(count, shared, CONTEXTS)
+    assert len(asked) == len(set(asked)) < 2 * len(shared) * (len(CONTEXTS) + 1)
+    assert rows.rewriting() == rewriting_rows(tok, shared, CONTEXTS)
 
 
 def test_labels_are_read_where_the_model_predicts_them(tok):
@@ -201,7 +225,9 @@ def test_labels_are_read_where_the_model_predicts_them(tok):
 
 @pytest.mark.parametrize("position", ["subject", "final"])
 def test_locality_rows_watch_the_subject_or_the_end(tok, position):
-    for i, (row, request) in enumerate(zip(locality_rows(tok, REQUESTS, position), REQUESTS, strict=True)):
+    batch = Rows.of(tok, REQUESTS, CONTEXTS)
+    assert batch.locality("final") == locality_rows(tok, REQUESTS)
+    for i, (row, request) in enumerate(zip(batch.locality(position), REQUESTS, strict=True)):
         assert (row.request, row.labels, row.weight) == (i, (), 1.0)
         assert text_of(tok, row.ids[: row.lookup + 1]) == request.subject
         assert (
@@ -225,7 +251,7 @@ def test_the_loss_at_the_labels_is_the_models_own(kind, cut):
         expected[row.request] += lm.model(whole, labels=labels).loss / len(CONTEXTS)
     cuts = [row.lookup if cut else 0 for row in rows]
     bucket, run = Bucket.of(rows, cuts, lm.device), Prefixed(lm, [row.ids for row in rows], cuts)
-    found, drift = bucket.losses(run.logits(-1, Split(None, None), bucket.row, bucket.column), len(REQUESTS))
+    found, drift = bucket.losses(run.logits(-1, Split(None, None), bucket.places), len(REQUESTS))
     torch.testing.assert_close(found, expected)
     assert not drift.any()
 

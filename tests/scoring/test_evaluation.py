@@ -16,7 +16,8 @@ from models import random_model
 
 import metake as mk
 from metake.data.facts import facts_records, prose, reference_texts
-from metake.data.requests import EditCase, Probe, counterfact_cases, zsre_cases
+from metake.data.files import counterfact_cases, zsre_cases
+from metake.data.requests import EditCase, Probe
 from metake.language.generation import _uniforms, sample
 from metake.scoring import evaluation
 from metake.scoring.evaluation import CaseScore, Evaluation, ProbeScore, Reading, evaluate, read, recall

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,11 +12,15 @@ import reference
 import torch
 from models import random_model
 from reference import CONTEXTS, REQUESTS, double_inside  # noqa: F401 (a fixture)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import metake as mk
 from metake.editing.keys import KeyReader
+from metake.editing.plant import HELD
 from metake.language.generation import sample
 from metake.language.model import LanguageModel
+from metake.language.tokens import Rows
 from metake.scoring.evaluation import read
 from metake.support import machine
 from metake.support.machine import halving
@@ -109,19 +115,66 @@ def test_only_memory_errors_are_tried_again():
 
 
 def test_the_memory_at_hand_bounds_the_micro_batch(monkeypatch):
+    """With gradients, which is what memory is counted for; a pass that keeps nothing but its result may take twice as
+    many tokens."""
     lm = random_model("qwen2")
-    expected, seen = WORK["targets"](lm), []
-    lm.block(3).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0] * args[0].shape[1]))
+    expected, seen = WORK["targets"](lm), {True: [], False: []}
+    lm.block(3).register_forward_pre_hook(
+        lambda _, args: seen[torch.is_grad_enabled()].append(args[0].shape[0] * args[0].shape[1])
+    )
     WORK["targets"](lm)
-    plenty = max(seen)
+    plenty = max(seen[True])
     one_token = machine.working_memory(lm.device) / lm.room(3, gradients=True)
     monkeypatch.setattr("metake.language.model.working_memory", lambda _: 30 * one_token)
     assert lm.room(3, gradients=True) == pytest.approx(30, abs=1) and lm.room(3, gradients=True) < lm.room(
         1, gradients=False
     )
-    seen.clear()
+    for sizes in seen.values():
+        sizes.clear()
     torch.testing.assert_close(WORK["targets"](lm), expected, rtol=1e-10, atol=1e-12)
-    assert max(seen) <= 31 < plenty
+    assert max(seen[True]) <= 31 < plenty and max(seen[False]) <= 2 * 31
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made inside the block, and not given back, held together."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.note, made)
+        return made
+
+    def note(self, made: torch.Tensor) -> None:
+        storage = made.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.most = max(self.now, self.most)
+            weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
+
+    def drop(self, which: int, size: int) -> None:
+        self.known.remove(which)
+        self.now -= size
+
+
+def test_ten_times_as_many_requests_take_no_more_memory_in_stage_one():
+    lm = random_model("gpt2", torch.float32, depth=12)
+    words = [a + b for a in string.ascii_uppercase for b in string.ascii_lowercase[:20]]
+    requests = [
+        mk.EditRequest(REQUESTS[i % 4].prompt, f"{words[i // 4]}{i % 4}", "English", str(i)) for i in range(1000)
+    ]
+    batch, most = Rows.of(lm.tokenizer, requests, CONTEXTS[:2]), {}
+    few = batch.pick(range(100))
+    tokens = -(-sum(len(row.ids) for row in (*few.taught, *few.watched)) // HELD)  # a hundred fill one chunk
+    for rows in (few, batch):
+        with Held() as held:
+            mk.optimize_targets(lm, rows, batch.contexts, 1, mk.TargetRule(steps=2, tokens=tokens))
+        most[len(rows)] = held.most
+    assert 2**20 < most[100] and most[1000] < 1.2 * most[100], most
 
 
 def test_working_memory_is_a_quarter_of_what_is_free_and_small_on_a_cpu(monkeypatch):

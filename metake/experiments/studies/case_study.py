@@ -12,7 +12,8 @@ import pandas as pd
 
 from metake import methods as known
 from metake.data.requests import EditCase
-from metake.editing.editor import Editor, describe, digest_of
+from metake.editing.editor import Editor
+from metake.editing.record import describe, digest_of
 from metake.editing.statistics import statistics
 from metake.experiments.decision import all_of, apart, undecided
 from metake.experiments.kept import kept

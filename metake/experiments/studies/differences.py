@@ -11,7 +11,8 @@ from torch import Tensor
 from metake import methods
 from metake.algebra.geometry import KeyStatistics
 from metake.data.requests import Cases
-from metake.editing.editor import Editor, describe
+from metake.editing.editor import Editor
+from metake.editing.record import describe
 from metake.editing.statistics import statistics
 from metake.experiments.decision import all_of, equal, for_and_against, opposite
 from metake.experiments.runs import edit_sequence, read_cases, select

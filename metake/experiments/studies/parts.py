@@ -114,9 +114,8 @@ def kept(
             *_, (_, state) = edit_sequence(lm, editor, requests, given, batch)
             last = editor.finish(lm, state)
         metric = state.metrics[editor.layers[-1]]
-        past = (
-            len(metric.past) if isinstance(metric, Conditioned) else "as a matrix" if isinstance(metric, Dense) else 0
-        )
+        thin = isinstance(metric, Conditioned)
+        past = len(metric.past_metric) if thin else "as a matrix" if isinstance(metric, Dense) else 0
         row = {
             "method": name, "edits": state.edits, "keys remembered a layer": past,
             "copies of weights": len(state.original)

@@ -19,8 +19,9 @@ from metake.algebra.solve import association, attenuation
 from metake.algebra.update import Edit
 from metake.data.requests import Cases, EditRequest
 from metake.editing.bilevel import outer_objective
-from metake.editing.editor import Editor, EditorState, describe
+from metake.editing.editor import Editor, EditorState
 from metake.editing.keys import KeyReader
+from metake.editing.record import describe
 from metake.editing.statistics import Statistics, statistics
 from metake.editing.targets import Targets
 from metake.experiments.kept import kept

@@ -16,8 +16,9 @@ from torch import Tensor
 from metake import methods
 from metake.data.requests import EditRequest
 from metake.editing.bilevel import refine
-from metake.editing.editor import Editor, EditorState, describe, digest_of
+from metake.editing.editor import Editor, EditorState
 from metake.editing.hypergradient import Downstream, Fidelity, fidelity
+from metake.editing.record import describe, digest_of
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
 from metake.experiments.kept import kept
