@@ -19,12 +19,14 @@ from torch import Tensor
 from metake import methods
 from metake.algebra.geometry import Conditioned, Isotropic, Metric, NullSpace
 from metake.algebra.solve import association, attenuation, feasible_interval, gate, solve
+from metake.experiments.decision import all_of
 from metake.experiments.theory.adversary import ascend
+from metake.experiments.theory.comparisons import as_foretold, foretold, least, rounding, same, some
 from metake.experiments.theory.solves import draw
 
 KINDS = ("memit", "memit_seq", "alphaedit")
 STEP = 1e-6  # how far beside an end of an interval a plan is tried, relative
-SLACK = 1e-9  # rounding of a ratio of norms that a search maximizes
+SLACK = 1e-9  # of a ratio of norms never more than this counts as rounding
 
 
 class Request(NamedTuple):
@@ -52,12 +54,34 @@ class Request(NamedTuple):
         written = solve(self.key, plan[None], self.metric, noise).realized[0]
         return written.norm(), (plan - written).norm()
 
-    def outcome(self, plan: Tensor, noise: float = 1.0) -> tuple[bool, bool]:
-        """Whether a plan succeeds, and whether it is editable."""
+    @property
+    def rounding(self) -> float:
+        """What rounding may make of ‖r̂‖ and ‖r − r̂‖, relative.
+
+        γ sums d products of size ‖QK‖‖K‖, what is left is the small part 1/(1+γ) of a plan.
+        """
+        cancelled = self.metric.apply(self.key).norm() * self.key.norm() / self.gamma
+        return rounding(self.key.shape[1] + len(self.direction), (1 + cancelled) * (1 + self.gamma), SLACK)
+
+    def spare(self, plan: Tensor, noise: float = 1.0) -> tuple[float, float]:
+        """By how much a plan succeeds, and by how much it is editable; negative where not; in units of rounding."""
         return self.judged(*self.norms(plan, noise))
 
-    def judged(self, written: Tensor, left: Tensor) -> tuple[bool, bool]:
-        return bool(written >= self.tau), bool(left <= self.epsilon)
+    def judged(self, written: Tensor, left: Tensor) -> tuple[float, float]:
+        return (
+            (written / self.tau - 1).item() / self.rounding,
+            ((self.epsilon - left) / torch.maximum(left, self.epsilon)).item() / self.rounding,
+        )
+
+    def outcome(self, plan: Tensor) -> tuple[bool, bool]:
+        """Whether a plan succeeds, and whether it is editable."""
+        succeeds, editable = self.spare(plan)
+        return succeeds >= 0, editable >= 0
+
+    def agrees(self, spare: tuple[float, float], norm: Tensor) -> float:
+        """How clearly an outcome is the one that [τ/β, ε(1+γ)] foretells of a norm; negative if it is not."""
+        lower, upper = self.interval
+        return min(spare[0] * (1 if norm >= lower else -1), spare[1] * (1 if norm <= upper else -1))
 
 
 def _uniform(generator: torch.Generator, low: float, high: float) -> Tensor:
@@ -92,8 +116,10 @@ def requirement_check(trials: int = 300, seed: int = 0, dims: tuple[int, ...] = 
     written.
 
     One row per instance: method, dim, gamma, beta, ratio = γε/τ, plans tried, `wrong` = outcomes that membership in
-    [τ/β, ε(1+γ)] does not foretell; end_error = how far ‖r̂‖ at the lower end is from τ and ‖r − r̂‖ at the upper end
-    from ε, relative; empty, by the interval, by β < τ/(τ+ε), by γ < τ/ε, and by writing the best plan there is.
+    [τ/β, ε(1+γ)] does not foretell, `agrees` = how clearly the others are foretold, at the least; end_error = how far
+    ‖r̂‖ at the lower end is from τ and ‖r − r̂‖ at the upper end from ε, relative, beside its rounding; empty, by the
+    interval; `criteria` = how clearly β < τ/(τ+ε), γ < τ/ε and writing the best plan there is say the same, and
+    `disagree` = how many of them do not. Both are in units of rounding.
     """
     generator, rows = torch.Generator().manual_seed(seed), []
     for trial in range(trials):
@@ -102,20 +128,35 @@ def requirement_check(trials: int = 300, seed: int = 0, dims: tuple[int, ...] = 
         sides = [end * (1 + s * STEP) for end in (lower, upper) for s in (-1, 1)]
         low, high = torch.minimum(lower, upper).log10() - 1, torch.maximum(lower, upper).log10() + 1
         plans = [*sides, *(_uniform(generator, low.item(), high.item()) for _ in range(4))]
-        wrong = sum(request.outcome(n) != (bool(n >= lower), bool(n <= upper)) for n in plans)
+        outcomes = [request.agrees(request.spare(n), n) for n in plans]
         ends = (request.norms(lower)[0] / request.tau - 1).abs(), (request.norms(upper)[1] / request.epsilon - 1).abs()
-        # the plan that exceeds both requirements by the same factor
-        written, left = request.norms((lower * upper).sqrt())
-        beta, share = attenuation(gamma), request.tau / (request.tau + request.epsilon)
+        criteria = _criteria(request)
         rows.append({
-            "method": request.method, "dim": request.key.shape[1], "gamma": gamma.item(), "beta": beta.item(),
-            "ratio": (gamma * request.epsilon / request.tau).item(),
-            "plans": len(plans), "wrong": wrong, "end_error": max(ends).item(), "empty": bool(lower > upper),
-            "empty_by_beta": bool(beta < share),
-            "empty_by_gamma": bool(gamma < request.tau / request.epsilon),
-            "empty_by_writing": bool(torch.minimum(written / request.tau, request.epsilon / left) < 1),
+            "method": request.method, "dim": request.key.shape[1], "gamma": gamma.item(),
+            "beta": attenuation(gamma).item(), "ratio": (gamma * request.epsilon / request.tau).item(),
+            "plans": len(plans), "wrong": sum(x < -1 for x in outcomes), "agrees": min(outcomes),
+            "end_error": max(ends).item(), "rounding": request.rounding, "empty": bool(lower > upper),
+            "criteria": min(criteria), "disagree": sum(x < -1 for x in criteria),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _criteria(request: Request) -> list[float]:
+    """How clearly three criteria agree with the interval about emptiness, each by the less certain side, as `rounding`.
+
+    β ≥ τ/(τ+ε); γ ≥ τ/ε; and the plan that exceeds both requirements by the same factor, really written.
+    """
+    gamma, (lower, upper) = request.gamma, request.interval
+    few = rounding(4)  # a handful of operations
+    written, left = request.norms((lower * upper).sqrt())
+    spares = [
+        ((upper / lower).item() - 1, few),
+        ((attenuation(gamma) * (1 + request.epsilon / request.tau)).item() - 1, few),
+        ((gamma * request.epsilon / request.tau).item() - 1, few),
+        (torch.minimum(written / request.tau, request.epsilon / left).item() - 1, request.rounding),
+    ]
+    interval, *others = (spare / error for spare, error in spares)
+    return [math.copysign(min(abs(interval), abs(other)), interval * other) for other in others]
 
 
 def adversarial_search(restarts: int = 8, steps: int = 100, seed: int = 0, most: float = 0.99) -> pd.DataFrame:
@@ -124,7 +165,8 @@ def adversarial_search(restarts: int = 8, steps: int = 100, seed: int = 0, most:
     "both at once": γ at most `most` of τ/ε, so the interval is empty; γ, the key's and the plan's direction and the
     plan's norm climb min(‖r̂‖/τ, ε/‖r − r̂‖), which the theorem keeps at or below √most < 1.
     "failing inside": γ at least τ/ε over `most`; the same, with a norm within the interval,
-    climb max(τ/‖r̂‖, ‖r − r̂‖/ε), at most 1.
+    climb max(τ/‖r̂‖, ‖r − r̂‖/ε), at most 1. Columns: largest, beside its limit; spare = what is left to it, in units of
+    rounding; broken, if it is exceeded by more.
     """
     generator, rows = torch.Generator().manual_seed(seed), []
     for start in range(restarts):
@@ -132,32 +174,30 @@ def adversarial_search(restarts: int = 8, steps: int = 100, seed: int = 0, most:
         dim, wide = request.key.shape[1], len(request.direction)
         begin = torch.cat([request.key[0] / request.key.norm(), request.direction, torch.ones(2, dtype=torch.float64)])
         begin = begin + 0.3 * torch.randn(dim + wide + 2, dtype=torch.float64, generator=generator)
-        best = math.exp(ascend(partial(_excess, request, empty, most), begin[None], steps, rate=0.1).score)
-        limit, aim = (most**0.5, "both at once") if empty else (1.0, "failing inside")
-        rows.append(
-            {
-                "aim": aim, "method": request.method, "dim": dim, "evaluations": steps, "largest": best, "limit": limit,
-                "broken": best > limit * (1 + SLACK)
-            }
-        )
+        found = ascend(partial(_excess, request, empty, most), begin[None], steps, rate=0.1)
+        best, (limit, aim) = math.exp(found.score), (most**0.5, "both at once") if empty else (1.0, "failing inside")
+        spare = (1 - best / limit) / _searched(request, empty, most, found.point)[0].rounding
+        row = {"aim": aim, "method": request.method, "dim": dim, "evaluations": steps, "largest": best, "limit": limit}
+        rows.append(row | {"spare": spare, "broken": spare < -1})
     return pd.DataFrame(rows)
 
 
-def _excess(request: Request, empty: bool, most: float, points: Tensor) -> Tensor:
-    """The logarithm that a search climbs, at one point: key's direction, plan's direction, how near γ is to τ/ε,
-    the plan's norm.
-    """
-    point, dim = points[0], request.key.shape[1]
+def _searched(request: Request, empty: bool, most: float, point: Tensor) -> tuple[Request, Tensor]:
+    """The request and the plan at a point: key's direction, plan's direction, how near γ is to τ/ε, the plan's norm."""
+    dim = request.key.shape[1]
     key, plan, near = point[None, :dim], point[dim:-2] / point[dim:-2].norm(), most / (1 + point[-2] ** 2)
     wanted = (near if empty else 1 / near) * request.tau / request.epsilon
     found = request._replace(key=key * (wanted / association(key, request.metric)).sqrt())
+    if empty:
+        return found, plan * (request.tau + request.epsilon) * point[-1].exp()
     lower, upper = found.interval
-    norm = (
-        (request.tau + request.epsilon) * point[-1].exp()
-        if empty
-        else lower * (upper / lower) ** point[-1].sin().square()
-    )
-    written, left = found.norms(plan * norm)
+    return found, plan * lower * (upper / lower) ** point[-1].sin().square()
+
+
+def _excess(request: Request, empty: bool, most: float, points: Tensor) -> Tensor:
+    """The logarithm that a search climbs, at one point."""
+    found, plan = _searched(request, empty, most, points[0])
+    written, left = found.norms(plan)
     short, long = found.tau.log() - written.log(), left.log() - found.epsilon.log()
     return (torch.minimum(-short, -long) if empty else torch.maximum(short, long))[None]
 
@@ -248,10 +288,9 @@ def edges(trials: int = 60, seed: int = 0) -> pd.DataFrame:
     """The theorem as stated, at its own limit β = 0, and where an assumption is dropped: plans inside the interval and
     on both sides of it.
 
-    Columns: case, judged, wrong = plans of which the interval foretells the wrong outcome,
-    foretold ("none" or "some" wrong), as_foretold.
+    As `comparisons.foretold`: a plan is wrong whose outcome is not the one that the interval foretells.
     """
-    generator, wrong = torch.Generator().manual_seed(seed), dict.fromkeys(EDGES, 0)
+    generator, agrees = torch.Generator().manual_seed(seed), {case: [] for case in EDGES}
     for trial in range(trials):
         request = random_request(trial, generator)
         lower, upper = request.interval
@@ -261,22 +300,18 @@ def edges(trials: int = 60, seed: int = 0) -> pd.DataFrame:
         hidden = request.key - hidden.project(request.key) if isinstance(hidden, NullSpace) else 0 * request.key
         for place in (-0.5, 0.25, 0.75, 1.5):
             norm = lower ** (1 - place) * upper**place
-            plan, inside = norm * request.direction, (bool(norm >= lower), bool(norm <= upper))
-            batch = solve(torch.cat([request.key, near]), torch.stack([plan, norm * opposed]), request.metric).realized[
-                0
-            ]
+            plan, keys = norm * request.direction, torch.cat([request.key, near])
+            batch = solve(keys, torch.stack([plan, norm * opposed]), request.metric).realized[0]
             elsewhere = plan * (near @ gate(request.key, request.metric).T).squeeze()
             found = [
-                request.outcome(plan), request.outcome(plan, noise=0.0),
+                request.spare(plan), request.spare(plan, noise=0.0),
                 *(request.judged(w.norm(), (plan - w).norm()) for w in (batch, elsewhere))
             ]
-            unwritten = request._replace(key=hidden).outcome(plan)[0], False  # however long: no plan succeeds
-            for case, outcome, told in zip(EDGES, [*found, unwritten], [inside] * 4 + [(False, False)], strict=True):
-                wrong[case] += outcome != told
-    rows = [
-        {"case": case, "judged": 4 * trials, "wrong": count, "foretold": EDGES[case]} for case, count in wrong.items()
-    ]
-    return pd.DataFrame([row | {"as_foretold": (row["wrong"] > 0) == (row["foretold"] == "some")} for row in rows])
+            unwritten = request._replace(key=hidden).norms(plan)[0]  # however long: no plan succeeds
+            told = [*(request.agrees(spare, norm) for spare in found), -request.judged(unwritten, unwritten)[0]]
+            for case, clear in zip(EDGES, told, strict=True):
+                agrees[case].append(clear)
+    return foretold(EDGES, agrees)
 
 
 def _direction(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
@@ -318,45 +353,34 @@ def plans(count: int = 240, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def by_method(records: pd.DataFrame, tolerance: float = 1e-6) -> pd.DataFrame:
-    """Per metric: instances, plans written, wrong ones, whether the ends are met to `tolerance`, empty intervals,
+def by_method(records: pd.DataFrame) -> pd.DataFrame:
+    """Per metric: instances, plans written, wrong ones, whether the ends are met but for rounding, empty intervals,
     and disagreements about them.
     """
-    criteria = records[["empty_by_beta", "empty_by_gamma", "empty_by_writing"]]
-    grouped = records.assign(disagree=criteria.ne(records["empty"], axis=0).any(axis=1)).groupby(
-        "method", as_index=False
-    )
+    grouped = records.assign(met=records.end_error <= records.rounding).groupby("method", as_index=False)
     found = grouped.agg(
-        instances=("plans", "size"), plans=("plans", "sum"), wrong=("wrong", "sum"), met=("end_error", "max"),
+        instances=("plans", "size"), plans=("plans", "sum"), wrong=("wrong", "sum"), met=("met", "all"),
         empty=("empty", "sum"), disagree=("disagree", "sum")
     )
-    return found.assign(met=found.met < tolerance).rename(columns={"met": "ends met"})
+    return found.rename(columns={"met": "ends met"})
 
 
-def judge(
-    records: pd.DataFrame, searched: pd.DataFrame, dropped: pd.DataFrame, trapped: pd.DataFrame, tolerance: float = 1e-6
-) -> dict:
+def judge(records: pd.DataFrame, searched: pd.DataFrame, dropped: pd.DataFrame, trapped: pd.DataFrame) -> dict:
     """Holds if no plan and no λ contradicts the statement, no search broke it, and it fails exactly where an
     assumption is dropped.
 
     trapped: `shared_strength.summary`, whose increasing law is such a dropped assumption.
     """
-    disagree = int(
-        records[["empty_by_beta", "empty_by_gamma", "empty_by_writing"]].ne(records["empty"], axis=0).to_numpy().sum()
-    )
-    lawful = trapped[trapped.decreasing]
-    wrong, broken = int(records.wrong.sum() + lawful.wrong.sum()), int(searched.broken.sum())
-    fails = bool(dropped.as_foretold.all() and (trapped[~trapped.decreasing].wrong > 0).all())
-    counted = (
-        f"{records.plans.sum()} plans written in {len(records)} random layers and {lawful.tried.sum()} "
-        f"strengths λ: {wrong} contradictions"
-    )
-    told = (
-        f"{counted}; {disagree} disagreements about emptiness; {broken} of {len(searched)} searches broke "
-        "it; dropped assumptions fail as "
-        f"foretold: {'yes' if fails else 'no'}"
-    )
-    return {
-        "holds": not (wrong or disagree or broken) and fails and bool(records.end_error.max() < tolerance),
-        "decided_by": told,
-    }
+    lawful, increasing = trapped[trapped.decreasing], trapped[~trapped.decreasing]
+    wrong, disagree = int(records.wrong.sum() + lawful.wrong.sum()), int(records.disagree.sum())
+    fails = all_of([as_foretold(dropped), *(some("traps of an increasing law", [x]) for x in increasing.agrees)])
+    found = all_of([
+        least("outcomes of plans", records.agrees), least("emptiness by four criteria", records.criteria),
+        same("what is written at the ends", records.end_error, records.rounding),
+        least("a search for plans beyond the interval", searched.spare, attained=True),
+        least("outcomes of strengths λ", lawful.agrees), fails,
+    ])
+    told = f"{records.plans.sum()} plans written in {len(records)} random layers and {lawful.tried.sum()} strengths λ: "
+    told += f"{wrong} contradictions; {disagree} disagreements about emptiness; {searched.broken.sum()} of "
+    told += f"{len(searched)} searches broke it; dropped assumptions fail as foretold: {'yes' if fails.holds else 'no'}"
+    return found.verdict(told)

@@ -6,6 +6,7 @@ an increasing one does not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -68,7 +69,8 @@ def trap_check(pairs: int = 300, seed: int = 0) -> pd.DataFrame:
 
     Tried are λ beside the ends of both intervals (eqs 61–65) and, where h's lies below l's (eq. 67), λ strictly between
     (eq. 68). One row per pair and law: law, decreasing, own (whether a, τ, ε are the requests' own, or shared),
-    gamma_high, gamma_low, feasible (both alone), trap (eq. 67), nested (l's interval within h's), tried, wrong.
+    gamma_high, gamma_low, feasible (both alone), trap (eq. 67), nested (l's interval within h's), tried, wrong, and
+    `agrees` = how clearly the outcomes are the foretold ones, at the least, in units of rounding.
     """
     generator, rows = torch.Generator().manual_seed(seed), []
     for trial in range(pairs):
@@ -87,28 +89,28 @@ def trap_check(pairs: int = 300, seed: int = 0) -> pd.DataFrame:
         trap, begin = bool(last_high < first_low), last_high.clamp_min(0)
         between = [begin + (first_low - begin) * x for x in (0.01, 0.5, 0.99)] if trap else []
         tried += [(i, x) for x in between for i in (0, 1)]
-        judged = [_contradicts(pair[i], law, strengths[i], ends[i], x) for i, x in tried if x > 0]
+        judged = [_agrees(pair[i], law, strengths[i], ends[i], x) for i, x in tried if x > 0]
         rows.append({
             "law": name, "decreasing": law.decreasing, "own": own, "gamma_high": pair[0].gamma.item(),
             "gamma_low": pair[1].gamma.item(),
             "feasible": all(bool(q.interval[0] <= q.interval[1]) for q in pair), "trap": trap and bool(first_low > 0),
             "nested": bool(first_high <= first_low and last_low <= last_high), "tried": len(judged),
-            "wrong": sum(judged),
+            "wrong": sum(x < -1 for x in judged), "agrees": min(judged, default=math.inf),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def _contradicts(request: Request, law: Law, a: Tensor, ends: tuple[Tensor, Tensor], strength: Tensor) -> bool:
-    """Whether the plan that λ makes turns out otherwise than eqs 61–65 say: too weak above the last admissible λ,
-    too long below the first.
+def _agrees(request: Request, law: Law, a: Tensor, ends: tuple[Tensor, Tensor], strength: Tensor) -> float:
+    """How clearly the plan that λ makes turns out as eqs 61–65 say: too weak above the last admissible λ, too long
+    below the first, and neither in between; negative if it does not.
     """
-    succeeds, editable = request.outcome(law.norm(a, strength))
-    return succeeds == bool(strength > ends[1]) or editable == bool(strength < ends[0])
+    succeeds, editable = request.spare(law.norm(a, strength))
+    return min(succeeds * (-1 if strength > ends[1] else 1), editable * (-1 if strength < ends[0] else 1))
 
 
 def summary(records: pd.DataFrame) -> pd.DataFrame:
     """Per law and kind of pair: pairs, pairs that are feasible one by one, traps among all and among these, λ tried,
-    wrong.
+    wrong, and `agrees` as of `trap_check`, the least.
     """
     counts = {
         "feasible": "feasible", "traps": "trap", "feasible_traps": "both", "nested": "nests", "tried": "tried",
@@ -117,9 +119,8 @@ def summary(records: pd.DataFrame) -> pd.DataFrame:
     grouped = records.assign(both=records.trap & records.feasible, nests=records.nested & records.feasible).groupby(
         ["law", "decreasing", "own"], sort=False
     )
-    return grouped.agg(
-        pairs=("trap", "size"), **{name: (column, "sum") for name, column in counts.items()}
-    ).reset_index()
+    sums = {name: (column, "sum") for name, column in counts.items()}
+    return grouped.agg(pairs=("trap", "size"), **sums, agrees=("agrees", "min")).reset_index()
 
 
 def example() -> pd.DataFrame:

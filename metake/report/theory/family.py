@@ -16,13 +16,13 @@ DISC = {"marker": "o", "markersize": 5, "markeredgewidth": 0, "linestyle": ""}
 
 
 def agreement(
-    records: pd.DataFrame, searched: pd.DataFrame | None = None, tolerance: float = 100.0, model: str | None = None,
+    records: pd.DataFrame, searched: pd.DataFrame | None = None, tolerance: float = 1.0, model: str | None = None,
     name: str = "one_formula"
 ) -> Figure:
     """Relative differences of two forms of the same update: a row per method, a dot per instance,
     larger for larger dimensions.
 
-    Left: the difference itself; right: in units of ε κ, what rounding explains. records: method, form, dim, error,
+    Left: the difference itself; right: in units of what rounding explains. records: method, form, dim, error,
     ratio;
     searched: stage, method, ratio; the ends of a search for the largest ratio are drawn as rings. tolerance:
     the limit on the right.
@@ -46,7 +46,7 @@ def agreement(
             panel.tick_params(axis="y", length=0)
             panel.spines["left"].set_visible(False)
         axes[0, 0].set(title="Difference of the two forms", xlabel="‖ours − published‖ / ‖published‖")
-        axes[0, 1].set(title="… in units of rounding, ε κ", xlabel="difference / (ε κ)")
+        axes[0, 1].set(title="… in units of its rounding", xlabel="difference / rounding")
         axes[0, 1].axvline(tolerance, color=_soft(0.8), linewidth=1.2, linestyle="--")
         axes[0, 1].annotate(
             f"limit {tolerance:g}", (tolerance, -0.5), (-4, 0), textcoords="offset points", ha="right", va="center",
