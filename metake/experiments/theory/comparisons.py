@@ -12,7 +12,8 @@ import pandas as pd
 
 from metake.experiments.decision import EPS, Decision, all_of, at_least, equal, opposite, undecided
 
-LONG = 100
+LONG = 100  # terms of a sum that are counted at most
+NEAR = 1e3  # roundings: nearer to equality a bound counts as reached; bounds on what rounding does are not tighter
 
 
 def rounding(summed: int, amplified: Any = 1.0, most: float = float("inf")) -> Any:
@@ -28,7 +29,8 @@ def rounding(summed: int, amplified: Any = 1.0, most: float = float("inf")) -> A
 def least(what: str, distances: Iterable[float], attained: bool = False) -> Decision:
     """All of many comparisons: holds if every distance is positive beyond 1; the one that is nearest to turning it.
 
-    attained: the statement allows equality, so that within ±1 it holds, and says so.
+    attained: the statement allows equality, so that within ±1 it holds. Where it comes to NEAR of equality it says so,
+    with a margin of 0: how near beyond that, and on which side, is rounding, which differs between machines.
     """
     found = np.asarray(list(distances), dtype=float)
     if not len(found):
@@ -40,11 +42,9 @@ def least(what: str, distances: Iterable[float], attained: bool = False) -> Deci
         return at_least(what, float("nan"), 0.0, 1.0)
     nearest = float(found[np.abs(found).argmin()])
     one = at_least(what, nearest, 0.0, 1.0, attained=attained)
-    if not one.said:
-        return one
-    if attained:
-        return one._replace(said=f"{what}: equality is reached within rounding")
-    return one._replace(said=f"{what}: decided by {abs(nearest):.1g} times its rounding, within its error")
+    if attained and abs(nearest) < NEAR:
+        return one._replace(margin=0.0, said=f"{what}: equality, which it allows, is reached within rounding")
+    return one._replace(said=f"{what}: {abs(nearest):.1g} times its rounding, within its error") if one.said else one
 
 
 def some(what: str, distances: Iterable[float]) -> Decision:

@@ -20,9 +20,11 @@ from metake.editing.editor import Editor, EditorState, describe, digest_of
 from metake.editing.hypergradient import Downstream, Fidelity, fidelity
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
+from metake.experiments.decision import Decision, all_of, interval, opposite
 from metake.experiments.kept import kept
 from metake.experiments.runs import read_cases, select
 from metake.experiments.theory.adversary import ascend
+from metake.experiments.theory.comparisons import LONG, agreed, least
 from metake.language.model import LanguageModel, load
 from metake.support.progress import progress
 
@@ -88,7 +90,9 @@ def _frame(found: Fidelity, exact: Tensor, proxy: Tensor, proxy_down: Tensor) ->
         "alignment": (exact * proxy).sum(-1) / proxy.square().sum(-1),
         "off": (exact - proxy).norm(dim=-1) / proxy_down.norm(dim=-1),
     }
-    return pd.DataFrame({name: value.detach().numpy() for name, value in columns.items()})
+    return pd.DataFrame({name: value.detach().numpy() for name, value in columns.items()}).assign(
+        terms=exact.shape[-1], spacing=torch.finfo(exact.dtype).eps
+    )
 
 
 def adversary(starts: int = 400, steps: int = 300, dim: int = 3, seed: int = 0) -> pd.DataFrame:
@@ -165,16 +169,45 @@ def certificates(cases: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def violations(cases: pd.DataFrame, rounding: float = 1e-9) -> int:
-    """Cases that contradict the theorem: ‖g − ĝ‖ above q ‖ĝ_down‖, ⟨g, ĝ⟩ below (1 − q/κ) ‖ĝ‖²,
-    certified and not descending, or certified in one form of the condition and not in the other. rounding: relative,
-    of the two bounds and of q/κ.
+def spare(cases: pd.DataFrame) -> pd.DataFrame:
+    """How far each case is from contradicting the theorem, four ways, in units of rounding; NaN where nothing is said.
+
+    bound: ‖g − ĝ‖ ≤ q ‖ĝ_down‖; alignment: ⟨g, ĝ⟩ ≥ (1 − q/κ) ‖ĝ‖²; both may be reached. descent: certified, so ⟨g, ĝ⟩
+    > 0; forms: both forms of the condition say the same.
+
+    Vectors of `terms` entries, each good to `spacing`; the largest, in units of ‖ĝ_down‖: g_L is at most 1 + ε_gap/ρ, g_down 1 + ε_tail times
+    that, and g and ĝ add what the anchor may be, 1 + κ. A norm of a difference is off by that much, relative to what it
+    is divided by; q, κ and the threshold take part in the last digits of what they are made of.
     """
-    above = cases.off > cases.bound * (1 + rounding)
-    below = cases.alignment < 1 - cases.ratio - rounding * (1 + cases.ratio)
-    clear = (cases.ratio - 1).abs() > rounding  # elsewhere the last digit decides
-    wrong = ((cases.ratio < 1) & ~(cases.alignment > 0)) | ((cases.ratio < 1) != (cases.gap < cases.threshold))
-    return int((above | below | clear & wrong).sum())
+    c, fine = cases, cases.spacing * np.minimum(cases.terms, LONG)
+    gap = 1 + c.gap / c.strength
+    size = (1 + c.leakage) * gap + 1 + 2 * c.compatibility
+    tail = (2 + c.leakage) * fine  # of ε_tail
+    off, bound = fine * size, (1 + c.leakage) * 2 * gap * fine + gap * tail
+    whole = fine * (2 + c.compatibility)  # of κ
+    ratio = (bound + c.ratio * whole) / c.compatibility
+    aligned = fine * size / c.compatibility + 2 * whole / c.compatibility * c.alignment.abs()
+    certain = (c.ratio - 1).abs() > ratio  # elsewhere rounding decides whether it is certified
+    threshold = c.strength / (1 + c.leakage) * (whole + tail * (1 + c.threshold.abs() / c.strength)) + fine * c.strength
+    forms = (c.threshold - c.gap) * np.where(c.ratio < 1, 1, -1) / (threshold + 2 * gap * fine * c.strength)
+    return pd.DataFrame({
+        "bound": (c.bound - c.off) / (off + bound), "alignment": (c.alignment - 1 + c.ratio) / (aligned + ratio),
+        "descent": (c.alignment / aligned).where(certain & (c.ratio < 1)), "forms": forms.where(certain),
+    })
+
+
+def violations(cases: pd.DataFrame) -> int:
+    """Cases that contradict the theorem beyond rounding, in one way at least."""
+    return int((spare(cases) < -1).any(axis=1).sum())
+
+
+def _theorem(cases: pd.DataFrame) -> Decision:
+    """No case contradicts the theorem."""
+    found = spare(cases[np.isfinite(cases.ratio)])
+    return all_of(
+        least(f"the theorem's {way}", found[way].dropna(), attained=way in ("bound", "alignment"))
+        for way in found if found[way].notna().any()
+    )
 
 
 # On a model
@@ -302,15 +335,12 @@ def descent(records: pd.DataFrame, draws: int = 2000, seed: int = 0) -> pd.DataF
 
 def judge_theorem(cases: pd.DataFrame, stuck: pd.DataFrame, measured: pd.DataFrame) -> dict:
     """Holds if nothing contradicts it: random cases, the adversary's closest, and the model's own edits."""
-    count, certified = (
-        violations(cases) + violations(stuck) + violations(measured),
-        int((cases.ratio < 1).sum() + (measured.ratio < 1).sum()),
+    count = violations(cases) + violations(stuck) + violations(measured)
+    certified = int((cases.ratio < 1).sum() + (measured.ratio < 1).sum())
+    told = f"{count} violations in {certified} certified cases; the adversary's closest case without descent has "
+    return all_of(_theorem(found) for found in (cases, stuck, measured) if len(found)).verdict(
+        f"{told}q/κ = {stuck.found.iloc[0]:.3f}"
     )
-    return {
-        "holds": count == 0,
-        "decided_by": f"{count} violations in {certified} certified cases; the adversary's closest case without "
-        f"descent has q/κ = {stuck.found.iloc[0]:.3f}",
-    }
 
 
 def judge_alignment(records: pd.DataFrame) -> dict:
@@ -319,22 +349,24 @@ def judge_alignment(records: pd.DataFrame) -> dict:
     """
     said, outcomes = [], []
     for point, group in records[records.point.isin(REFINED)].groupby("point", sort=False):
-        aligned, falls, n = int((group.cosine > 0).sum()), int((group.proxy > group["rounding"]).sum()), len(group)
-        outcomes.append(aligned == falls == n)
+        fine = LONG / 16e4 * group["rounding"]  # of a cosine: ε times the terms it sums; `rounding` is 16e4 ε
+        aligned, falls, n = int((group.cosine > fine).sum()), int((group.proxy > group["rounding"]).sum()), len(group)
+        outcomes.append(all_of([
+            least(f"the cosine, {point}", group.cosine / fine), least(f"F, {point}", group.proxy / group["rounding"])
+        ]))
         medians = f"median cosine {group.cosine.median():.2f}, without the anchor {group.down_cosine.median():.2f}"
         said.append(f"{point}: aligned on {aligned} and F falls on {falls} of {n} edits, {medians}")
-    holds = outcomes[0] if len(set(outcomes)) == 1 else None
-    return {"holds": holds, "decided_by": "; ".join(said)}
+    return agreed(outcomes, "the optimizers disagree").verdict("; ".join(said))
 
 
-def judge_dominance(records: pd.DataFrame) -> dict:
-    """Figure 8 (a): the final layer carries most of the downstream gradient, ε_tail < 1, of at least half of the edits
-    at each point.
+def judge_dominance(records: pd.DataFrame, draws: int = 2000, seed: int = 0) -> dict:
+    """Figure 8 (a): the final layer carries most of the downstream gradient: ε_tail is below 1 of the median edit, at
+    each point, with its whole 95 % bootstrap interval.
     """
-    tails = records.groupby("point", sort=False).leakage.median()
-    holds = bool((tails < 1).all()) if (tails < 1).all() or (tails >= 1).all() else None
-    return {
-        "holds": holds,
-        "decided_by": f"median ε_tail {tails.min():.2f} to {tails.max():.2f} over the points of "
-        f"{records.request.nunique()} edits",
-    }
+    tails, found = records.groupby("point", sort=False).leakage, []
+    for point, own in tails:
+        drawn = np.random.default_rng(seed).integers(len(own), size=(draws, len(own)))
+        low, high = np.percentile(np.median(own.to_numpy()[drawn], 1), [2.5, 97.5])
+        found.append(opposite(interval(f"median ε_tail, {point},", own.median(), float(low), float(high), 1.0)))
+    told = f"median ε_tail {tails.median().min():.2f} to {tails.median().max():.2f} over the points of "
+    return agreed(found, "the points disagree").verdict(f"{told}{records.request.nunique()} edits")
