@@ -13,126 +13,15 @@ import torch
 from torch import Tensor
 
 from metake import methods
-from metake.algebra.geometry import InverseCovariance, KeyStatistics, Metric, NullSpace, condition
+from metake.algebra.geometry import Metric
 from metake.algebra.solve import association, attenuation, gate, realization, solve
 from metake.data.facts import facts
 from metake.editing.keys import KeyReader
 from metake.editing.statistics import statistics
 from metake.experiments.decision import all_of
-from metake.experiments.theory.comparisons import rounding, same
+from metake.experiments.theory.comparisons import same
+from metake.experiments.theory.instance import Instance, normal, preserved_keys
 from metake.language.model import load
-
-THRESHOLD = 1e-10  # variance of a direction that preserved keys of AlphaEdit's kind do not use; theirs is at least 1e-6
-UPDATE = 1e-9  # of an update that is applied never more than this counts as rounding, however ill-conditioned
-
-
-class Instance(NamedTuple):
-    """One edited layer in float64; rows are keys, as in the library."""
-
-    kind: str  #          "memit" or "alphaedit"
-    preserved: Tensor  #  (N, d)      K₀; of AlphaEdit's kind they leave directions unused
-    past: Tensor  #       (m, d)      Kₚ
-    keys: Tensor  #       (n, d)      K
-    residuals: Tensor  #  (n, d_out)  R
-    ridge: float  #       λ
-
-    def metric(self) -> Metric:
-        """Q = (λC)⁻¹ or P/λ, conditioned on the past keys."""
-        found = KeyStatistics.empty(self.preserved.shape[1])
-        found.update(self.preserved)
-        metric = (
-            NullSpace(found, self.ridge, THRESHOLD)
-            if self.kind == "alphaedit"
-            else InverseCovariance(found, weight=self.ridge)
-        )
-        return condition(metric, self.past)
-
-    def predicted(self) -> Tensor:
-        """What the proposition says is written at the keys: R·Γ(I+Γ)⁻¹ with Γ = KᵀQK, (n, d_out). (v3 eqs 38, 43)"""
-        interaction = self.metric().apply(self.keys) @ self.keys.T
-        return torch.linalg.solve(_one_plus(interaction), interaction).T @ self.residuals
-
-    def free(self) -> tuple[Tensor, Tensor]:
-        """An orthonormal basis of what Δ may read, (f, d), and the rows there whose squares are the penalty:
-        λ tr(ΔCΔᵀ), or λ‖Δ‖².
-        """
-        dim = self.preserved.shape[1]
-        if self.kind == "memit":
-            return torch.eye(dim, dtype=torch.float64), (self.ridge / len(self.preserved)) ** 0.5 * self.preserved
-        _, sizes, directions = torch.linalg.svd(self.preserved)
-        unused = directions[int((sizes.square() / len(self.preserved) >= THRESHOLD).sum()) :]
-        return unused, self.ridge**0.5 * torch.eye(len(unused), dtype=torch.float64)
-
-    def minimizer(self) -> Tensor:
-        """What the minimizer of the constrained objective writes at the keys, (n, d_out).
-
-        min ‖ΔK − R‖² + ‖ΔKₚ‖² + λ tr(ΔCΔᵀ);  for AlphaEdit over Δ = ΔP, with λ‖Δ‖² for the last term      (v3 eqs 10,
-        20, 33)
-
-        As least squares of the stacked rows by QR: no gate, no metric, no inverse, nothing that the library solves
-        with.
-        """
-        free, penalty = self.free()
-        keys = self.keys @ free.T
-        rows = torch.cat([keys, self.past @ free.T, penalty])
-        wanted = torch.cat([self.residuals, self.residuals.new_zeros(len(rows) - len(keys), self.residuals.shape[1])])
-        return keys @ torch.linalg.lstsq(rows, wanted, driver="gels").solution
-
-    def conditioning(self) -> float:
-        """κ: by how much the systems that stand between the objective and the prediction may amplify rounding.
-
-        The largest condition number of A₀, A = A₀ + KₚKₚᵀ, A + KKᵀ, I + KₚᵀA₀⁻¹Kₚ, I + Γ and, under the projector,
-        of C where it is not zero; times ‖K‖/‖PK‖ · ‖A₀⁻¹PK‖/‖A⁻¹PK‖, what the projection and the memory cancel.
-        A₀ = λC or, projected, λI.
-        """
-        free, penalty = self.free()
-        keys, past, plain = self.keys @ free.T, self.past @ free.T, penalty.T @ penalty
-        whole = plain + past.T @ past
-        solved = [torch.linalg.solve(matrix, keys.T) for matrix in (plain, whole)]
-        systems = [plain, whole, whole + keys.T @ keys, _one_plus(keys @ solved[1])]
-        systems += [_one_plus(past @ torch.linalg.solve(plain, past.T))] * bool(len(past))
-        sizes = torch.linalg.svdvals(self.preserved)[
-            : self.keys.shape[1] - len(free) if self.kind == "alphaedit" else None
-        ]
-        cancelled = self.keys.norm() / keys.norm() * solved[0].norm() / solved[1].norm()
-        numbers = [*(torch.linalg.cond(s) for s in systems), (sizes[0] / sizes[-1]).square()]
-        return (torch.stack(numbers).max() * cancelled).item()
-
-    def minimizer_rounding(self) -> float:
-        """What rounding may put between minimizer and prediction, relative: four sums over key space in a row, ε κ each.
-
-        The four are the second moment or its projector, A₀⁻¹, what remembers the past, and the batch's own system.
-        """
-        return rounding(4 * self.keys.shape[1], self.conditioning())
-
-    def update_rounding(self, metric: Metric) -> float:
-        """The same for the library's update: it meets the prediction's Γ, so that only what follows it counts.
-
-        Each entry of Γ sums d products of size ‖QK‖‖K‖ at most; (I+Γ)⁻¹ shrinks that, and amplifies it by cond(I+Γ).
-        """
-        flat = metric.apply(self.keys)
-        system = _one_plus(flat @ self.keys.T)
-        shrunk = flat.norm() * self.keys.norm() * torch.linalg.matrix_norm(torch.linalg.inv(system), 2)
-        return rounding(4 * self.keys.shape[1], 1 + shrunk * torch.linalg.cond(system), UPDATE)
-
-
-def _one_plus(matrix: Tensor) -> Tensor:
-    return torch.eye(len(matrix), dtype=torch.float64) + matrix
-
-
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-
-def _preserved(kind: str, dim: int, rank: int, conditioning: float, generator: torch.Generator) -> Tensor:
-    """Keys of a random orientation and of the given spread of scales; of AlphaEdit's kind they span `rank`
-    directions.
-    """
-    scales = torch.logspace(0, -torch.log10(torch.tensor(conditioning)).item(), dim, dtype=torch.float64)
-    keys = _normal(generator, 4 * dim, dim) * scales
-    if kind == "alphaedit":
-        keys[:, rank:] = 0  # the last directions are never used by preserved text: the null space
-    return keys @ torch.linalg.qr(_normal(generator, dim, dim))[0]
 
 
 def _written(instance: Instance, metric: Metric) -> Tensor:
@@ -161,9 +50,9 @@ def attenuation_check(
         draw = torch.rand(5, generator=generator).tolist()
         rank, conditioning = 1 + int(draw[0] * (dim - 2)), 10 ** (3 * draw[1])
         ridge, past, scale = 10 ** (4 * draw[2] - 2), int(draw[3] * 3), 10 ** (2 * draw[4] - 1)
-        preserved = _preserved(kind, dim, rank, conditioning, generator)
+        preserved = preserved_keys(kind, dim, rank, conditioning, generator)
         instance = Instance(
-            kind, preserved, *(scale * _normal(generator, m, dim) for m in (past, n)), _normal(generator, n, dim + 3),
+            kind, preserved, *(scale * normal(generator, m, dim) for m in (past, n)), normal(generator, n, dim + 3),
             ridge
         )
         row = {
@@ -204,7 +93,7 @@ class _Point(NamedTuple):
     past: Tensor  #    (m, d)
 
     def moved(self, step: float, generator: torch.Generator) -> _Point:
-        near = [t + step * _normal(generator, *t.shape) for t in self]
+        near = [t + step * normal(generator, *t.shape) for t in self]
         bounds = ((-1.5, 0), (-1, 1), (-1, 0.5), (-3, 3), (-3, 3))
         return _Point(*(t.clamp(*b) for t, b in zip(near, bounds, strict=True)))
 
@@ -239,9 +128,9 @@ def _climb(start: int, steps: int, generator: torch.Generator) -> dict[str, obje
     rank, past = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((1, dim), (0, 3)))
     zero = torch.zeros((), dtype=torch.float64)
     at = _Point(
-        torch.zeros(dim, dtype=torch.float64), zero, zero, _normal(generator, n, dim), _normal(generator, past, dim)
+        torch.zeros(dim, dtype=torch.float64), zero, zero, normal(generator, n, dim), normal(generator, past, dim)
     ).moved(1.0, generator)
-    residuals = _normal(generator, n, dim + 1)
+    residuals = normal(generator, n, dim + 1)
 
     def measure(point: _Point) -> dict[str, float]:
         instance = point.instance(kind, rank, residuals)
@@ -272,13 +161,13 @@ def edges(seed: int = 0) -> pd.DataFrame:
     rows = []
     for kind in ("memit", "alphaedit"):
         instance = Instance(
-            kind, _preserved(kind, 16, 8, 10.0, generator), *(_normal(generator, m, 16) for m in (2, 1)),
-            _normal(generator, 1, 24), 5.0
+            kind, preserved_keys(kind, 16, 8, 10.0, generator), *(normal(generator, m, 16) for m in (2, 1)),
+            normal(generator, 1, 24), 5.0
         )
         metric, key, planned = instance.metric(), instance.keys, instance.residuals
         beta, elsewhere, other = (
-            attenuation(association(key, metric)).item(), key + 0.5 * _normal(generator, 1, 16),
-            _normal(generator, 1, 24)
+            attenuation(association(key, metric)).item(), key + 0.5 * normal(generator, 1, 16),
+            normal(generator, 1, 24)
         )
 
         def share(written: Tensor, of: Tensor) -> float:

@@ -43,7 +43,7 @@ def least(what: str, distances: Iterable[float], attained: bool = False) -> Deci
     nearest = float(found[np.abs(found).argmin()])
     one = at_least(what, nearest, 0.0, 1.0, attained=attained)
     if attained and abs(nearest) < NEAR:
-        return one._replace(margin=0.0, said=f"{what}: equality, which it allows, is reached within rounding")
+        return one._replace(margin=0.0, said=f"{what}: nearest within rounding of equality, which is allowed")
     return one._replace(said=f"{what}: {abs(nearest):.1g} times its rounding, within its error") if one.said else one
 
 

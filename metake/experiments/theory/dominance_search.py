@@ -21,7 +21,7 @@ WIDTH = 3  # d of the instances
 
 
 class Aim(NamedTuple):
-    """An inequality to be broken: left over right side at a point, rounding of that, and how many numbers a point is."""
+    """An inequality to be broken: left over right side at a point, its rounding, and how many numbers a point has."""
 
     ratio: Callable[[Tensor], Tensor]
     rounding: Callable[[Tensor], float]
@@ -51,10 +51,9 @@ def dominance_search(seed: int = 0, restarts: int = 4, steps: int = 120) -> pd.D
 
 def _aims() -> dict[str, Aim]:
     lemma, free = 2 * WIDTH**2 + 2 * WIDTH + 2, 2 * WIDTH + WIDTH**2
-    aims = {
-        f"lemma 3: {name}": Aim(lambda x, i=i: lemma3(_metric, *_changed(x))[i], lambda x: lemma3_rounding(*_changed(x)), lemma)
-        for i, name in enumerate(("inverse", "difference"))
-    }
+    changed, aims = (lambda x: lemma3_rounding(*_changed(x))), {}
+    for i, name in enumerate(("inverse", "difference")):
+        aims[f"lemma 3: {name}"] = Aim(lambda x, i=i: lemma3(_metric, *_changed(x))[i], changed, lemma)
     aims |= {f"lemma 4: {name}": Aim(partial(_apart, name), partial(_apart_rounding, name), lemma) for name in BOUNDS}
     readings = {
         "theorem: ‖g − ĝ‖ ≤ (ε_tail(1+ε_gap) + ε_gap)‖ĝ‖": (1.0, False),
@@ -105,5 +104,3 @@ def _theorem(product: float, inner: bool, point: Tensor) -> tuple[Tensor, float]
     left = 1 - (last + tail) @ proxy / proxy.square().sum() if inner else away
     granted = rounding(4 * WIDTH, ((2 + away) / bound + 3).item(), SLACK)
     return left / bound, granted
-
-

@@ -1,9 +1,8 @@
-"""β in a plane: how the angle between a key and what is preserved decides which share of a plan is written,
-and which plans are feasible.
-"""
+"""β in a plane: a key's angle to what is preserved decides what share of a plan is written, and which plans fit."""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -41,17 +40,13 @@ def metric(method: str, ridge: float, past: int = 0) -> Metric:
 def read(
     method: str, x: float, y: float, ridge: float, past: int, planned: float, tau: float, epsilon: float
 ) -> dict[str, Any]:
-    """What the library says of one key (x, y) and a plan of norm `planned`: γ, β, both residuals,
-    the feasible interval.
-    """
+    """What the library says of one key (x, y) and a plan of norm `planned`: γ, β, both residuals, the interval."""
     key = torch.tensor([[x, y]], dtype=torch.float64)
     rule, plan = metric(method, ridge, past), torch.tensor([[planned, 0.0]], dtype=torch.float64)
     gamma, realized = association(key, rule), solve(key, plan, rule).realized
     lower, upper = feasible_interval(gamma, tau, epsilon)
-    given = {
-        "method": method, "x": x, "y": y, "ridge": ridge, "past": past, "planned": planned, "tau": tau,
-        "epsilon": epsilon
-    }
+    given = {"method": method, "x": x, "y": y, "ridge": ridge, "past": past}
+    given |= {"planned": planned, "tau": tau, "epsilon": epsilon}
     norms = {"realized": realized.norm().item(), "unrealized": (plan - realized).norm().item()}
     ends = {"lower": lower.item(), "upper": upper.item(), "feasible": bool(lower <= upper)}
     return given | {"gamma": gamma.item(), "beta": attenuation(gamma).item()} | norms | ends
@@ -70,9 +65,7 @@ def by_angle(
     angles: tuple[float, ...] = (0, 20, 40, 60, 90), length: float = 2.0, planned: float = 2.0, tau: float = 1.0,
     epsilon: float = 1.0
 ) -> pd.DataFrame:
-    """A key that turns away from the preserved line, under both constraints: one row per method and angle, as `read`,
-    and `angle`.
-    """
+    """A key that turns away from the preserved line, under both constraints: per method and angle, as `read`."""
     plan = {"planned": planned, "tau": tau, "epsilon": epsilon}
     return pd.DataFrame(
         [
@@ -85,30 +78,20 @@ def by_angle(
 
 def reference_points(dense: bool = False) -> pd.DataFrame:
     """Readings for the picture to compare itself with: 24, or 2 000 if `dense`."""
-    angles, lengths = (
-        ((-170, -90, -45, -10, 0, 1, 30, 60, 90, 135), (0.1, 0.8, 2.0, 3.0, 2.5))
-        if dense
-        else ((0, 25, 90, -120), (2.0,))
-    )
-    settings = (
-        [(r, m) for r in (0.01, 0.5, 1.0, 20.0, 100.0) for m in (0, 1, 3, 8)]
-        if dense
-        else [(1.0, 0), (20.0, 0), (0.5, 3)]
-    )
-    plans = ((2.0, 1.0, 1.0), (5.0, 0.3, 2.0))
-    rows = [
-        read(method, **polar(angle, length), ridge=ridge, past=past,
-        **dict(zip(("planned", "tau", "epsilon"), plans[(i + j) % 2], strict=True)))
-        for method in RIDGE for i, (ridge, past) in enumerate(settings) for j,
-        angle in enumerate(angles) for length in lengths
-    ]  # fmt: skip
+    angles, lengths, settings = (0, 25, 90, -120), (2.0,), [(1.0, 0), (20.0, 0), (0.5, 3)]
+    if dense:
+        angles, lengths = (-170, -90, -45, -10, 0, 1, 30, 60, 90, 135), (0.1, 0.8, 2.0, 3.0, 2.5)
+        settings = list(product((0.01, 0.5, 1.0, 20.0, 100.0), (0, 1, 3, 8)))
+    plans, rows = ((2.0, 1.0, 1.0), (5.0, 0.3, 2.0)), []
+    swept = product(RIDGE, enumerate(settings), enumerate(angles), lengths)
+    for method, (i, (ridge, past)), (j, angle), length in swept:
+        plan = dict(zip(("planned", "tau", "epsilon"), plans[(i + j) % 2], strict=True))
+        rows.append(read(method, **polar(angle, length), ridge=ridge, past=past, **plan))
     return pd.DataFrame(rows)
 
 
 def scene() -> dict[str, Any]:
-    """What the picture shows: the preserved keys, the past key, each constraint's metric at λ = 1 and where its λ
-    starts.
-    """
+    """What the picture shows: preserved keys, the past key, each constraint's metric at λ = 1, where its λ starts."""
     eye = torch.eye(2, dtype=torch.float64)
     constraints = {
         method: {"unit": metric(method, 1.0).apply(eye).tolist(), "ridge": ridge} for method, ridge in RIDGE.items()

@@ -232,7 +232,8 @@ def _change(problem: Problem, v: Tensor, way: Tensor) -> Tensor:
 def rounding_of(problem: Problem, v: Tensor) -> float:
     """What rounding may put between two values of F near v, absolute: its own terms, and u* as J sees it.
 
-    An edit's gate is the same at every v, with all its rounding; Newton's u* is off by its Hessian's condition each time.
+    An edit's gate is the same at every v, with all its rounding; Newton's u* is off anew each time, by the Hessian's
+    condition.
     """
     u = problem.solved(v).detach()
     amplified = 1.0 if problem.through else torch.linalg.cond(hessian(problem.inner)(u, v)).item()

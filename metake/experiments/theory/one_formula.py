@@ -36,17 +36,10 @@ def _compared(reference: ModuleType, method: str, editor: Editor, case: Case, wr
     found, kappa, rows = ours(editor, wrong or case), difficulty(editor, case), []
     for form, expected in published(reference, method, editor, case).items():
         error = ((found - expected).norm() / expected.norm()).item()
-        # W − W₀ cancels
-        read_off = (
-            (case.weight.norm() / expected.norm()).item() if any(p.when == "sequence" for p in editor.post) else 1.0
-        )
-        size = kappa * max(1.0, read_off)
-        rows.append(
-            {
-                "method": method, "form": form, "error": error, "kappa": size,
-                "ratio": error / rounding(4 * len(case.keys), size)
-            }
-        )
+        cancels = any(rule.when == "sequence" for rule in editor.post)  # W − W₀
+        size = kappa * max(1.0, (case.weight.norm() / expected.norm()).item() if cancels else 1.0)
+        row = {"method": method, "form": form, "error": error, "kappa": size}
+        rows.append(row | {"ratio": error / rounding(4 * len(case.keys), size)})
     return rows
 
 
@@ -88,13 +81,8 @@ def distinct_solves(model: str = "tiny") -> dict[str, Editor]:
     found: dict[tuple, str] = {}
     for name in methods.METHODS:
         editor = methods.method(name, model)
-        found.setdefault(
-            (
-                type(editor.metric), bool(getattr(editor.metric, "ridge", 0)), editor.remember, editor.noise,
-                editor.plain
-            ),
-            name,
-        )
+        ridge = bool(getattr(editor.metric, "ridge", 0))
+        found.setdefault((type(editor.metric), ridge, editor.remember, editor.noise, editor.plain), name)
     return {name: replace(methods.method(name, model), post=()) for name in found.values()}
 
 
@@ -122,8 +110,8 @@ def sensitivity(
 def search(evaluations: int = 200, seed: int = 0, dim: int = 6, n: int = 3, model: str = "tiny") -> pd.DataFrame:
     """A hill climb per distinct solve for the instance that departs most from its published form, for its rounding.
 
-    From the worst of `STARTS` random instances it moves keys, past keys, spectrum and strength, brings keys together or onto
-    the preserved directions, and keeps what departs more. One row per solve and starting point or end (`stage`),
+    From the worst of `STARTS` random instances it moves keys, past keys, spectrum and strength, brings keys together or
+    onto the preserved directions, and keeps what departs more. One row per solve and starting point or end (`stage`),
     with what `_compared` says of its worst form, and `refused`: instances that the library would not solve.
     """
     reference, generator, rows = load_reference(), torch.Generator().manual_seed(seed), []
@@ -208,12 +196,8 @@ def coinciding_keys(
             answer = "same update" if row["ratio"] < 1 else "another update"
         except StatisticsError:
             answer = "refuses"
-        rows.append(
-            {
-                "distance of the keys": f"{distance:g}", "d×d form writes the plan": writes, "size of its update": size,
-                "library": answer
-            }
-        )
+        row = {"distance of the keys": f"{distance:g}", "d×d form writes the plan": writes}
+        rows.append(row | {"size of its update": size, "library": answer})
     return pd.DataFrame(rows)
 
 
@@ -240,9 +224,8 @@ def not_idempotent(seed: int = 0, dim: int = 12, sizes: Sequence[float] = (1e-8,
         ]
         apart = [_order((form - forms[0]).norm() / forms[0].norm()) for form in forms[1:]]
         defect = _order((projector @ projector - projector).norm() / projector.norm())
-        rows.append(
-            {"projector": name, "P² − P": defect, "released code − paper": apart[0], "projected keys − paper": apart[1]}
-        )
+        row = {"projector": name, "P² − P": defect}
+        rows.append(row | {"released code − paper": apart[0], "projected keys − paper": apart[1]})
     return pd.DataFrame(rows)
 
 

@@ -23,10 +23,9 @@ from metake.editing.keys import KeyReader
 from metake.editing.statistics import statistics
 from metake.experiments.decision import all_of
 from metake.experiments.theory.adversary import ascend
-from metake.experiments.theory.comparisons import as_foretold, foretold, least, rounding, same
+from metake.experiments.theory.comparisons import as_foretold, least, rounding, same
 from metake.experiments.theory.solves import draw
 from metake.language.model import load
-from metake.support.errors import StatisticsError
 
 TOLERANCE = 1e-6  # of a relative departure never more than this counts as rounding, however ill-conditioned C is
 SLACK = 1e-9  # of a distance from the bound neither
@@ -54,7 +53,7 @@ def suppression_bound(
     return inside / (spectrum[protected].min() + ridge) + torch.where(outside > 0, outside / ridge, 0)
 
 
-def _amplified(key: Tensor, spectrum: Tensor, ridge: float | Tensor) -> Tensor:
+def amplified(key: Tensor, spectrum: Tensor, ridge: float | Tensor) -> Tensor:
     """By how much rounding of A = C + λI is amplified in γ = kᵀA⁻¹k, relative: ‖A‖‖q‖²/γ with q = A⁻¹k, at most κ(A).
 
     Next to it the key's own rounding, ε‖k‖ in every direction, counts 2‖k‖‖q‖/γ.  key: (1, d) along the eigenvectors
@@ -64,7 +63,7 @@ def _amplified(key: Tensor, spectrum: Tensor, ridge: float | Tensor) -> Tensor:
     return ((spectrum.max() + ridge) * size.square() + 2 * key.norm() * size) / gamma
 
 
-def _layer(spectrum: Tensor, directions: Tensor) -> KeyStatistics:
+def layer(spectrum: Tensor, directions: Tensor) -> KeyStatistics:
     """Statistics whose C has this spectrum."""
     moment, count = (directions * spectrum) @ directions.T, 100 * len(directions)
     return KeyStatistics((moment + moment.T) / 2 * count, count)
@@ -101,7 +100,7 @@ def suppression_check(trials: int = 300, seed: int = 0, dims: tuple[int, ...] = 
             "gamma": gamma.item(), "beta": attenuation(gamma).item(), "bound": bound.item(),
             "excess": (gamma / bound - 1).item(), "spectral_error": (gamma / expected - 1).abs().item(),
             "share_error": ((written - told).norm() / told.norm()).item(),
-            "rounding": rounding(4 * dim, _amplified(key @ directions, spectrum.clamp_min(0), ridge), TOLERANCE),
+            "rounding": rounding(4 * dim, amplified(key @ directions, spectrum.clamp_min(0), ridge), TOLERANCE),
         } | _projected(case.statistics(case.rank), case.keys.T, ridge, case.rank < dim))  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -136,7 +135,7 @@ def adversarial_search(
         )
         largest = math.exp(found.score)
         key, spectrum, ridge = found.point[None, :dim], found.point[dim:-1].exp(), found.point[-1].exp()
-        spare = -math.expm1(found.score) / rounding(4 * dim, _amplified(key, spectrum, ridge), SLACK)
+        spare = -math.expm1(found.score) / rounding(4 * dim, amplified(key, spectrum, ridge), SLACK)
         row = {"dim": dim, "starts": starts, "evaluations": found.evaluations, "largest": largest, "limit": 1.0}
         rows.append(row | {"spare": spare, "broken": spare < -1})
     return pd.DataFrame(rows)
@@ -151,7 +150,7 @@ def _log_ratio(directions: Tensor, point: Tensor) -> Tensor:
     dim = len(directions)
     key, spectrum, ridge = point[None, :dim] @ directions.T, point[dim:-1].exp(), point[-1].exp()
     protected = spectrum >= spectrum.median()
-    gamma = association(key, InverseCovariance(_layer(spectrum, directions), ridge=ridge))
+    gamma = association(key, InverseCovariance(layer(spectrum, directions), ridge=ridge))
     return (gamma.log() - suppression_bound(key, spectrum, directions, protected, ridge).log())[0]
 
 
@@ -173,7 +172,7 @@ def limits(seed: int = 0, dim: int = 12, outside: Sequence[float] = (0.0, 1e-4, 
         rest = spectral_association(own, torch.where(protected, torch.inf, 0.1), torch.eye(dim).to(own), 1.0)
         for power in range(powers + 1):
             spectrum = torch.where(protected, 10.0**power, 0.1).double()
-            gamma = association(key, InverseCovariance(_layer(spectrum, directions), ridge=1.0))
+            gamma = association(key, InverseCovariance(layer(spectrum, directions), ridge=1.0))
             bound = suppression_bound(key, spectrum, directions, protected, 1.0)
             rows.append(
                 {
@@ -181,85 +180,6 @@ def limits(seed: int = 0, dim: int = 12, outside: Sequence[float] = (0.0, 1e-4, 
                     "bound": attenuation(bound).item(), "limit": attenuation(rest).item()
                 }
             )
-    return pd.DataFrame(rows)
-
-
-EDGES = {
-    "all energy in H, ideal bound": "none", "energy outside H, judged by the ideal bound": "some",
-    "a small eigenvalue counted into H": "some",
-    "all energy in H: β → 0": "none", "1 % of the energy outside H: β → 0": "some",
-    "λ = 0 and C singular: A can be inverted": "some",
-}  # fmt: skip
-"""The theorem and its limit as stated, and where an assumption is dropped: how many instances should then break it."""
-
-
-def edges(trials: int = 40, seed: int = 0, dim: int = 12) -> pd.DataFrame:
-    """As `comparisons.foretold`: a bound is broken if γ exceeds it by more than rounding; β → 0 is judged at s_H = 1e8,
-    λ = 1, ‖k‖² = d, where the ideal bound allows 1e-6.
-    """
-    generator, spare = torch.Generator().manual_seed(seed), {case: [] for case in EDGES}
-    protected = torch.arange(dim) >= dim // 2
-    for _ in range(trials):
-        directions = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0]
-        spectrum = torch.where(protected, 10.0, 0.1) * (1 + torch.rand(dim, dtype=torch.float64, generator=generator))
-        drawn = torch.randn(dim, dtype=torch.float64, generator=generator)
-        inside, leaning = (
-            ((drawn * m) / (drawn * m).norm() * dim**0.5)[None] @ directions.T
-            for m in (protected, torch.where(protected, 1.0, 0.5))
-        )
-        one_percent = 0.99**0.5 * inside + 0.1 * dim**0.5 * directions[:, 0][None]
-        allowed = dim / (spectrum[protected].min() + 1)
-        gammas = [
-            association(key, InverseCovariance(_layer(spectrum, directions), ridge=1.0)) for key in (inside, leaning)
-        ]
-        far = torch.where(protected, 1e8, spectrum)
-        grown = InverseCovariance(_layer(far, directions), ridge=1.0)
-        counted = suppression_bound(
-            leaning, torch.where(protected, spectrum, 10.0), directions, protected | (torch.arange(dim) > 0), 1.0
-        )
-        left = [1 - (gamma / most).item() for gamma, most in zip((*gammas, gammas[1]), (allowed, allowed, counted), strict=True)]
-        left += [1 - 1e6 * attenuation(association(key, grown)).item() for key in (inside, one_percent)]
-        keys, spectra = (inside, leaning, leaning, inside, one_percent), (*[spectrum] * 3, far, far)
-        errors = [rounding(4 * dim, _amplified(k @ directions, x, 1.0)) for k, x in zip(keys, spectra, strict=True)]
-        found = [x / error for x, error in zip(left, errors, strict=True)]
-        found.append(-math.inf if _refused(_layer(torch.where(protected, spectrum, 0.0), directions)) else math.inf)
-        for case, clear in zip(EDGES, found, strict=True):
-            spare[case].append(clear)
-    return foretold(EDGES, spare)
-
-
-def _refused(found: KeyStatistics) -> bool:
-    """Whether the library refuses to invert C without a ridge."""
-    try:
-        InverseCovariance(found)
-    except StatisticsError:
-        return True
-    return False
-
-
-def readings(seed: int = 0, dim: int = 8, counts: Sequence[int] = (100, 1000, 10_000, 100_000)) -> pd.DataFrame:
-    """Whether more text of the same kind suppresses an edit: β of one key as the number N of preserved keys grows a
-    thousandfold.
-
-    (13) needs a C; the texts allow the mean of kkᵀ over the preserved keys, as the code of the whole family has it,
-    or the sum K₀K₀ᵀ. The proof's "increasing old-key density ⇒ s_H → ∞" speaks of N. Columns: reading, at N = 100, …,
-    falls.
-    """
-    generator, rows = torch.Generator().manual_seed(seed), []
-    scales = torch.logspace(0.5, -1, dim, dtype=torch.float64)
-    key = (torch.arange(dim) == 0).double()[None]  # along what the preserved keys use most
-    for name in ("mean, E[kkᵀ]", "sum, K₀K₀ᵀ"):
-        betas = []
-        for count in counts:
-            found = KeyStatistics.empty(dim)
-            found.update(torch.randn(count, dim, dtype=torch.float64, generator=generator) * scales)
-            found = KeyStatistics(found.moment, 1) if name.startswith("sum") else found
-            betas.append(attenuation(association(key, InverseCovariance(found, ridge=1.0))).item())
-        rows.append(
-            {"C": name}
-            | {f"β at N = {n:,}": b for n, b in zip(counts, betas, strict=True)}
-            | {"β → 0": betas[-1] < 0.1 * betas[0]}
-        )
     return pd.DataFrame(rows)
 
 

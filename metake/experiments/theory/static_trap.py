@@ -9,8 +9,7 @@ own solve (`trap_edges.batch_trap`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pandas as pd
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from metake.experiments.decision import Decision, all_of
-from metake.experiments.theory.adversary import ascend
 from metake.experiments.theory.comparisons import as_foretold, least, rounding, same
 
 SLACK = 1e-9  # never more than this counts as rounding, however ill-conditioned the instance
@@ -123,15 +121,16 @@ def penalty_check(
         tried = at.norm() * torch.cat(
             [drawn / drawn.norm(dim=1, keepdim=True), inside * drawn / drawn.norm(dim=1, keepdim=True)]
         )
-        best = _quadratic(tried, gradient, hessian).min()
+        best = quadratic(tried, gradient, hessian).min()
         larger = torch.logspace(0, 4, 30, dtype=torch.float64)
         norms = torch.stack([displacement(gradient, hessian, strength * x).norm() for x in larger])
-        value, condition = _quadratic(at, gradient, hessian), ((values.max() + strength) / strength).item()
+        value, condition = quadratic(at, gradient, hessian), ((values.max() + strength) / strength).item()
         # u* is the best of its ball: off by εκ along it, its value is off by the square of that only
         size = gradient.norm() * at.norm() + (at @ hessian @ at).abs() / 2
         rows.append({
             "dim": dim, "rank": rank, "strength": strength, "radius": at.norm().item(),
-            "better": ((value - best) / value.abs()).item(), "better_error": rounding(4 * dim, size / value.abs(), SLACK),
+            "better": ((value - best) / value.abs()).item(),
+            "better_error": rounding(4 * dim, size / value.abs(), SLACK),
             "multiplier": _multiplier(gradient, hessian, strength) / strength,
             "multiplier_error": rounding(4 * dim, 1 + condition, STEP),
             "stretch": (norms.diff() / norms[:-1]).max().item(), "stretch_error": rounding(4 * dim, condition, SLACK),
@@ -142,8 +141,8 @@ def penalty_check(
 def _multiplier(gradient: Tensor, hessian: Tensor, strength: float) -> float:
     """−d(minimum)/d(½ρ²) over a step from λ(1 − h) to λ(1 + h): λ, but for λh² at most, which is less than rounding.
 
-    V₂ − V₁ = ⟨g + Hm, w⟩ and ½ρ₂² − ½ρ₁² = ⟨m, w⟩ with m = (u₁ + u₂)/2 and w = u₂ − u₁ = −(λ₂ − λ₁)(H + λ₂I)⁻¹u₁, so that
-    nothing cancels.
+    V₂ − V₁ = ⟨g + Hm, w⟩ and ½ρ₂² − ½ρ₁² = ⟨m, w⟩ with m = (u₁ + u₂)/2 and w = u₂ − u₁ = −(λ₂ − λ₁)(H + λ₂I)⁻¹u₁, so
+    that nothing cancels.
     """
     step = 1e-8
     first, last = (displacement(gradient, hessian, strength * (1 + s * step)) for s in (-1, 1))
@@ -151,7 +150,7 @@ def _multiplier(gradient: Tensor, hessian: Tensor, strength: float) -> float:
     return (-(gradient + hessian @ middle) @ way / (middle @ way)).item()
 
 
-def _quadratic(points: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
+def quadratic(points: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
     """gᵀu + ½uᵀHu of one point or of rows."""
     return points @ gradient + (points @ hessian * points).sum(-1) / 2
 
@@ -173,14 +172,12 @@ def ellipsoid_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2
         probes = torch.cat([probes, torch.linalg.eigh(operator)[1].T])
         probes = probes / probes.norm(dim=1, keepdim=True)
         reach = delta / (probes @ operator * probes).sum(1).sqrt()  # how far E goes in each direction
-        # uᵀAu is off by ελmax, and so is λmin
-        errors = rounding(4 * dim) * (reach / inner).square()
-        inside, around = (reach / inner - 1) / errors, (1 - reach / outer) / errors
-        tight = min(
-            ((STEP - reach / inner + 1) / errors).max().item(), ((STEP - 1 + reach / outer) / errors).max().item()
-        )
+        errors = rounding(4 * dim) * (reach / inner).square()  # uᵀAu is off by ελmax
+        inside, around = reach / inner - 1, 1 - reach / outer
+        tight = [((STEP - spare) / errors).max().item() for spare in (inside, around)]
         rows.append({
-            "dim": dim, "kappa": condition, "inside": inside.min().item(), "around": around.min().item(), "tight": tight,
+            "dim": dim, "kappa": condition, "inside": (inside / errors).min().item(),
+            "around": (around / errors).min().item(), "tight": min(tight),
             "ratio_error": abs((outer / inner).item() / condition**0.5 - 1),
             "rounding": rounding(4 * dim, condition, STEP),
         })  # fmt: skip
@@ -226,73 +223,6 @@ def trap_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2, 8, 
     return pd.DataFrame(rows)
 
 
-def adversarial_search(
-    starts: int = 2, steps: int = 120, seed: int = 0, dims: Sequence[int] = (2, 5), boundary: float = 1.02
-) -> pd.DataFrame:
-    """Gradient ascent against each statement. One row per statement and dimension: largest, limit, spare = what is left
-    to the limit, in units of rounding; broken, if it is exceeded by more.
-
-    "Lemma 1": a point of the ball, H, g and λ climb 1 + how much the point beats u*, relative to |minimum|: at most 1.
-    "Lemma 2": the center and A climb the size of a ball inside E, anywhere, in units of δ/√λmax: at most 1.
-    "Theorem 2": λ and A climb min(progress/τ, δ/√(uᵀAu)) where τ = `boundary` · δ/√λmax: at most boundary^−½ < 1.
-    """
-    generator, rows = torch.Generator().manual_seed(seed), []
-    searches = {
-        "Lemma 1": (_rival, 2, 1.0), "Lemma 2": (_ball, 1, 1.0),
-        "Theorem 2": (partial(_shared, boundary), 0, boundary**-0.5)
-    }
-    for (name, (objective, vectors, limit)), dim in ((s, d) for s in searches.items() for d in dims):
-        size = dim * dim + vectors * dim + (name != "Lemma 2")
-        begin = torch.randn(starts, size, dtype=torch.float64, generator=generator)
-        found = ascend(partial(_each, objective, dim), begin, steps, rate=0.1)
-        # forms in d² products; A, or H + λI, amplifies their rounding by its condition number at most
-        spare = (1 - found.score / limit) / rounding(dim * dim, _condition(name, dim, found.point), SLACK)
-        row = {"statement": name, "dim": dim, "starts": starts, "evaluations": found.evaluations}
-        rows.append(row | {"largest": found.score, "limit": limit, "spare": spare, "broken": spare < -1})
-    return pd.DataFrame(rows)
-
-
-def _condition(name: str, dim: int, point: Tensor) -> float:
-    """Condition number of what a search's statement solves or measures with, at a point."""
-    root = point[: dim * dim].view(dim, dim)
-    floor = point[-1].exp() if name == "Lemma 1" else 0.01
-    return torch.linalg.cond(root @ root.T + floor * torch.eye(dim, dtype=point.dtype)).item()
-
-
-def _each(objective: Callable[[int, Tensor], Tensor], dim: int, points: Tensor) -> Tensor:
-    return torch.stack([objective(dim, point) for point in points])
-
-
-def _rival(dim: int, point: Tensor) -> Tensor:
-    root, gradient, inside, strength = point.split([dim * dim, dim, dim, 1])
-    hessian = root.view(dim, dim) @ root.view(dim, dim).T
-    at = displacement(gradient, hessian, strength.exp())
-    rival = at.norm() * inside / (1 + inside.square().sum()).sqrt()
-    value = _quadratic(at, gradient, hessian)
-    return 1 + (value - _quadratic(rival, gradient, hessian)) / value.abs()
-
-
-def _ball(dim: int, point: Tensor) -> Tensor:
-    """The way out of E from a center inside it, along A's own directions and between them, at its shortest; δ = 1."""
-    half, center = point.split([dim * dim, dim])
-    operator = half.view(dim, dim) @ half.view(dim, dim).T + 0.01 * torch.eye(dim, dtype=point.dtype)
-    values, directions = torch.linalg.eigh(operator)
-    center = directions @ (center / (1 + center.square().sum()).sqrt() / values.sqrt())
-    probes = torch.cat([directions.T, -directions.T, (directions[:, :1] + directions).T / 2**0.5])
-    across, along = probes @ operator @ center, (probes @ operator * probes).sum(1)
-    left = 1 - center @ operator @ center
-    root = (across.square() + along * left).sqrt()
-    out = torch.where(across > 0, left / (across + root), (root - across) / along)  # whichever does not cancel
-    return out.min() * values[-1].sqrt()
-
-
-def _shared(boundary: float, dim: int, point: Tensor) -> Tensor:
-    root, strength = point[:-1].view(dim, dim), point[-1].exp()
-    operator = root @ root.T + 0.01 * torch.eye(dim, dtype=point.dtype)
-    trap = Trap(operator, 1.0, boundary * radii(operator, 1.0)[0], torch.zeros_like(operator), 1.0, 1.0)
-    return torch.minimum(*trap.margins(strength))
-
-
 def judge(
     penalty: pd.DataFrame, ellipsoid: pd.DataFrame, trapped: pd.DataFrame, searched: pd.DataFrame,
     dropped: pd.DataFrame
@@ -301,46 +231,52 @@ def judge(
     and they fail where an assumption is dropped.
     """
     against = counted(penalty, ellipsoid, trapped).groupby("statement").found.sum()
-    contradictions = _contradictions(penalty, ellipsoid, trapped)
-    whole = all_of([
-        *(_decided(f"{name}, {text}", *found, attained) for name, text, attained, *found in contradictions),
-        least("limits of the directed searches", searched.spare, attained=True), as_foretold(dropped),
-    ])
+    fails = as_foretold(dropped)
+    found = [
+        decide(f"{name} ({text})", distances)
+        for name, text, decide, distances in _contradictions(penalty, ellipsoid, trapped)
+    ]
+    whole = all_of([*found, _reached("limits of the directed searches", searched.spare), fails])
     told = f"contradictions: {against['Lemma 1']} to Lemma 1 in {len(penalty)} quadratics, {against['Lemma 2']} to "
     told += f"Lemma 2 in {len(ellipsoid)} ellipsoids, {against['Theorem 2']} to the condition τ > δ/√λmax in "
     told += f"{len(trapped)} pairs of requests with {trapped.tried.sum()} λ tried; {int(searched.broken.sum())} of "
     told += f"{len(searched)} directed searches broke one; dropped assumptions fail as foretold: "
-    return whole.verdict(told + ("yes" if as_foretold(dropped).holds else "no"))
+    return whole.verdict(told + ("yes" if fails.holds else "no"))
+
+
+def _reached(what: str, distances: pd.Series) -> Decision:
+    return least(what, distances, attained=True)
+
+
+def _equal(what: str, distances: pd.Series) -> Decision:
+    """Two ways to one number; minus how far they depart."""
+    return same(what, -distances, [1.0] * len(distances))
 
 
 def _contradictions(
     penalty: pd.DataFrame, ellipsoid: pd.DataFrame, trapped: pd.DataFrame
-) -> list[tuple[str, str, bool, pd.Series, pd.Series | float]]:
-    """What would contradict each statement: statement, contradiction, whether it may be reached, and in every instance
-    how far the statement is from it, with the rounding of that. Of two ways to one number: minus their departure.
+) -> list[tuple[str, str, Callable[[str, pd.Series], Decision], pd.Series]]:
+    """What would contradict each statement: statement, contradiction, how it is decided whether it was found, and how
+    far every instance is from it, in units of rounding.
     """
-    free, caught, p = trapped[~trapped.trapped], trapped[trapped.trapped], penalty
+    multiplier, ratio = -(penalty.multiplier - 1).abs() / penalty.multiplier_error, -ellipsoid.ratio_error
+    balls, share = ellipsoid[["inside", "around"]].min(axis=1), -trapped.best_error / trapped["rounding"]
     return [
-        ("Lemma 1", "a point of the ball is better than u*", True, -p.better, p.better_error),
-        ("Lemma 1", "the multiplier is not λ", True, -(p.multiplier - 1).abs(), p.multiplier_error),
-        ("Lemma 1", "a larger λ has a larger ball", False, -p.stretch, p.stretch_error),
-        ("Lemma 2", "the inscribed ball sticks out, or the other is too small", True, ellipsoid[["inside", "around"]].min(axis=1), 1.0),
-        ("Lemma 2", "either bound could be moved by a millionth", False, ellipsoid.tight, 1.0),
-        ("Lemma 2", "the ratio is not √κ", True, -ellipsoid.ratio_error, ellipsoid["rounding"]),
-        ("Theorem 2", "τ > δ/√λmax, and a λ serves both", False, caught.agrees, 1.0),
-        ("Theorem 2", "τ ≤ δ/√λmax, and no λ serves both", False, free.agrees, 1.0),
-        ("Theorem 2", "the best λ meets another share than foretold", True, -trapped.best_error, trapped["rounding"]),
+        ("Lemma 1", "a point of the ball is better than u*", _reached, -penalty.better / penalty.better_error),
+        ("Lemma 1", "the multiplier is not λ", _equal, multiplier),
+        ("Lemma 1", "a larger λ has a larger ball", least, -penalty.stretch / penalty.stretch_error),
+        ("Lemma 2", "the inscribed ball sticks out, or the other is too small", _reached, balls),
+        ("Lemma 2", "either bound could be moved by a millionth", least, ellipsoid.tight),
+        ("Lemma 2", "the ratio is not √κ", _equal, ratio / ellipsoid["rounding"]),
+        ("Theorem 2", "τ > δ/√λmax, and a λ serves both", least, trapped.agrees[trapped.trapped]),
+        ("Theorem 2", "τ ≤ δ/√λmax, and no λ serves both", least, trapped.agrees[~trapped.trapped]),
+        ("Theorem 2", "the best λ meets another share than foretold", _equal, share),
     ]
-
-
-def _decided(what: str, spare: pd.Series, error: pd.Series | float, attained: bool) -> Decision:
-    departs = attained and (spare <= 0).all()  # two ways to one number
-    return same(what, -spare, error) if departs else least(what, spare / error, attained)
 
 
 def counted(penalty: pd.DataFrame, ellipsoid: pd.DataFrame, trapped: pd.DataFrame) -> pd.DataFrame:
     """What would contradict each statement, in how many instances it was looked for, and in how many it was found."""
     return pd.DataFrame([
-        {"statement": name, "contradiction": text, "instances": len(spare), "found": int((spare / error < -1).sum())}
-        for name, text, _, spare, error in _contradictions(penalty, ellipsoid, trapped)
+        {"statement": name, "contradiction": text, "instances": len(found), "found": int((found < -1).sum())}
+        for name, text, _, found in _contradictions(penalty, ellipsoid, trapped)
     ])

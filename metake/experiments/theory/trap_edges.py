@@ -1,6 +1,4 @@
-"""Where MetaKE v1's static trap ends: assumptions dropped, readings of its condition, and the ellipsoid of a real
-batch.
-"""
+"""Where MetaKE v1's static trap ends: assumptions dropped, readings of it, and the ellipsoid of a real batch."""
 
 from __future__ import annotations
 
@@ -22,16 +20,14 @@ from metake.language.model import load
 
 GRID = [10 ** (x / 10) for x in range(-60, 61)]  # λ, in units of the middle of what the two requests ask for
 EDGES = {
-    "as stated: no λ serves both": "none", "requests of different size α: no λ serves both": "some",
-    "curvature along the hard direction: no "
-        "λ serves both": "some",
-    "gradients along no eigenvector: no λ serves both": "some", "H indefinite, λ too small: u* is the best in "
-        "its ball (Lemma 1)": "some",
+    "as stated: no λ serves both": "none",
+    "requests of different size α: no λ serves both": "some",
+    "curvature along the hard direction: no λ serves both": "some",
+    "gradients along no eigenvector: no λ serves both": "some",
+    "H indefinite, λ too small: u* is the best in its ball (Lemma 1)": "some",
     "H indefinite, λ too small: the radius does not grow with λ (Lemma 1)": "some",
-}  # fmt: skip
-"""The statement, all where τ > δ/√λmax (v1 eq. 45), and where an assumption is dropped: how many instances should then
-break it.
-"""
+}
+"""The statement, all where τ > δ/√λmax (v1 eq. 45), and where an assumption is dropped: how many should break it."""
 
 
 def edges(trials: int = 60, seed: int = 0, dim: int = 6) -> pd.DataFrame:
@@ -196,12 +192,8 @@ def drawn(kappa: float = 16.0, tau: float = 2.0) -> tuple[pd.DataFrame, pd.DataF
         for name, axis in (("easy", 0), ("hard", 1)):
             moved = displacement(-torch.eye(2, dtype=torch.float64)[axis], trap.hessian, strength)
             place = {"x": moved[0].item(), "y": moved[1].item(), "ball": moved.norm().item()}
-            rows.append(
-                {
-                    "strength": strength, "request": name, **place, "progress": progress >= 1 - SLACK,
-                    "safe": safety >= 1 - SLACK
-                }
-            )
+            row = {"strength": strength, "request": name, **place}
+            rows.append(row | {"progress": progress >= 1 - SLACK, "safe": safety >= 1 - SLACK})
     outlines = [pd.DataFrame({"curve": name, "x": xy[0].numpy(), "y": xy[1].numpy()}) for name, xy in curves.items()]
     return pd.concat(outlines, ignore_index=True), pd.DataFrame(rows)
 
