@@ -20,6 +20,7 @@ from metake.experiments.decision import Decision
 from metake.experiments.speed.literal import load_reference
 from metake.experiments.studies import differences, parts
 from metake.experiments.theory import one_formula, sequential, solves
+from metake.support.errors import ParameterError
 
 REMEMBER = ("memit_seq", "alphaedit", "blue", "metake")  # and do nothing afterwards
 
@@ -107,7 +108,7 @@ def test_an_uncompared_method_and_a_nan_leave_it_open():
     )
     assert one_formula.judge(found, nothing, names=("memit",))["holds"] is True
     assert one_formula.judge(found.assign(ratio=np.nan), nothing, names=("memit",))["holds"] is None
-    with pytest.raises(mk.errors.ParameterError, match="no published form of 'other' is known"):
+    with pytest.raises(ParameterError, match="no published form of 'other' is known"):
         solves.published(load_reference(), "other", methods.memit("tiny"), solves.draw(torch.Generator(), 4, 2))
 
 
@@ -203,7 +204,7 @@ def test_the_parts_taken_together_are_the_pipelines_batch():
     editor = methods.alphaedit("tiny", layers=(2,))
     given = statistics(lm, layers=(2,), tokens=3000)
     state = editor.init(lm, given)
-    targets = mk.targets.optimize_targets(lm, asked, state.contexts, 2, editor.target)
+    targets = mk.optimize_targets(lm, asked, state.contexts, 2, editor.target)
     torch.testing.assert_close(
         sequential._parts(lm, editor, state, asked, targets, 3), editor.edit(lm, asked, given).updates[0].delta,
         rtol=1e-9, atol=1e-12

@@ -245,7 +245,7 @@ def judge(records: pd.DataFrame, searched: pd.DataFrame | None = None) -> dict:
     worst = max(records.error.max(), records.remainder_error.max())
     told = f"largest relative departure {'below 1e-9' if worst < 1e-9 else f'{worst:.0e}'} in {len(records)} "
     told += "random instances; the objective's own minimizer departs by "
-    told += f"{'no more' if found.holds else f'{found.margin:.0e} times more'} than rounding explains in these"
+    told += f"{'no more than' if found.holds else f'{found.margin:.0e} times'} rounding in these"
     if searched is not None:
         told += f" and in {searched.evaluations.sum()} that a search for the largest departure went through"
     return all_of([update, found]).verdict(told)
