@@ -40,7 +40,7 @@ from metake.editing.keys import KeyReader
 from metake.editing.record import describe, digest_of
 from metake.language.generation import context_templates
 from metake.language.model import LanguageModel
-from metake.language.tokens import encode, pad
+from metake.language.tokens import encode
 from metake.methods import method
 from metake.support.machine import versions
 

@@ -22,6 +22,7 @@ from metake.editing.editor import Editor, root, whole
 from metake.editing.hypergradient import Downstream, Fidelity, fidelity
 from metake.editing.targets import TargetRule, Targets, optimize_targets
 from metake.experiments.theory import proxy_fidelity as page
+from metake.experiments.theory import proxy_theorem as theorem
 from metake.language.model import LanguageModel
 from metake.methods import OPERATORS, blue, pmet, rect, rome
 from metake.support.errors import NumericalError, ParameterError
@@ -275,8 +276,8 @@ def test_a_zero_denominator_is_undefined_and_not_certified(values, undefined):
 
 
 def test_no_random_case_contradicts_the_theorem():
-    cases = page.random_cases(8000)
-    assert page.violations(cases) == 0 and set(cases.dim) == set(page.DIMS) and len(cases) == 8000
+    cases = theorem.random_cases(8000)
+    assert theorem.violations(cases) == 0 and set(cases.dim) == set(theorem.DIMS) and len(cases) == 8000
     certified = cases.ratio < 1
     assert (
         certified.sum() > 1000
@@ -284,7 +285,7 @@ def test_no_random_case_contradicts_the_theorem():
         and (~certified & (cases.alignment < 0)).sum() > 300
     )
     assert (cases.off / cases.bound).max() > 0.999, "the bound is nearly reached"
-    assert not page.random_cases(400, seed=1).ratio.equals(page.random_cases(400).ratio)
+    assert not theorem.random_cases(400, seed=1).ratio.equals(theorem.random_cases(400).ratio)
 
 
 @pytest.mark.parametrize("wrong", ["bound", "compatibility", "leakage"])
@@ -296,25 +297,25 @@ def test_a_wrong_theorem_would_be_found(monkeypatch, wrong: str):
         }
         return right._replace(**{wrong: values[wrong]})
 
-    monkeypatch.setattr(page, "fidelity", corrupted)
-    cases, searched = page.random_cases(8000), page.adversary(50, 100)
-    assert page.violations(cases) > 10 and page.judge_theorem(cases, searched, cases[:0])["holds"] is False
+    monkeypatch.setattr(theorem, "fidelity", corrupted)
+    cases, searched = theorem.random_cases(8000), theorem.adversary(50, 100)
+    assert theorem.violations(cases) > 10 and theorem.judge_theorem(cases, searched, cases[:0])["holds"] is False
     if wrong != "leakage":
-        assert page.violations(searched) > 0 and searched.found[0] < 0.95
+        assert theorem.violations(searched) > 0 and searched.found[0] < 0.95
 
 
 def test_the_adversary_reaches_the_edge_and_no_further():
-    found = page.adversary(100, 200)
+    found = theorem.adversary(100, 200)
     assert (
         1 - 1e-12 <= found.found[0] == found.ratio[0] < 1.01
         and abs(found.alignment[0]) < 1e-12
         and found.allowed.tolist() == [1, 0]
     )
-    assert -1e-12 <= found.found[1] < 1e-5 and page.violations(found) == 0
+    assert -1e-12 <= found.found[1] < 1e-5 and theorem.violations(found) == 0
 
 
 def test_certificates_count_what_they_say():
-    counted = page.certificates(page.random_cases(8000)).set_index("certificate")
+    counted = theorem.certificates(theorem.random_cases(8000)).set_index("certificate")
     true, weak = counted[~counted.index.str.startswith("without")], counted[counted.index.str.startswith("without")]
     assert (
         (true.of_them_not_descending == 0).all()
@@ -348,7 +349,7 @@ def test_what_is_measured_belongs_together(measured):
         and measured.request.nunique() == 2
         and set(measured.request) <= {c.request.id for c in facts()}
     )
-    assert page.violations(measured) == 0 and (measured.none == 0).all() and (measured.exact > 0).all()
+    assert theorem.violations(measured) == 0 and (measured.none == 0).all() and (measured.exact > 0).all()
     start = measured[measured.point == "v_init"]
     assert (
         (start.anchor == 0).all()

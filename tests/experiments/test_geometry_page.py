@@ -21,7 +21,7 @@ from metake.report.theory.interactive import TOLERANCE
 from metake.support.errors import ParameterError
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / "metake" / "data"
+DATA = ROOT / "metake" / "report" / "theory"
 SCRIPT = DATA / "geometry_of_beta.js"
 OUTPUTS = ("gamma", "beta", "realized", "unrealized", "lower", "upper")
 with_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")

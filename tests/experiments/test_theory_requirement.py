@@ -16,7 +16,8 @@ from metake.algebra.geometry import InverseCovariance, Isotropic, KeyStatistics
 from metake.algebra.solve import association, attenuation, feasible_interval
 from metake.editing.statistics import statistics
 from metake.experiments.theory import (
-    editing_requirement, shared_strength, spectral_suppression, static_trap, trap_edges
+    editing_requirement, one_request, requirement_edges, shared_strength, spectral_suppression, static_trap,
+    suppression_edges, trap_edges, trap_search
 )
 from metake.support.errors import StatisticsError
 
@@ -40,11 +41,11 @@ def number(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def request(gamma: float, tau: float, epsilon: float) -> editing_requirement.Request:
+def request(gamma: float, tau: float, epsilon: float) -> one_request.Request:
     key, direction = (
         torch.tensor([[gamma**0.5, 0.0, 0.0]], dtype=torch.float64), torch.tensor([0.6, 0.8], dtype=torch.float64)
     )
-    return editing_requirement.Request("", Isotropic(3), key, direction, number(tau), number(epsilon))
+    return one_request.Request("", Isotropic(3), key, direction, number(tau), number(epsilon))
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -91,7 +92,7 @@ def test_requirement_holds_in_all_instances_and_they_differ():
     assert (
         found.wrong.sum() == 0
         and found.end_error.max() < 1e-8
-        and set(found.method) == set(editing_requirement.KINDS)
+        and set(found.method) == set(one_request.KINDS)
         and set(found.dim) == {4, 16, 64}
     )
     assert 10 < found["empty"].sum() < 44 and found.gamma.max() / found.gamma.min() > 1e4
@@ -107,13 +108,13 @@ def test_requirement_would_find_a_wrong_end(monkeypatch, end):
         ends[end] = ends[end] * (1 + 1e-4)
         return tuple(ends)
 
-    searched, dropped = editing_requirement.adversarial_search(2, 5), editing_requirement.edges(30)
+    searched, dropped = editing_requirement.adversarial_search(2, 5), requirement_edges.edges(30)
     trapped = shared_strength.summary(shared_strength.trap_check(64))
     assert (
         editing_requirement.judge(editing_requirement.requirement_check(27), searched, dropped, trapped)["holds"]
         is True
     )
-    monkeypatch.setattr(editing_requirement, "feasible_interval", wrong)
+    monkeypatch.setattr(one_request, "feasible_interval", wrong)
     found = editing_requirement.requirement_check(27)
     assert found.wrong.sum() > 0 and editing_requirement.judge(found, searched, dropped, trapped)["holds"] is False
     assert shared_strength.summary(shared_strength.trap_check(64)).wrong.sum() > trapped.wrong.sum()
@@ -122,17 +123,17 @@ def test_requirement_would_find_a_wrong_end(monkeypatch, end):
 def test_requirement_search_comes_near_both_limits_and_would_cross_a_wrong_one(monkeypatch):
     found = editing_requirement.adversarial_search(4)
     assert not found.broken.any() and (found.largest > 0.98 * found.limit).all()
-    right = editing_requirement.solve
+    right = one_request.solve
     monkeypatch.setattr(
-        editing_requirement, "solve", lambda keys, plan, metric, noise=1.0: right(keys, plan, metric, 0.5 * noise)
+        one_request, "solve", lambda keys, plan, metric, noise=1.0: right(keys, plan, metric, 0.5 * noise)
     )
     assert editing_requirement.adversarial_search(2).broken.any(), "a solve that writes more than β"
 
 
 def test_requirement_fails_where_an_assumption_is_dropped_and_one_reading_survives():
-    dropped = editing_requirement.edges(30)
+    dropped = requirement_edges.edges(30)
     assert dropped.as_foretold.all() and set(dropped.foretold) == {"none", "some"}
-    read = editing_requirement.readings(40).set_index("reading").survives
+    read = requirement_edges.readings(40).set_index("reading").survives
     assert (
         read[["absolute", "along the plan"]].all()
         and not read[["relative", "too much is written", "≤ in place of <"]].any()
@@ -177,7 +178,7 @@ def test_no_key_exceeds_the_bound(seed, dim, scale, ridge, data):
         normal(seed + 2, 1, dim) @ torch.diag(10 ** normal(seed + 3, dim)),
     )
     protected = torch.tensor(data.draw(st.lists(st.booleans(), min_size=dim, max_size=dim).filter(any)))
-    gamma = association(key, InverseCovariance(spectral_suppression._layer(spectrum, directions), ridge=10**ridge))
+    gamma = association(key, InverseCovariance(spectral_suppression.layer(spectrum, directions), ridge=10**ridge))
     assert gamma.item() == pytest.approx(
         spectral_suppression.spectral_association(key, spectrum, directions, 10**ridge).item(), rel=1e-8
     )
@@ -189,7 +190,7 @@ def test_no_key_exceeds_the_bound(seed, dim, scale, ridge, data):
 def test_suppression_holds_and_a_wrong_association_would_be_found(monkeypatch):
     found, searched, dropped = (
         spectral_suppression.suppression_check(60), spectral_suppression.adversarial_search(),
-        spectral_suppression.edges(10)
+        suppression_edges.edges(10)
     )
     assert (
         found.excess.max() < 1e-9 < 0.9 < found.excess.max() + 1
@@ -212,7 +213,7 @@ def test_suppression_holds_and_a_wrong_association_would_be_found(monkeypatch):
 
 
 def test_suppression_ends_where_energy_lies_outside():
-    dropped = spectral_suppression.edges(20)
+    dropped = suppression_edges.edges(20)
     assert dropped.as_foretold.all()
     found = spectral_suppression.limits()
     last = found[found.floor == found.floor.max()].set_index("outside")
@@ -223,7 +224,7 @@ def test_suppression_ends_where_energy_lies_outside():
     )
     with pytest.raises(StatisticsError, match="singular"):
         InverseCovariance(KeyStatistics(torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)), 10))
-    assert spectral_suppression.readings().set_index("C")["β → 0"].tolist() == [False, True]
+    assert suppression_edges.readings().set_index("C")["β → 0"].tolist() == [False, True]
 
 
 def test_suppression_on_a_model():
@@ -268,14 +269,14 @@ def test_a_shared_strength_serves_both_exactly_between_the_two_demands(seed, dim
     assert (first > last) == (boundary > 0) or abs(boundary) < 1e-9
     strength = first ** (1 - place) * last**place
     assume(min(abs(strength / first - 1), abs(strength / last - 1)) > 1e-6)
-    assert trap.serves(strength) == (first <= strength <= last)
+    assert (trap.least(strength) >= 0) == (first <= strength <= last)
 
 
 def test_static_trap_holds_and_wrong_formulas_would_be_found(monkeypatch):
     def checked():
         return static_trap.penalty_check(36), static_trap.ellipsoid_check(36), static_trap.trap_check(36)
 
-    searched, dropped, right = static_trap.adversarial_search(1, 60), trap_edges.edges(10), checked()
+    searched, dropped, right = trap_search.adversarial_search(1, 60), trap_edges.edges(10), checked()
     assert static_trap.judge(*right, searched, dropped)["holds"] is True and not static_trap.counted(*right).found.any()
     assert 5 < right[2].trapped.sum() < 31 and ((right[2].boundary - 1).abs() < 1.1e-5).sum() >= 9
     with monkeypatch.context() as patch:
@@ -290,7 +291,7 @@ def test_static_trap_holds_and_wrong_formulas_would_be_found(monkeypatch):
 
 
 def test_static_trap_search_comes_near_the_limits():
-    found = static_trap.adversarial_search(2, dims=(3,))
+    found = trap_search.adversarial_search(2, dims=(3,))
     assert (
         not found.broken.any()
         and (found.largest > 0.97 * found.limit).all()

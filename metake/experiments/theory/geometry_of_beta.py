@@ -1,9 +1,8 @@
-"""β in a plane: how the angle between a key and what is preserved decides which share of a plan is written,
-and which plans are feasible.
-"""
+"""β in a plane: a key's angle to what is preserved decides what share of a plan is written, and which plans fit."""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from metake.algebra.geometry import InverseCovariance, KeyStatistics, Metric, NullSpace, condition
 from metake.algebra.solve import association, attenuation, feasible_interval, solve
+from metake.experiments.decision import all_of
+from metake.experiments.theory.comparisons import least, rounding, same
 
 # Magnitudes of the preserved keys; with all four signs of each their moment is exactly diagonal, for they are dyadic.
 MAGNITUDES = ((0.25, 0.0625), (0.75, 0.1875), (1.0, 0.125), (1.5, 0.0625))
@@ -39,17 +40,13 @@ def metric(method: str, ridge: float, past: int = 0) -> Metric:
 def read(
     method: str, x: float, y: float, ridge: float, past: int, planned: float, tau: float, epsilon: float
 ) -> dict[str, Any]:
-    """What the library says of one key (x, y) and a plan of norm `planned`: γ, β, both residuals,
-    the feasible interval.
-    """
+    """What the library says of one key (x, y) and a plan of norm `planned`: γ, β, both residuals, the interval."""
     key = torch.tensor([[x, y]], dtype=torch.float64)
     rule, plan = metric(method, ridge, past), torch.tensor([[planned, 0.0]], dtype=torch.float64)
     gamma, realized = association(key, rule), solve(key, plan, rule).realized
     lower, upper = feasible_interval(gamma, tau, epsilon)
-    given = {
-        "method": method, "x": x, "y": y, "ridge": ridge, "past": past, "planned": planned, "tau": tau,
-        "epsilon": epsilon
-    }
+    given = {"method": method, "x": x, "y": y, "ridge": ridge, "past": past}
+    given |= {"planned": planned, "tau": tau, "epsilon": epsilon}
     norms = {"realized": realized.norm().item(), "unrealized": (plan - realized).norm().item()}
     ends = {"lower": lower.item(), "upper": upper.item(), "feasible": bool(lower <= upper)}
     return given | {"gamma": gamma.item(), "beta": attenuation(gamma).item()} | norms | ends
@@ -68,9 +65,7 @@ def by_angle(
     angles: tuple[float, ...] = (0, 20, 40, 60, 90), length: float = 2.0, planned: float = 2.0, tau: float = 1.0,
     epsilon: float = 1.0
 ) -> pd.DataFrame:
-    """A key that turns away from the preserved line, under both constraints: one row per method and angle, as `read`,
-    and `angle`.
-    """
+    """A key that turns away from the preserved line, under both constraints: per method and angle, as `read`."""
     plan = {"planned": planned, "tau": tau, "epsilon": epsilon}
     return pd.DataFrame(
         [
@@ -83,30 +78,20 @@ def by_angle(
 
 def reference_points(dense: bool = False) -> pd.DataFrame:
     """Readings for the picture to compare itself with: 24, or 2 000 if `dense`."""
-    angles, lengths = (
-        ((-170, -90, -45, -10, 0, 1, 30, 60, 90, 135), (0.1, 0.8, 2.0, 3.0, 2.5))
-        if dense
-        else ((0, 25, 90, -120), (2.0,))
-    )
-    settings = (
-        [(r, m) for r in (0.01, 0.5, 1.0, 20.0, 100.0) for m in (0, 1, 3, 8)]
-        if dense
-        else [(1.0, 0), (20.0, 0), (0.5, 3)]
-    )
-    plans = ((2.0, 1.0, 1.0), (5.0, 0.3, 2.0))
-    rows = [
-        read(method, **polar(angle, length), ridge=ridge, past=past,
-        **dict(zip(("planned", "tau", "epsilon"), plans[(i + j) % 2], strict=True)))
-        for method in RIDGE for i, (ridge, past) in enumerate(settings) for j,
-        angle in enumerate(angles) for length in lengths
-    ]  # fmt: skip
+    angles, lengths, settings = (0, 25, 90, -120), (2.0,), [(1.0, 0), (20.0, 0), (0.5, 3)]
+    if dense:
+        angles, lengths = (-170, -90, -45, -10, 0, 1, 30, 60, 90, 135), (0.1, 0.8, 2.0, 3.0, 2.5)
+        settings = list(product((0.01, 0.5, 1.0, 20.0, 100.0), (0, 1, 3, 8)))
+    plans, rows = ((2.0, 1.0, 1.0), (5.0, 0.3, 2.0)), []
+    swept = product(RIDGE, enumerate(settings), enumerate(angles), lengths)
+    for method, (i, (ridge, past)), (j, angle), length in swept:
+        plan = dict(zip(("planned", "tau", "epsilon"), plans[(i + j) % 2], strict=True))
+        rows.append(read(method, **polar(angle, length), ridge=ridge, past=past, **plan))
     return pd.DataFrame(rows)
 
 
 def scene() -> dict[str, Any]:
-    """What the picture shows: the preserved keys, the past key, each constraint's metric at λ = 1 and where its λ
-    starts.
-    """
+    """What the picture shows: preserved keys, the past key, each constraint's metric at λ = 1, where its λ starts."""
     eye = torch.eye(2, dtype=torch.float64)
     constraints = {
         method: {"unit": metric(method, 1.0).apply(eye).tolist(), "ridge": ridge} for method, ridge in RIDGE.items()
@@ -122,9 +107,9 @@ def angle_check(trials: int = 300, seed: int = 0, dims: tuple[int, ...] = (2, 16
 
     With past keys only where one direction is free, as in the plane; there they and the key point the same way,
     or opposite.
-    One row per layer: dim, free, angle (degrees), past, gamma, error (relative to the formula); tau, epsilon,
-    feasible (the interval is not empty) and found (one of 4 000 norms, written by an explicit update,
-    satisfies both demands).
+    One row per layer: dim, free, angle (degrees), past, gamma, error (relative to the formula) and what rounding may
+    make of it; tau, epsilon, feasible (the interval is not empty) and found (one of 4 000 norms, written by an explicit
+    update, satisfies both demands); `agrees` = how clearly these two agree, in units of rounding.
     """
     generator = torch.Generator().manual_seed(seed)
     return pd.DataFrame(
@@ -138,7 +123,8 @@ def _layer(dim: int, remembers: bool, generator: torch.Generator) -> dict[str, A
 
     draw = torch.rand(6, dtype=torch.float64, generator=generator).tolist()
     unused = 1 if remembers else 1 + int(draw[0] * (dim - 1))
-    used = torch.linalg.qr(normal(dim, dim))[0][:, unused:]
+    turned = torch.linalg.qr(normal(dim, dim))[0]
+    free, used = turned[:, :unused], turned[:, unused:]
     found = KeyStatistics.empty(dim)
     found.update(normal(4 * dim, dim - unused) @ used.T)
     ridge, times, tau, epsilon = (
@@ -147,43 +133,53 @@ def _layer(dim: int, remembers: bool, generator: torch.Generator) -> dict[str, A
     key, past = 10 ** (draw[5] - 0.5) * normal(1, dim), normal(1, dim)
     rule = condition(NullSpace(found, ridge, 1e-9), past.expand(times, dim))
 
-    def sine(vector: Tensor) -> Tensor:  # of the angle to the preserved subspace, from its cosine
-        return (1 - ((vector @ used).norm() / vector.norm()).square()).sqrt()
+    def sine(vector: Tensor) -> Tensor:  # of the angle to the preserved subspace: from 1 − cos² it would cancel
+        return (vector @ free).norm() / vector.norm()
 
-    formula = (key.norm() * sine(key)).square() / (ridge + times * (past.norm() * sine(past)).square())
+    remembered = times * (past.norm() * sine(past)).square() / ridge
+    formula = (key.norm() * sine(key)).square() / (ridge * (1 + remembered))
     gamma = association(key, rule)
-    plan = torch.nn.functional.normalize(normal(1, 3))
-    norms = torch.logspace(-3, 5, 4000, dtype=torch.float64)
-    realized = solve(key, plan, rule).realized
-    written, missing = realized.norm() * norms, (plan - realized).norm() * norms
-    lower, upper = feasible_interval(gamma, tau, epsilon)
-    row = {
-        "dim": dim, "free": unused, "angle": torch.rad2deg(torch.asin(sine(key))).item(), "past": times,
-        "gamma": gamma.item()
-    }
-    row |= {
-        "error": ((gamma - formula).abs() / formula).item(), "tau": tau, "epsilon": epsilon,
-        "width": (upper / lower).item()
-    }
-    return row | {"feasible": bool(lower <= upper), "found": bool(((written >= tau) & (missing <= epsilon)).any())}
+    error = _error(found.spectrum[unused:], sine(key), sine(past) if times else None, remembered)
+    row = {"dim": dim, "free": unused, "angle": torch.rad2deg(torch.asin(sine(key))).item(), "past": times}
+    row |= {"gamma": gamma.item(), "error": ((gamma - formula).abs() / formula).item(), "rounding": error}
+    return row | _tried(key, torch.nn.functional.normalize(normal(1, 3)), rule, tau, epsilon, error)
 
 
-def judge(records: pd.DataFrame, tolerance: float = 1e-6) -> dict:
-    """Holds if γ agrees with the formula in lengths and angles, and the interval with the norms that were tried.
+def _error(spectrum: Tensor, sine: Tensor, past: Tensor | None, remembered: Tensor) -> float:
+    """What rounding may make of γ, relative. spectrum: of C where it is used; remembered: m ‖kₚ‖² sin²φ / λ.
 
-    tolerance: relative; a sine from a cosine loses digits at small angles. Intervals within 1 % of being empty do not
-    count: the norms that were tried lie 0.5 % apart.
+    The subspace is off by ε λmax/λmin, so that a sine, twice in γ, is off by that over itself; a rank-one memory
+    cancels 1 + `remembered` times what it leaves.
     """
-    worst, clear = records.error.max(), records[(records.width - 1).abs() > 0.01]
-    wrong = int((clear.feasible != clear.found).sum())
-    agrees = "agrees with" if worst < tolerance else f"departs by {worst:.0e} from"
-    told = (
-        f"γ {agrees} the formula in lengths and angles in {len(records)} random layers of "
-        f"{records.dim.min()} to "
-        f"{records.dim.max()} dimensions"
-    )
-    told += (
-        f"; the interval and a trial of 4 000 norms agree in {len(clear) - wrong} of {len(clear)}, of which "
-        f"{int((~clear.feasible).sum())} are empty"
-    )
-    return {"holds": bool(worst < tolerance and not wrong), "decided_by": told}
+    lean = 2 / sine + (2 / past if past is not None else 0)
+    return rounding(4 * len(spectrum) + 4, spectrum.max() / spectrum.min() * lean * (1 + remembered))
+
+
+def _tried(key: Tensor, plan: Tensor, rule: Metric, tau: float, epsilon: float, error: float) -> dict[str, Any]:
+    """Whether one of many norms satisfies both demands, beside the interval.
+
+    One that does proves that the interval is not empty; if none does, the interval is shorter than a step of the grid.
+    """
+    norms = torch.logspace(-3, 5, 4000, dtype=torch.float64)
+    realized, gamma = solve(key, plan, rule).realized, association(key, rule)
+    written, missing = realized.norm() * norms, (plan - realized).norm() * norms
+    lower, upper = (end.item() for end in feasible_interval(gamma, tau, epsilon))
+    found = bool(((written >= tau) & (missing <= epsilon)).any())
+    clear = upper / lower - 1 if found else (norms[1] / norms[0]).item() - upper / lower
+    # (plan − realized) leaves 1/(1+γ) of a plan
+    granted = (1 + gamma.item()) * error + rounding(4 * key.shape[1], 1 + gamma.item())
+    ends = {"tau": tau, "epsilon": epsilon, "width": upper / lower, "feasible": bool(lower <= upper)}
+    return ends | {"found": found, "agrees": clear / granted}
+
+
+def judge(records: pd.DataFrame) -> dict:
+    """Holds if γ agrees with the formula in lengths and angles, and the interval with the norms that were tried: one
+    that satisfies both demands lies in it, and where none does, less of it than a step of the grid is left.
+    """
+    formula = same("γ and the formula in lengths and angles", records.error, records.rounding)
+    trial, wrong = least("the interval and the norms that were tried", records.agrees), int((records.agrees < -1).sum())
+    agrees = "agrees with" if formula.holds else f"departs by {records.error.max():.0e} from"
+    told = f"γ {agrees} the formula in lengths and angles in {len(records)} random layers of "
+    told += f"{records.dim.min()} to {records.dim.max()} dimensions; the interval and a trial of 4 000 norms agree in "
+    told += f"{len(records) - wrong} of {len(records)}, of which {int((~records.feasible).sum())} are empty"
+    return all_of([formula, trial]).verdict(told)

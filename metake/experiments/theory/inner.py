@@ -17,6 +17,7 @@ from torch.func import grad, hessian, jacrev
 
 from metake.algebra.geometry import InverseCovariance, KeyStatistics, Metric, NullSpace, condition
 from metake.algebra.solve import gate
+from metake.experiments.theory.comparisons import rounding
 
 KINDS = ("MEMIT", "AlphaEdit", "any smooth Q")
 # numbers in [0, 1] that say how extreme an instance is: ridge, conditioning, size of keys, of past keys, of the outer
@@ -32,6 +33,7 @@ class Layer(NamedTuple):
     basis: Tensor  #    (d_in, m)    V
     penalty: Tensor  #  (m, m)       S: λI + VᵀKₚKₚᵀV, or λC + KₚKₚᵀ
     share: float  #                  s, the allocation
+    amplified: float  #              κ, by how much the editor's solve may amplify rounding
 
 
 class Problem(NamedTuple):
@@ -42,6 +44,7 @@ class Problem(NamedTuple):
     solved: Callable[[Tensor], Tensor]  #        u*(v); for an edit the editor's own R M
     start: Tensor
     through: Callable[[Tensor, Tensor], Tensor] | None = None  # (v, ∇_u J) → Σ s G Mᵀ from the editor's gates
+    amplified: float = 1.0  #                    by how much `solved` may amplify rounding, beside Q's own Hessian
 
 
 def draw_layer(
@@ -68,7 +71,20 @@ def draw_layer(
         ridge * (torch.eye(dim, dtype=torch.float64) if kind == "AlphaEdit" else found.covariance) + past.T @ past
     )
     keys = keys if visible else keys - (keys @ basis) @ basis.T
-    return Layer(keys, condition(base, past), basis, basis.T @ constraint @ basis, share)
+    plain, penalty = basis.T @ (constraint - past.T @ past) @ basis, basis.T @ constraint @ basis
+    used = scales[:rank] if kind == "AlphaEdit" else scales
+    amplified = _amplified(keys, basis, past, plain, penalty) * max(1.0, ((used[0] / used[-1]) ** 2).item())
+    return Layer(keys, condition(base, past), basis, penalty, share, amplified)
+
+
+def _amplified(keys: Tensor, basis: Tensor, past: Tensor, plain: Tensor, penalty: Tensor) -> float:
+    """κ of a layer's solve: the worst condition number of its systems, times what projection and memory cancel."""
+    seen, old = keys @ basis, past @ basis
+    systems = [plain, penalty, penalty + seen.T @ seen]
+    systems += [torch.eye(len(old)).to(old) + old @ torch.linalg.solve(plain, old.T)] * bool(len(old))
+    without, behind = (torch.linalg.solve(matrix, seen.T).norm() for matrix in (plain, penalty))
+    cancelled = keys.norm() / seen.norm() * without / behind
+    return (torch.stack([torch.linalg.cond(matrix) for matrix in systems]).max() * cancelled).item()
 
 
 def edit_problem(
@@ -129,7 +145,7 @@ def edit_problem(
             p.share * gate(p.keys, p.metric) @ signal.T for signal, p in zip(signals, parts, strict=True)
         ).flatten()
 
-    return Problem(inner, outer, solved, start.flatten(), through)
+    return Problem(inner, outer, solved, start.flatten(), through, max(p.amplified for p in parts))
 
 
 def smooth_problem(generator: torch.Generator, knobs: Tensor, size: int = 5, width: int = 4) -> Problem:
@@ -173,13 +189,19 @@ def smooth_problem(generator: torch.Generator, knobs: Tensor, size: int = 5, wid
 
 
 def coupling(problem: Problem, v: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
-    """c = −∇²_vu Q (∇²_uu Q)⁻¹ ∇_u J and ∇_v J at (u*(v), v), (size of v,) each, and the Hessian's condition number
-    (eqs 71, 72).
+    """c = −∇²_vu Q (∇²_uu Q)⁻¹ ∇_u J and ∇_v J at (u*(v), v), (size of v,) each, and what amplifies rounding in c: the
+    condition of the solve, times what the last product cancels (eqs 71, 72).
     """
     u = problem.solved(v).detach() if u is None else u
     curved, mixed = hessian(problem.inner)(u, v), jacrev(grad(problem.inner), argnums=1)(u, v)
-    direct = grad(problem.outer, argnums=1)(u, v)
-    return -mixed.T @ torch.linalg.solve(curved, grad(problem.outer)(u, v)), direct, torch.linalg.cond(curved).item()
+    direct, pull = grad(problem.outer, argnums=1)(u, v), torch.linalg.solve(curved, grad(problem.outer)(u, v))
+    c = -mixed.T @ pull
+    return c, direct, amplification(problem, curved) * (mixed.norm() * pull.norm() / c.norm()).item()
+
+
+def amplification(problem: Problem, curved: Tensor) -> float:
+    """By how much rounding may be amplified in u*: the Hessian's condition number, or the editor's own solve's."""
+    return max(torch.linalg.cond(curved).item(), problem.amplified)
 
 
 def total(problem: Problem, v: Tensor) -> Tensor:
@@ -187,8 +209,34 @@ def total(problem: Problem, v: Tensor) -> Tensor:
     return problem.outer(problem.solved(v), v)
 
 
-def slope(problem: Problem, v: Tensor, direction: Tensor, step: float = 3e-4) -> float:
-    """D F(v)[direction] by central differences of fourth order."""
-    unit = direction / direction.norm()
-    near, far = (total(problem, v + k * step * unit) - total(problem, v - k * step * unit) for k in (1, 2))
-    return ((8 * near - far) / (12 * step) * direction.norm()).item()
+def slope(
+    problem: Problem, v: Tensor, direction: Tensor, rounded: float | None = None, step: float = 3e-4
+) -> tuple[float, float]:
+    """D F(v)[direction] by central differences of fourth order, and what such a difference may be off by.
+
+    Its own error falls by 16 as the step halves, so the difference from twice the step is 15 times as much as it; that
+    is granted, and what rounding may make of F at the eight points (rounded: of one, by default `rounding_of`).
+    """
+    unit, size = direction / direction.norm(), direction.norm().item()
+    near, far, wide = (_change(problem, v, k * step * unit) for k in (1, 2, 4))
+    found, coarse = (8 * near - far) / (12 * step), (8 * far - wide) / (24 * step)
+    rounded = rounding_of(problem, v) if rounded is None else rounded
+    granted = (found - coarse).abs() + 1.5 * rounded / step
+    return found.item() * size, granted.item() * size
+
+
+def _change(problem: Problem, v: Tensor, way: Tensor) -> Tensor:
+    return total(problem, v + way) - total(problem, v - way)
+
+
+def rounding_of(problem: Problem, v: Tensor) -> float:
+    """What rounding may put between two values of F near v, absolute: its own terms, and u* as J sees it.
+
+    An edit's gate is the same at every v, with all its rounding; Newton's u* is off anew each time, by the Hessian's
+    condition.
+    """
+    u = problem.solved(v).detach()
+    amplified = 1.0 if problem.through else torch.linalg.cond(hessian(problem.inner)(u, v)).item()
+    seen = amplified * (grad(problem.outer)(u, v).norm() * u.norm()).item()
+    own = problem.outer(u, v).abs() + grad(problem.outer, argnums=1)(u, v).norm() * v.norm()
+    return rounding(len(u) + len(v)) * (1 + own.item() + seen)

@@ -16,34 +16,30 @@ from torch.linalg import LinAlgError
 from metake import methods
 from metake.algebra.geometry import NullSpace
 from metake.editing.editor import Editor
+from metake.experiments.decision import undecided
 from metake.experiments.speed.literal import load_reference
+from metake.experiments.theory.comparisons import rounding, same
 from metake.experiments.theory.solves import THRESHOLD, Case, difficulty, draw, ours, published
 from metake.support.errors import StatisticsError
 
-# a difference of at most so many ε κ is rounding; a wrong formula is off by far more wherever κ is small
-TIMES_ROUNDING = 100.0
-DISTANCES = (0.0, 1e-9, 1e-6, 1e-3)
+STARTS = 20  # random instances of a search, before it climbs
+DISTANCES = (0.0, 1e-7, 1e-5, 1e-3)  # closer, and rounding alone would decide the size of an exact write
 
 
 def _compared(reference: ModuleType, method: str, editor: Editor, case: Case, wrong: Case | None = None) -> list[dict]:
-    """One row per published form: relative difference of the updates, κ, and the difference in units of ε κ.
+    """One row per published form: relative difference of the updates, κ, what rounding explains, and their ratio.
 
+    Rounding: four sums over key space in a row, ε κ each: C or its projector, the metric's own inverse, what remembers
+    the past, and the batch's system.
     wrong: the instance that the library is given instead, to see that it would be noticed.
     """
     found, kappa, rows = ours(editor, wrong or case), difficulty(editor, case), []
     for form, expected in published(reference, method, editor, case).items():
         error = ((found - expected).norm() / expected.norm()).item()
-        # W − W₀ cancels
-        read_off = (
-            (case.weight.norm() / expected.norm()).item() if any(p.when == "sequence" for p in editor.post) else 1.0
-        )
-        size = kappa * max(1.0, read_off)
-        rows.append(
-            {
-                "method": method, "form": form, "error": error, "kappa": size,
-                "ratio": error / (torch.finfo(found.dtype).eps * size)
-            }
-        )
+        cancels = any(rule.when == "sequence" for rule in editor.post)  # W − W₀
+        size = kappa * max(1.0, (case.weight.norm() / expected.norm()).item() if cancels else 1.0)
+        row = {"method": method, "form": form, "error": error, "kappa": size}
+        rows.append(row | {"ratio": error / rounding(4 * len(case.keys), size)})
     return rows
 
 
@@ -57,7 +53,7 @@ def formula_check(
     number of past keys (up to d) and batch size (up to 2 d; exact writes up to d/2; ROME one). Other numbers,
     such as RECT's share, are the model's recipe.
     One row per instance and form: method, form, dim, n, rank, past, error, kappa (see `difficulty`),
-    ratio = error / ε κ.
+    ratio = error / what rounding explains.
     """
     reference, generator, rows = load_reference(), torch.Generator().manual_seed(seed), []
     for method in names:
@@ -72,14 +68,10 @@ def formula_check(
 
 
 def by_form(records: pd.DataFrame) -> pd.DataFrame:
-    """Per method and published form: median and largest relative difference, and whether rounding explains every
-    one.
-    """
+    """Per method and published form: whether the median difference is below 1e-9, and rounding explains every one."""
     grouped = records.groupby(["method", "form"], sort=False)
-    found = grouped.agg(
-        instances=("error", "size"), median_difference=("error", "median"), largest_difference=("error", "max")
-    )
-    return found.assign(**{"explained by rounding": grouped.ratio.max() < TIMES_ROUNDING}).reset_index()
+    told = {"median below 1e-9": grouped.error.median() < 1e-9, "all explained by rounding": grouped.ratio.max() < 1}
+    return grouped.agg(instances=("error", "size")).assign(**told).reset_index()
 
 
 def distinct_solves(model: str = "tiny") -> dict[str, Editor]:
@@ -89,13 +81,8 @@ def distinct_solves(model: str = "tiny") -> dict[str, Editor]:
     found: dict[tuple, str] = {}
     for name in methods.METHODS:
         editor = methods.method(name, model)
-        found.setdefault(
-            (
-                type(editor.metric), bool(getattr(editor.metric, "ridge", 0)), editor.remember, editor.noise,
-                editor.plain
-            ),
-            name,
-        )
+        ridge = bool(getattr(editor.metric, "ridge", 0))
+        found.setdefault((type(editor.metric), ridge, editor.remember, editor.noise, editor.plain), name)
     return {name: replace(methods.method(name, model), post=()) for name in found.values()}
 
 
@@ -105,7 +92,7 @@ def sensitivity(
     """What the check would notice: the library solves with its first key longer by `size`, the published form with the
     true one.
 
-    One row per distinct solve: instances, and in how many of them the difference is more than `TIMES_ROUNDING` ε κ.
+    One row per distinct solve: instances, and in how many of them the difference is more than rounding explains.
     """
     reference, generator, rows = load_reference(), torch.Generator().manual_seed(seed), []
     for method, editor in distinct_solves(model).items():
@@ -115,16 +102,16 @@ def sensitivity(
             longer = case.keys.clone()
             longer[:, 0] *= 1 + size
             wrong = case._replace(keys=longer, at=(1 + size) * case.at)
-            noticed += _compared(reference, method, editor, case, wrong)[0]["ratio"] > TIMES_ROUNDING
+            noticed += _compared(reference, method, editor, case, wrong)[0]["ratio"] > 1
         rows.append({"method": method, "instances": trials, "noticed": noticed})
     return pd.DataFrame(rows)
 
 
 def search(evaluations: int = 200, seed: int = 0, dim: int = 6, n: int = 3, model: str = "tiny") -> pd.DataFrame:
-    """A hill climb per distinct solve for the instance that departs most from its published form in units of ε κ.
+    """A hill climb per distinct solve for the instance that departs most from its published form, for its rounding.
 
-    From the worst of 20 random instances it moves keys, past keys, spectrum and strength, brings keys together or onto
-    the preserved directions, and keeps what departs more. One row per solve and starting point or end (`stage`),
+    From the worst of `STARTS` random instances it moves keys, past keys, spectrum and strength, brings keys together or
+    onto the preserved directions, and keeps what departs more. One row per solve and starting point or end (`stage`),
     with what `_compared` says of its worst form, and `refused`: instances that the library would not solve.
     """
     reference, generator, rows = load_reference(), torch.Generator().manual_seed(seed), []
@@ -134,7 +121,7 @@ def search(evaluations: int = 200, seed: int = 0, dim: int = 6, n: int = 3, mode
         def worst(case: Case, method: str = method, editor: Editor = editor) -> dict:
             return max(_compared(reference, method, editor, case), key=lambda row: row["ratio"])
 
-        found = [(worst(case), case) for case in (draw(generator, dim, size) for _ in range(20))]
+        found = [(worst(case), case) for case in (draw(generator, dim, size) for _ in range(STARTS))]
         best, at = max(found, key=lambda pair: pair[0]["ratio"])
         rows.append({"stage": "start"} | best)
         for _ in range(evaluations):
@@ -146,6 +133,13 @@ def search(evaluations: int = 200, seed: int = 0, dim: int = 6, n: int = 3, mode
                 refused += 1
         rows.append({"stage": "end", "refused": refused} | best)
     return pd.DataFrame(rows)
+
+
+def by_search(searched: pd.DataFrame, evaluations: int) -> pd.DataFrame:
+    """Per distinct solve: instances that the search visited, and whether rounding explains the worst of them."""
+    ends = searched[searched.stage == "end"]
+    told = {"instances visited": STARTS + evaluations, "all explained by rounding": ends.ratio < 1}
+    return ends[["method"]].assign(**told)
 
 
 def _moved(case: Case, generator: torch.Generator) -> Case:
@@ -199,15 +193,11 @@ def coinciding_keys(
             writes, size = False, None
         try:
             row = _compared(reference, method, editor, near)[0]
-            answer = "same update" if row["ratio"] < TIMES_ROUNDING else "another update"
+            answer = "same update" if row["ratio"] < 1 else "another update"
         except StatisticsError:
             answer = "refuses"
-        rows.append(
-            {
-                "distance of the keys": f"{distance:g}", "d×d form writes the plan": writes, "size of its update": size,
-                "library": answer
-            }
-        )
+        row = {"distance of the keys": f"{distance:g}", "d×d form writes the plan": writes}
+        rows.append(row | {"size of its update": size, "library": answer})
     return pd.DataFrame(rows)
 
 
@@ -234,9 +224,8 @@ def not_idempotent(seed: int = 0, dim: int = 12, sizes: Sequence[float] = (1e-8,
         ]
         apart = [_order((form - forms[0]).norm() / forms[0].norm()) for form in forms[1:]]
         defect = _order((projector @ projector - projector).norm() / projector.norm())
-        rows.append(
-            {"projector": name, "P² − P": defect, "released code − paper": apart[0], "projected keys − paper": apart[1]}
-        )
+        row = {"projector": name, "P² − P": defect}
+        rows.append(row | {"released code − paper": apart[0], "projected keys − paper": apart[1]})
     return pd.DataFrame(rows)
 
 
@@ -246,17 +235,12 @@ def _order(size: Tensor) -> str:
 
 def judge(records: pd.DataFrame, searched: pd.DataFrame, names: Sequence[str] = tuple(methods.METHODS)) -> dict:
     """Holds if every method was compared, and no instance, drawn or searched for, departs from a published form by more
-    than `TIMES_ROUNDING` times what rounding explains; inconclusive if a method has not been compared."""
-    fine = bool((pd.concat([records.ratio, searched.ratio]) < TIMES_ROUNDING).all())  # not a number is not fine
+    than rounding explains; inconclusive if a method has not been compared."""
+    ratios = pd.concat([records.ratio, searched.ratio])
+    found = same("the difference of an update from a published form", ratios, [1.0] * len(ratios))
     missing = [name for name in names if name not in set(records.method)]
+    if found.holds and missing:
+        found = undecided(f"not compared: {', '.join(missing)}", "rounding")
     count = f"{len(records)} random comparisons of {records.method.nunique()} methods and {len(searched) // 2} searches"
-    worst = (
-        f"no difference above {TIMES_ROUNDING:g}"
-        if fine
-        else f"a difference of {max(records.ratio.max(), searched.ratio.max()):.0e}"
-    )
-    decided = f"{worst} times rounding in {count}"
-    return {
-        "holds": False if not fine else None if missing else True,
-        "decided_by": decided + (f"; not compared: {', '.join(missing)}" if missing else ""),
-    }
+    worst = f"a difference of {found.margin:.0e} times" if found.holds is False else "no difference above"
+    return found.verdict(f"{worst} rounding in {count}")

@@ -28,12 +28,14 @@ from metake.editing.editor import Editor, EditorState
 from metake.editing.keys import KeyReader
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
+from metake.experiments.decision import KINDS, Decision, all_of, undecided
 from metake.experiments.runs import edit_sequence
-from metake.experiments.theory.solves import Case, draw
+from metake.experiments.theory.comparisons import least, rounding, same
+from metake.experiments.theory.solves import Case, difficulty, draw
 from metake.language.model import LanguageModel, load
 
 READINGS = ("read again", "planned once")
-SAME = 1e-9  # a relative difference below it is rounding
+SAME = 1e-9  # a relative difference above it is never taken for rounding, however ill-conditioned the instance
 
 
 def _total(editor: Editor, case: Case, metric: Metric, size: int, reading: str) -> Tensor:
@@ -72,7 +74,7 @@ def sequential_check(
 
     One row per instance, method, reading of the residual ("read again": what the updates so far have left of it;
     "planned once": as on the unedited weight) and keys ("any", or "unrelated": KᵀQK diagonal);
-    difference = ‖T − Δ‖/‖Δ‖.
+    difference = ‖T − Δ‖/‖Δ‖, and rounding, what rounding may make of it: n solves in a row, each amplified by κ.
     """
     generator, rows = torch.Generator().manual_seed(seed), []
     for trial in range(trials):
@@ -83,11 +85,11 @@ def sequential_check(
             metric = case.metric(replace(editor, remember=False))
             for kind, given in (("any", case), ("unrelated", _unrelated(case, metric))):
                 batch = _total(editor, given, metric, n, "planned once")
+                granted = rounding(4 * dim * n, difficulty(editor, given._replace(past=given.keys)), SAME)
                 for reading in READINGS:
                     difference = ((_total(editor, given, metric, 1, reading) - batch).norm() / batch.norm()).item()
-                    rows.append(
-                        {"method": name, "instance": trial, "keys": kind, "reading": reading, "difference": difference}
-                    )
+                    row = {"method": name, "instance": trial, "keys": kind, "reading": reading}
+                    rows.append(row | {"difference": difference, "rounding": granted})
     return pd.DataFrame(rows)
 
 
@@ -173,23 +175,20 @@ def judge(records: pd.DataFrame, names: Sequence[str] = tuple(methods.METHODS), 
     editors = {name: methods.method(name, model) for name in names}
     own = [name for name, editor in editors.items() if editor.remember and not editor.post]
     meet = records[(records["keys"] == "any") & records.method.isin(own)]
-    again, once = (meet[meet.reading == reading].difference for reading in READINGS)
     if meet.empty:
-        return {"holds": None, "decided_by": "no method that remembers was compared"}
-    agrees = (
-        f"{(again < SAME).sum()} of {len(again)} with the residual read again, {(once < SAME).sum()} of "
-        f"{len(once)} with it planned once"
-    )
-    return {
-        "holds": bool((again < SAME).all() and (once > SAME).all()),
-        "decided_by": f"instances in which one by one equals the batch: {agrees}",
-    }
+        return undecided("", "rounding").verdict("no method that remembers was compared")
+    again, once = (meet[meet.reading == reading] for reading in READINGS)
+    equals, differs = ((found.difference <= found.rounding).sum() for found in (again, once))
+    agrees = f"{equals} of {len(again)} with the residual read again, {differs} of {len(once)} with it planned once"
+    found = all_of([
+        same("one by one with the residual read again", again.difference, again.rounding),
+        least("how far one by one with the residual planned once is off", once.difference / once.rounding),
+    ])
+    return found.verdict(f"instances in which one by one equals the batch: {agrees}")
 
 
-def both(*found: dict) -> dict:
+def together(*found: dict) -> dict:
     """Several judgments as one: holds if all hold, does not hold if one does not, else inconclusive."""
-    values = [f["holds"] for f in found]
-    return {
-        "holds": False if False in values else None if None in values else True,
-        "decided_by": "; ".join(f["decided_by"] for f in found),
-    }
+    kinds = {told: kind for kind, told in KINDS.items()}
+    whole = all_of(Decision(one["holds"], one["margin"], kinds[one["error"]]) for one in found)
+    return whole.verdict("; ".join(one["decided_by"] for one in found))

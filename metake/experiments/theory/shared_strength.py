@@ -6,6 +6,7 @@ an increasing one does not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -22,7 +23,8 @@ from metake.data.facts import facts
 from metake.editing.diagnosis import diagnose
 from metake.editing.statistics import statistics
 from metake.editing.targets import optimize_targets
-from metake.experiments.theory.editing_requirement import STEP, Request, random_request
+from metake.experiments.theory.editing_requirement import STEP
+from metake.experiments.theory.one_request import Request, random_request
 from metake.language.model import load
 
 
@@ -68,47 +70,44 @@ def trap_check(pairs: int = 300, seed: int = 0) -> pd.DataFrame:
 
     Tried are λ beside the ends of both intervals (eqs 61–65) and, where h's lies below l's (eq. 67), λ strictly between
     (eq. 68). One row per pair and law: law, decreasing, own (whether a, τ, ε are the requests' own, or shared),
-    gamma_high, gamma_low, feasible (both alone), trap (eq. 67), nested (l's interval within h's), tried, wrong.
+    gamma_high, gamma_low, feasible (both alone), trap (eq. 67), nested (l's interval within h's), tried, wrong, and
+    `agrees` = how clearly the outcomes are the foretold ones, at the least, in units of rounding.
     """
     generator, rows = torch.Generator().manual_seed(seed), []
     for trial in range(pairs):
         own, (name, law) = bool(trial % 2), list(LAWS.items())[trial // 2 % len(LAWS)]
         pair = _pair(trial // 8, generator, own)
         scale = 10 ** (2 * torch.rand(2, dtype=torch.float64, generator=generator) - 1)
-        # a
-        strengths = (
-            [s * q.interval[0] for s, q in zip(scale, pair, strict=True)]
-            if own
-            else [scale[0] * pair[0].interval[0]] * 2
-        )
+        strengths = [s * q.interval[0] for s, q in zip(scale, pair, strict=True)]  # a
+        strengths = strengths if own else strengths[:1] * 2
         ends = [admissible(law, a, q) for a, q in zip(strengths, pair, strict=True)]
         (first_high, last_high), (first_low, last_low) = ends
         tried = [(i, end * (1 + s * STEP)) for i, pairs_of in enumerate(ends) for end in pairs_of for s in (-1, 1)]
         trap, begin = bool(last_high < first_low), last_high.clamp_min(0)
         between = [begin + (first_low - begin) * x for x in (0.01, 0.5, 0.99)] if trap else []
         tried += [(i, x) for x in between for i in (0, 1)]
-        judged = [_contradicts(pair[i], law, strengths[i], ends[i], x) for i, x in tried if x > 0]
+        judged = [_agrees(pair[i], law, strengths[i], ends[i], x) for i, x in tried if x > 0]
         rows.append({
             "law": name, "decreasing": law.decreasing, "own": own, "gamma_high": pair[0].gamma.item(),
             "gamma_low": pair[1].gamma.item(),
             "feasible": all(bool(q.interval[0] <= q.interval[1]) for q in pair), "trap": trap and bool(first_low > 0),
             "nested": bool(first_high <= first_low and last_low <= last_high), "tried": len(judged),
-            "wrong": sum(judged),
+            "wrong": sum(x < -1 for x in judged), "agrees": min(judged, default=math.inf),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def _contradicts(request: Request, law: Law, a: Tensor, ends: tuple[Tensor, Tensor], strength: Tensor) -> bool:
-    """Whether the plan that λ makes turns out otherwise than eqs 61–65 say: too weak above the last admissible λ,
-    too long below the first.
+def _agrees(request: Request, law: Law, a: Tensor, ends: tuple[Tensor, Tensor], strength: Tensor) -> float:
+    """How clearly the plan that λ makes turns out as eqs 61–65 say: too weak above the last admissible λ, too long
+    below the first, and neither in between; negative if it does not.
     """
-    succeeds, editable = request.outcome(law.norm(a, strength))
-    return succeeds == bool(strength > ends[1]) or editable == bool(strength < ends[0])
+    succeeds, editable = request.spare(law.norm(a, strength))
+    return min(succeeds * (-1 if strength > ends[1] else 1), editable * (-1 if strength < ends[0] else 1))
 
 
 def summary(records: pd.DataFrame) -> pd.DataFrame:
     """Per law and kind of pair: pairs, pairs that are feasible one by one, traps among all and among these, λ tried,
-    wrong.
+    wrong, and `agrees` as of `trap_check`, the least.
     """
     counts = {
         "feasible": "feasible", "traps": "trap", "feasible_traps": "both", "nested": "nests", "tried": "tried",
@@ -117,42 +116,31 @@ def summary(records: pd.DataFrame) -> pd.DataFrame:
     grouped = records.assign(both=records.trap & records.feasible, nests=records.nested & records.feasible).groupby(
         ["law", "decreasing", "own"], sort=False
     )
-    return grouped.agg(
-        pairs=("trap", "size"), **{name: (column, "sum") for name, column in counts.items()}
-    ).reset_index()
+    sums = {name: (column, "sum") for name, column in counts.items()}
+    return grouped.agg(pairs=("trap", "size"), **sums, agrees=("agrees", "min")).reset_index()
 
 
 def example() -> pd.DataFrame:
-    """Two pairs of requests with γ = 9 and γ = 1.5, τ = ε = 1 and ‖r‖ = a/λ, for a drawing: request, pair, gamma, a,
-    first, last.
-    """
+    """Two pairs of requests with γ = 9 and 1.5, τ = ε = 1 and ‖r‖ = a/λ, to be drawn: their first and last λ."""
     rows, one = [], torch.ones((), dtype=torch.float64)
     for pair, strengths in (("a differs", (1.0, 4.0)), ("same a", (1.0, 1.0))):
         for name, gamma, a in zip(("high γ", "low γ"), (9.0, 1.5), strengths, strict=True):
             key = torch.tensor([[gamma, 0.0]], dtype=torch.float64).sqrt()
             first, last = admissible(LAWS["a/λ"], a * one, Request("", Isotropic(2), key, key[0], one, one))
-            rows.append(
-                {"pair": pair, "request": name, "gamma": gamma, "a": a, "first": first.item(), "last": last.item()}
-            )
+            row = {"pair": pair, "request": name, "gamma": gamma, "a": a}
+            rows.append(row | {"first": first.item(), "last": last.item()})
     return pd.DataFrame(rows)
 
 
 def diagnosed(model: str = "tiny", requests: int = 40, text: str = "embedded", seed: int = 0) -> pd.DataFrame:
-    """`diagnose` of real requests at its default τ and ε under both metrics: method, requests, empty,
-    and the range of β.
-    """
+    """`diagnose` of real requests at its default τ and ε under both metrics: method, requests, empty, range of β."""
     lm, asked, rows = load(model), [c.request for c in facts(limit=requests)], []
     for name in ("memit", "alphaedit"):
         editor = methods.method(name, model, seed=seed)
         found = diagnose(lm, asked, editor, statistics(lm, text, layers=editor.layers))
         beta = pd.Series([d.attenuation for d in found])
-        empty = sum(not d.feasible for d in found)
-        rows.append(
-            {
-                "method": name, "requests": len(found), "empty": empty, "least β": beta.min(),
-                "median β": beta.median(), "largest β": beta.max()
-            }
-        )
+        row = {"method": name, "requests": len(found), "empty": sum(not d.feasible for d in found)}
+        rows.append(row | {"least β": beta.min(), "median β": beta.median(), "largest β": beta.max()})
     return pd.DataFrame(rows)
 
 
@@ -203,18 +191,12 @@ def served(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def response(records: pd.DataFrame) -> pd.DataFrame:
-    """How real plans answer to λ_KL, per request: slope of log ‖r‖ on log λ_KL (a/λ: −1), and whether every step of λ
-    shortened it.
-    """
+    """How real plans answer to λ_KL: slope of log ‖r‖ on log λ_KL (a/λ: −1), and whether every step shortened it."""
     rows = []
     for request, group in records[records.method == records.method.iloc[0]].groupby("id", sort=False):
         ordered = group.sort_values("kl_weight")
         steps = np.diff(ordered.planned)
         slope = np.polyfit(np.log(ordered.kl_weight), np.log(ordered.planned), 1)[0]
-        rows.append(
-            {
-                "id": request, "slope": slope, "shorter": int((steps < 0).sum()), "steps": len(steps),
-                "decreasing": bool((steps < 0).all())
-            }
-        )
+        row = {"id": request, "slope": slope, "shorter": int((steps < 0).sum()), "steps": len(steps)}
+        rows.append(row | {"decreasing": bool((steps < 0).all())})
     return pd.DataFrame(rows)

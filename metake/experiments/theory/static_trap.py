@@ -9,17 +9,17 @@ own solve (`trap_edges.batch_trap`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from metake.experiments.theory.adversary import ascend
+from metake.experiments.decision import Decision, all_of
+from metake.experiments.theory.comparisons import as_foretold, least, rounding, same
 
-SLACK = 1e-9  # rounding
+SLACK = 1e-9  # never more than this counts as rounding, however ill-conditioned the instance
 STEP = 1e-6  # how far beside a boundary something is tried, relative
 
 
@@ -69,8 +69,17 @@ class Trap(NamedTuple):
         hard = displacement(-self.hard * directions[:, -1], self.hessian, strength)
         return easy @ directions[:, 0] / self.tau, self.delta / (hard @ self.operator @ hard).sqrt()
 
-    def serves(self, strength: float | Tensor) -> bool:
-        return bool(min(m.item() for m in self.margins(strength)) >= 1 - SLACK)
+    def least(self, strength: float | Tensor) -> float:
+        """By how much a shared λ does more than both requests need; negative if one fails."""
+        return min(m.item() for m in self.margins(strength)) - 1
+
+    @property
+    def rounding(self) -> float:
+        """What rounding may make of it: products over d directions, amplified as far as H + λI and A leave their own.
+
+        Both displacements lie along eigenvectors, A's extreme ones: safety is that of λmax, whatever A's condition.
+        """
+        return rounding(4 * len(self.operator))
 
 
 def uniform(generator: torch.Generator, low: float, high: float) -> float:
@@ -92,8 +101,8 @@ def penalty_check(
     """Lemma 1 on random quadratics, singular ones among them: the penalized minimizer against points of its own ball.
 
     One row per instance: dim, rank, strength, radius, `better` = by how much the best of many rivals in the ball beats
-    u*, relative (≤ 0: none does), `multiplier` = −d(minimum)/d(½ρ²) by finite differences over λ, in units of λ,
-    `stretched` = whether any larger λ has a larger radius.
+    u*, relative (≤ 0: none does), `multiplier` = −d(minimum)/d(½ρ²) over a step in λ, in units of λ, `stretch` = the
+    most that a larger λ adds to the radius, relative (≤ 0: nothing); and of each its error.
     """
     generator, rows = torch.Generator().manual_seed(seed), []
     for trial in range(trials):
@@ -112,27 +121,36 @@ def penalty_check(
         tried = at.norm() * torch.cat(
             [drawn / drawn.norm(dim=1, keepdim=True), inside * drawn / drawn.norm(dim=1, keepdim=True)]
         )
-        best = _quadratic(tried, gradient, hessian).min()
-        sides = [displacement(gradient, hessian, strength * (1 + s * 1e-4)) for s in (-1, 1)]
-        multiplier = -(_quadratic(sides[1], gradient, hessian) - _quadratic(sides[0], gradient, hessian)) / (
-            (sides[1].square().sum() - sides[0].square().sum()) / 2
-        )
-        norms = torch.stack(
-            [
-                displacement(gradient, hessian, strength * x).norm()
-                for x in torch.logspace(0, 4, 30, dtype=torch.float64)
-            ]
-        )
-        value = _quadratic(at, gradient, hessian)
+        best = quadratic(tried, gradient, hessian).min()
+        larger = torch.logspace(0, 4, 30, dtype=torch.float64)
+        norms = torch.stack([displacement(gradient, hessian, strength * x).norm() for x in larger])
+        value, condition = quadratic(at, gradient, hessian), ((values.max() + strength) / strength).item()
+        # u* is the best of its ball: off by εκ along it, its value is off by the square of that only
+        size = gradient.norm() * at.norm() + (at @ hessian @ at).abs() / 2
         rows.append({
             "dim": dim, "rank": rank, "strength": strength, "radius": at.norm().item(),
             "better": ((value - best) / value.abs()).item(),
-            "multiplier": (multiplier / strength).item(), "stretched": bool((norms.diff() > SLACK * norms[:-1]).any()),
+            "better_error": rounding(4 * dim, size / value.abs(), SLACK),
+            "multiplier": _multiplier(gradient, hessian, strength) / strength,
+            "multiplier_error": rounding(4 * dim, 1 + condition, STEP),
+            "stretch": (norms.diff() / norms[:-1]).max().item(), "stretch_error": rounding(4 * dim, condition, SLACK),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def _quadratic(points: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
+def _multiplier(gradient: Tensor, hessian: Tensor, strength: float) -> float:
+    """−d(minimum)/d(½ρ²) over a step from λ(1 − h) to λ(1 + h): λ, but for λh² at most, which is less than rounding.
+
+    V₂ − V₁ = ⟨g + Hm, w⟩ and ½ρ₂² − ½ρ₁² = ⟨m, w⟩ with m = (u₁ + u₂)/2 and w = u₂ − u₁ = −(λ₂ − λ₁)(H + λ₂I)⁻¹u₁, so
+    that nothing cancels.
+    """
+    step = 1e-8
+    first, last = (displacement(gradient, hessian, strength * (1 + s * step)) for s in (-1, 1))
+    middle, way = (first + last) / 2, displacement(first, hessian, strength * (1 + step)) * (2 * step * strength)
+    return (-(gradient + hessian @ middle) @ way / (middle @ way)).item()
+
+
+def quadratic(points: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
     """gᵀu + ½uᵀHu of one point or of rows."""
     return points @ gradient + (points @ hessian * points).sum(-1) / 2
 
@@ -141,8 +159,9 @@ def ellipsoid_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2
     """Lemma 2 on random A: balls a little smaller and a little larger than the two of the lemma,
     probed along random directions and along A's own.
 
-    One row per instance: dim, kappa, `inside` and `around` = probes that contradict the two bounds,
-    `tight` = both bounds fail once they are moved by a millionth, ratio_error = of √κ, relative.
+    One row per instance: dim, kappa, `inside` and `around` = how clearly no probe contradicts the two bounds, `tight` =
+    how clearly both fail once they are moved by a millionth, in units of rounding; ratio_error = of √κ, relative, and
+    its rounding.
     """
     generator, rows = torch.Generator().manual_seed(seed), []
     for trial in range(trials):
@@ -153,14 +172,15 @@ def ellipsoid_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2
         probes = torch.cat([probes, torch.linalg.eigh(operator)[1].T])
         probes = probes / probes.norm(dim=1, keepdim=True)
         reach = delta / (probes @ operator * probes).sum(1).sqrt()  # how far E goes in each direction
-        inside, around = (reach < inner * (1 - STEP)).sum(), (reach > outer * (1 + STEP)).sum()
-        tight = bool((reach < inner * (1 + STEP)).any() and (reach > outer * (1 - STEP)).any())
-        rows.append(
-            {
-                "dim": dim, "kappa": condition, "inside": int(inside), "around": int(around), "tight": tight,
-                "ratio_error": abs((outer / inner).item() / condition**0.5 - 1)
-            }
-        )
+        errors = rounding(4 * dim) * (reach / inner).square()  # uᵀAu is off by ελmax
+        inside, around = reach / inner - 1, 1 - reach / outer
+        tight = [((STEP - spare) / errors).max().item() for spare in (inside, around)]
+        rows.append({
+            "dim": dim, "kappa": condition, "inside": (inside / errors).min().item(),
+            "around": (around / errors).min().item(), "tight": min(tight),
+            "ratio_error": abs((outer / inner).item() / condition**0.5 - 1),
+            "rounding": rounding(4 * dim, condition, STEP),
+        })  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -170,8 +190,9 @@ def trap_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2, 8, 
 
     Every third instance lies within 1e-5 of the boundary τ = δ/√λmax. One row per instance: dim, kappa,
     boundary = τ√λmax/δ, trapped where τ > δ/√λmax, served = a tried λ serves both, alone = the easy request's own
-    displacement of size τ is feasible, wrong = trapped and served or neither, tried,
-    best = the largest of min(progress, safety) over λ, whose foretold value is (τ√λmax/δ)^−½.
+    displacement of size τ is feasible, tried, `agrees` = how clearly a λ serves both where it should, and none where
+    none should, in units of rounding; best = the largest of min(progress, safety) over λ, whose foretold value is
+    (τ√λmax/δ)^−½, best_error relative, and its rounding.
     """
     generator, rows = torch.Generator().manual_seed(seed), []
     for trial in range(trials):
@@ -192,116 +213,70 @@ def trap_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2, 8, 
         tried = [middle * 10 ** (8 * i / (grid - 1) - 4) for i in range(grid)] + [
             end * (1 + s * STEP) for end in (first, last) for s in (-1, 1)
         ]
-        served, best = any(trap.serves(x) for x in tried), min(trap.margins(middle)).item()
+        most, best = max(trap.least(x) for x in tried), 1 + trap.least(middle)
         rows.append({
-            "dim": dim, "kappa": condition, "boundary": boundary, "trapped": boundary > 1, "served": served,
-            "alone": trap.tau <= outer, "wrong": served == (boundary > 1),
-            "tried": len(tried), "best": best, "best_error": abs(best * boundary**0.5 - 1),
+            "dim": dim, "kappa": condition, "boundary": boundary, "trapped": boundary > 1, "served": most >= 0,
+            "alone": trap.tau <= outer, "tried": len(tried),
+            "agrees": (most if boundary <= 1 else -most) / trap.rounding,
+            "best": best, "best_error": abs(best * boundary**0.5 - 1), "rounding": trap.rounding,
         })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def adversarial_search(
-    starts: int = 2, steps: int = 120, seed: int = 0, dims: Sequence[int] = (2, 5), boundary: float = 1.02
-) -> pd.DataFrame:
-    """Gradient ascent against each statement. One row per statement and dimension: largest, limit, broken.
-
-    "Lemma 1": a point of the ball, H, g and λ climb 1 + how much the point beats u*, relative to |minimum|: at most 1.
-    "Lemma 2": the center and A climb the size of a ball inside E, anywhere, in units of δ/√λmax: at most 1.
-    "Theorem 2": λ and A climb min(progress/τ, δ/√(uᵀAu)) where τ = `boundary` · δ/√λmax: at most boundary^−½ < 1.
-    """
-    generator, rows = torch.Generator().manual_seed(seed), []
-    searches = {
-        "Lemma 1": (_rival, 2, 1.0), "Lemma 2": (_ball, 1, 1.0),
-        "Theorem 2": (partial(_shared, boundary), 0, boundary**-0.5)
-    }
-    for (name, (objective, vectors, limit)), dim in ((s, d) for s in searches.items() for d in dims):
-        size = dim * dim + vectors * dim + (name != "Lemma 2")
-        begin = torch.randn(starts, size, dtype=torch.float64, generator=generator)
-        found = ascend(partial(_each, objective, dim), begin, steps, rate=0.1)
-        row = {"statement": name, "dim": dim, "starts": starts, "evaluations": found.evaluations}
-        rows.append(row | {"largest": found.score, "limit": limit, "broken": found.score > limit * (1 + SLACK)})
-    return pd.DataFrame(rows)
-
-
-def _each(objective: Callable[[int, Tensor], Tensor], dim: int, points: Tensor) -> Tensor:
-    return torch.stack([objective(dim, point) for point in points])
-
-
-def _rival(dim: int, point: Tensor) -> Tensor:
-    root, gradient, inside, strength = point.split([dim * dim, dim, dim, 1])
-    hessian = root.view(dim, dim) @ root.view(dim, dim).T
-    at = displacement(gradient, hessian, strength.exp())
-    rival = at.norm() * inside / (1 + inside.square().sum()).sqrt() * (1 + 1e-12)
-    value = _quadratic(at, gradient, hessian)
-    return 1 + (value - _quadratic(rival, gradient, hessian)) / value.abs()
-
-
-def _ball(dim: int, point: Tensor) -> Tensor:
-    """The way out of E from a center inside it, along A's own directions and between them, at its shortest; δ = 1."""
-    root, center = point.split([dim * dim, dim])
-    operator = root.view(dim, dim) @ root.view(dim, dim).T + 0.01 * torch.eye(dim, dtype=point.dtype)
-    values, directions = torch.linalg.eigh(operator)
-    center = directions @ (center / (1 + center.square().sum()).sqrt() / values.sqrt())
-    probes = torch.cat([directions.T, -directions.T, (directions[:, :1] + directions).T / 2**0.5])
-    across, along = probes @ operator @ center, (probes @ operator * probes).sum(1)
-    out = (-across + (across.square() + along * (1 - center @ operator @ center)).sqrt()) / along
-    return out.min() * values[-1].sqrt()
-
-
-def _shared(boundary: float, dim: int, point: Tensor) -> Tensor:
-    root, strength = point[:-1].view(dim, dim), point[-1].exp()
-    operator = root @ root.T + 0.01 * torch.eye(dim, dtype=point.dtype)
-    trap = Trap(operator, 1.0, boundary * radii(operator, 1.0)[0], torch.zeros_like(operator), 1.0, 1.0)
-    return torch.minimum(*trap.margins(strength))
-
-
 def judge(
     penalty: pd.DataFrame, ellipsoid: pd.DataFrame, trapped: pd.DataFrame, searched: pd.DataFrame,
-    dropped: pd.DataFrame, tolerance: float = 1e-6
+    dropped: pd.DataFrame
 ) -> dict:
     """Holds if no instance contradicts either lemma or the construction, no search breaks one,
     and they fail where an assumption is dropped.
     """
-    against = counted(penalty, ellipsoid, trapped, tolerance).groupby("statement").found.sum()
-    broken, fails = int(searched.broken.sum()), bool(dropped.as_foretold.all())
-    told = (
-        f"contradictions: {against['Lemma 1']} to Lemma 1 in {len(penalty)} quadratics, {against['Lemma 2']} "
-        f"to Lemma 2 in {len(ellipsoid)} "
-        "ellipsoids, "
-    )
-    told += (
-        f"{against['Theorem 2']} to the condition τ > δ/√λmax in {len(trapped)} pairs of requests with "
-        f"{trapped.tried.sum()} λ tried"
-    )
-    told += f"; {broken} of {len(searched)} directed searches broke one"
-    return {
-        "holds": not (against.sum() or broken) and fails,
-        "decided_by": f"{told}; dropped assumptions fail as foretold: {'yes' if fails else 'no'}",
-    }
-
-
-def counted(
-    penalty: pd.DataFrame, ellipsoid: pd.DataFrame, trapped: pd.DataFrame, tolerance: float = 1e-6
-) -> pd.DataFrame:
-    """What would contradict each statement, in how many instances it was looked for, and in how many it was found."""
-    rows = [
-        ("Lemma 1", "a point of the ball is better than u*", penalty.better > SLACK),
-        ("Lemma 1", "the multiplier is not λ", (penalty.multiplier - 1).abs() > tolerance),
-        ("Lemma 1", "a larger λ has a larger ball", penalty.stretched),
-        (
-            "Lemma 2", "the inscribed ball sticks out, or the other is too small",
-            ellipsoid.inside + ellipsoid.around > 0
-        ),
-        ("Lemma 2", "either bound could be moved by a millionth", ~ellipsoid.tight),
-        ("Lemma 2", "the ratio is not √κ", ellipsoid.ratio_error > tolerance),
-        ("Theorem 2", "τ > δ/√λmax, and a λ serves both", trapped.served[trapped.trapped]),
-        ("Theorem 2", "τ ≤ δ/√λmax, and no λ serves both", ~trapped.served[~trapped.trapped]),
-        ("Theorem 2", "the best λ meets another share than foretold", trapped.best_error > tolerance),
+    against = counted(penalty, ellipsoid, trapped).groupby("statement").found.sum()
+    fails = as_foretold(dropped)
+    found = [
+        decide(f"{name} ({text})", distances)
+        for name, text, decide, distances in _contradictions(penalty, ellipsoid, trapped)
     ]
-    return pd.DataFrame(
-        [
-            {"statement": name, "contradiction": text, "instances": len(found), "found": int(found.sum())}
-            for name, text, found in rows
-        ]
-    )
+    whole = all_of([*found, _reached("limits of the directed searches", searched.spare), fails])
+    told = f"contradictions: {against['Lemma 1']} to Lemma 1 in {len(penalty)} quadratics, {against['Lemma 2']} to "
+    told += f"Lemma 2 in {len(ellipsoid)} ellipsoids, {against['Theorem 2']} to the condition τ > δ/√λmax in "
+    told += f"{len(trapped)} pairs of requests with {trapped.tried.sum()} λ tried; {int(searched.broken.sum())} of "
+    told += f"{len(searched)} directed searches broke one; dropped assumptions fail as foretold: "
+    return whole.verdict(told + ("yes" if fails.holds else "no"))
+
+
+def _reached(what: str, distances: pd.Series) -> Decision:
+    return least(what, distances, attained=True)
+
+
+def _equal(what: str, distances: pd.Series) -> Decision:
+    """Two ways to one number; minus how far they depart."""
+    return same(what, -distances, [1.0] * len(distances))
+
+
+def _contradictions(
+    penalty: pd.DataFrame, ellipsoid: pd.DataFrame, trapped: pd.DataFrame
+) -> list[tuple[str, str, Callable[[str, pd.Series], Decision], pd.Series]]:
+    """What would contradict each statement: statement, contradiction, how it is decided whether it was found, and how
+    far every instance is from it, in units of rounding.
+    """
+    multiplier, ratio = -(penalty.multiplier - 1).abs() / penalty.multiplier_error, -ellipsoid.ratio_error
+    balls, share = ellipsoid[["inside", "around"]].min(axis=1), -trapped.best_error / trapped["rounding"]
+    return [
+        ("Lemma 1", "a point of the ball is better than u*", _reached, -penalty.better / penalty.better_error),
+        ("Lemma 1", "the multiplier is not λ", _equal, multiplier),
+        ("Lemma 1", "a larger λ has a larger ball", least, -penalty.stretch / penalty.stretch_error),
+        ("Lemma 2", "the inscribed ball sticks out, or the other is too small", _reached, balls),
+        ("Lemma 2", "either bound could be moved by a millionth", least, ellipsoid.tight),
+        ("Lemma 2", "the ratio is not √κ", _equal, ratio / ellipsoid["rounding"]),
+        ("Theorem 2", "τ > δ/√λmax, and a λ serves both", least, trapped.agrees[trapped.trapped]),
+        ("Theorem 2", "τ ≤ δ/√λmax, and no λ serves both", least, trapped.agrees[~trapped.trapped]),
+        ("Theorem 2", "the best λ meets another share than foretold", _equal, share),
+    ]
+
+
+def counted(penalty: pd.DataFrame, ellipsoid: pd.DataFrame, trapped: pd.DataFrame) -> pd.DataFrame:
+    """What would contradict each statement, in how many instances it was looked for, and in how many it was found."""
+    return pd.DataFrame([
+        {"statement": name, "contradiction": text, "instances": len(found), "found": int((found < -1).sum())}
+        for name, text, _, found in _contradictions(penalty, ellipsoid, trapped)
+    ])

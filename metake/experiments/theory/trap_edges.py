@@ -1,6 +1,4 @@
-"""Where MetaKE v1's static trap ends: assumptions dropped, readings of its condition, and the ellipsoid of a real
-batch.
-"""
+"""Where MetaKE v1's static trap ends: assumptions dropped, readings of it, and the ellipsoid of a real batch."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ from metake.algebra.solve import gate, realization, solve
 from metake.data.facts import facts
 from metake.editing.keys import KeyReader
 from metake.editing.statistics import statistics
+from metake.experiments.theory.comparisons import foretold, rounding
 from metake.experiments.theory.static_trap import (
     SLACK, STEP, Trap, displacement, radii, random_operator, strengths, uniform
 )
@@ -21,23 +20,19 @@ from metake.language.model import load
 
 GRID = [10 ** (x / 10) for x in range(-60, 61)]  # λ, in units of the middle of what the two requests ask for
 EDGES = {
-    "as stated: no λ serves both": "none", "requests of different size α: no λ serves both": "some",
-    "curvature along the hard direction: no "
-        "λ serves both": "some",
-    "gradients along no eigenvector: no λ serves both": "some", "H indefinite, λ too small: u* is the best in "
-        "its ball (Lemma 1)": "some",
+    "as stated: no λ serves both": "none",
+    "requests of different size α: no λ serves both": "some",
+    "curvature along the hard direction: no λ serves both": "some",
+    "gradients along no eigenvector: no λ serves both": "some",
+    "H indefinite, λ too small: u* is the best in its ball (Lemma 1)": "some",
     "H indefinite, λ too small: the radius does not grow with λ (Lemma 1)": "some",
-}  # fmt: skip
-"""The statement, all where τ > δ/√λmax (v1 eq. 45), and where an assumption is dropped: how many instances should then
-break it.
-"""
+}
+"""The statement, all where τ > δ/√λmax (v1 eq. 45), and where an assumption is dropped: how many should break it."""
 
 
 def edges(trials: int = 60, seed: int = 0, dim: int = 6) -> pd.DataFrame:
-    """Columns: case, judged, wrong, foretold ("none" or "some" wrong), as_foretold. τ is 1.05 to 3 times δ/√λmax,
-    κ 10 to 1e4.
-    """
-    generator, wrong = torch.Generator().manual_seed(seed), dict.fromkeys(EDGES, 0)
+    """As `comparisons.foretold`. τ is 1.05 to 3 times δ/√λmax, κ 10 to 1e4."""
+    generator, spare = torch.Generator().manual_seed(seed), {case: [] for case in EDGES}
     for _ in range(trials):
         operator = random_operator(generator, dim, uniform(generator, 1, 4))
         tau = uniform(generator, 0.02, 0.48) * radii(operator, 1.0)[0].item()
@@ -48,32 +43,32 @@ def edges(trials: int = 60, seed: int = 0, dim: int = 6) -> pd.DataFrame:
             stated, stated._replace(hard=uniform(generator, -2, 0)),
             stated._replace(hessian=uniform(generator, 0, 2) * middle * hardest @ hardest.T)
         )
-        served = [any(trap.serves(middle * x) for x in GRID) for trap in cases]
-        for case, found in zip(
-            EDGES, [*served, _oblique(stated, middle, generator), *_indefinite(generator, dim)], strict=True
-        ):
-            wrong[case] += found
-    rows = [{"case": case, "judged": trials, "wrong": count, "foretold": EDGES[case]} for case, count in wrong.items()]
-    return pd.DataFrame([row | {"as_foretold": (row["wrong"] > 0) == (row["foretold"] == "some")} for row in rows])
+        left = [-max(trap.least(middle * x) for x in GRID) for trap in cases]
+        left.append(-_oblique(stated, middle, generator))
+        # H + λI is well-conditioned in all of them; A's own condition counts along no eigenvector
+        found = [x / rounding(4 * dim, kappa) for x, kappa in zip(left, (1.0, 1.0, 1e2, 1e4), strict=True)]
+        for case, clear in zip(EDGES, [*found, *_indefinite(generator, dim)], strict=True):
+            spare[case].append(clear)
+    return foretold(EDGES, spare)
 
 
-def _oblique(trap: Trap, middle: float, generator: torch.Generator) -> bool:
-    """Whether one λ serves two requests along random directions: progress of the one, safety of the other."""
-    easy, hard = torch.nn.functional.normalize(
-        torch.randn(2, len(trap.operator), dtype=torch.float64, generator=generator)
-    )
+def _oblique(trap: Trap, middle: float, generator: torch.Generator) -> float:
+    """By how much one λ does more than two requests along random directions need: progress of the one, safety of the
+    other; negative if none serves both.
+    """
+    drawn = torch.randn(2, len(trap.operator), dtype=torch.float64, generator=generator)
+    easy, hard = torch.nn.functional.normalize(drawn)
+    found = []
     for strength in (middle * x for x in GRID):
         moved, other = (displacement(-q, trap.hessian, strength) for q in (easy, hard))
-        if easy @ moved >= trap.tau * (1 - SLACK) and (other @ trap.operator @ other).sqrt() <= trap.delta * (
-            1 + SLACK
-        ):
-            return True
-    return False
+        safety = trap.delta / (other @ trap.operator @ other).sqrt()
+        found.append(min((easy @ moved / trap.tau).item(), safety.item()) - 1)
+    return max(found)
 
 
-def _indefinite(generator: torch.Generator, dim: int) -> tuple[bool, bool]:
-    """With H + λI not positive definite: whether a point of the ball beats u*, and whether a larger λ has a larger
-    radius.
+def _indefinite(generator: torch.Generator, dim: int) -> tuple[float, float]:
+    """With H + λI not positive definite, how clearly no point of the ball beats u*, and how clearly no larger λ has a
+    larger radius; negative if one does.
     """
     directions = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0]
     hessian = (directions * torch.linspace(-1, 1, dim, dtype=torch.float64)) @ directions.T
@@ -82,8 +77,11 @@ def _indefinite(generator: torch.Generator, dim: int) -> tuple[bool, bool]:
     rivals = small.norm() * torch.nn.functional.normalize(
         torch.cat([torch.randn(200, dim, dtype=torch.float64, generator=generator), directions.T, -directions.T])
     )
-    values = [u @ gradient + u @ hessian @ u / 2 for u in (small, *rivals)]
-    return bool(min(values[1:]) < values[0] - SLACK), bool(larger.norm() > small.norm())
+    values = torch.stack([u @ gradient + u @ hessian @ u / 2 for u in (small, *rivals)])
+    size, off = gradient.norm() * small.norm() + small.square().sum() / 2, torch.linspace(-1, 1, dim) + 0.3
+    granted = rounding(4 * dim, 2 / off.abs().min().item())  # of a solve with H + λI, at either λ
+    better, longer = values[1:].min() - values[0], small.norm() - larger.norm()
+    return (better / size).item() / granted, (longer / (small.norm() + larger.norm())).item() / granted
 
 
 def readings(records: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -194,12 +192,8 @@ def drawn(kappa: float = 16.0, tau: float = 2.0) -> tuple[pd.DataFrame, pd.DataF
         for name, axis in (("easy", 0), ("hard", 1)):
             moved = displacement(-torch.eye(2, dtype=torch.float64)[axis], trap.hessian, strength)
             place = {"x": moved[0].item(), "y": moved[1].item(), "ball": moved.norm().item()}
-            rows.append(
-                {
-                    "strength": strength, "request": name, **place, "progress": progress >= 1 - SLACK,
-                    "safe": safety >= 1 - SLACK
-                }
-            )
+            row = {"strength": strength, "request": name, **place}
+            rows.append(row | {"progress": progress >= 1 - SLACK, "safe": safety >= 1 - SLACK})
     outlines = [pd.DataFrame({"curve": name, "x": xy[0].numpy(), "y": xy[1].numpy()}) for name, xy in curves.items()]
     return pd.concat(outlines, ignore_index=True), pd.DataFrame(rows)
 

@@ -1,6 +1,4 @@
-"""What the bi-level theory says, drawn: the step along −c, the look-ahead's descent, the dominance of the last
-layer.
-"""
+"""What the bi-level theory says, drawn: the step along −c, the look-ahead's descent, the last layer's dominance."""
 
 from __future__ import annotations
 
@@ -102,34 +100,9 @@ def descent(
     _require(floor, "T", "least look-ahead", "least whole", "bound")
 
     def draw(axes: Any) -> None:
-        left, middle, right = axes[0]
-        most = max(3.0, falls["product"].max())
-        left.plot([0, most], [1, 1 - most / 2], color=_soft(0.8), linewidth=1.6, label="1 − ηL/2, the bound")
-        left.axhline(0, color=_soft(0.4), linewidth=1)
-        left.axvline(2, color=_soft(0.4), linewidth=1, linestyle=":")
-        for anchor, own in falls.groupby("anchor", sort=False):
-            look = ANCHORS[anchor]
-            left.scatter(
-                own["product"], own.share, color=look.color, marker=look.marker, s=22, alpha=0.75, linewidth=0,
-                zorder=3, label=look.name
-            )
-        left.set(
-            xlabel="η L", ylabel="fall of the loss / η‖gradient‖²", title="Every step of the look-ahead",
-            ylim=(-1.0, 1.1)
-        )
-        left.legend(loc="lower left", handletextpad=0.4)
-        _draw_runs(middle, iterates)
-        right.plot(floor["T"], floor.bound, color=_soft(0.8), label="bound of Corollary 2")
-        right.plot(
-            floor["T"], floor["least whole"], color=WHOLE.color, marker=WHOLE.marker, linestyle=WHOLE.line,
-            markersize=5, label="gradient of the whole edit"
-        )
-        right.plot(
-            floor["T"], floor["least look-ahead"], color=AHEAD.color, marker=AHEAD.marker, linestyle=AHEAD.line,
-            markersize=4, label="gradient of the look-ahead"
-        )
-        right.set(yscale="log", xlabel="steps T", title="Smallest gradient so far")
-        right.legend(loc="lower left", fontsize=9)
+        _draw_falls(axes[0, 0], falls)
+        _draw_runs(axes[0, 1], iterates)
+        _draw_floor(axes[0, 2], floor)
 
     inside = falls[falls["product"] < 2]
     shown = {
@@ -150,14 +123,43 @@ def descent(
     return Figure(draw, data, name, alt, model, summary, (11.2, 3.7), ncols=3)
 
 
+def _draw_falls(axes: Any, falls: pd.DataFrame) -> None:
+    """What each step's fall is of η‖∇F_VL‖², against ηL."""
+    most = max(3.0, falls["product"].max())
+    axes.plot([0, most], [1, 1 - most / 2], color=_soft(0.8), linewidth=1.6, label="1 − ηL/2, the bound")
+    axes.axhline(0, color=_soft(0.4), linewidth=1)
+    axes.axvline(2, color=_soft(0.4), linewidth=1, linestyle=":")
+    for anchor, own in falls.groupby("anchor", sort=False):
+        look = ANCHORS[anchor]
+        axes.scatter(
+            own["product"], own.share, color=look.color, marker=look.marker, s=22, alpha=0.75, linewidth=0, zorder=3,
+            label=look.name
+        )
+    axes.set(
+        xlabel="η L", ylabel="fall of the loss / η‖gradient‖²", title="Every step of the look-ahead", ylim=(-1.0, 1.1)
+    )
+    axes.legend(loc="lower left", handletextpad=0.4)
+
+
+def _draw_floor(axes: Any, floor: pd.DataFrame) -> None:
+    """Both gradients and Corollary 2's bound."""
+    axes.plot(floor["T"], floor.bound, color=_soft(0.8), label="bound of Corollary 2")
+    for column, look, size in (("least whole", WHOLE, 5), ("least look-ahead", AHEAD, 4)):
+        axes.plot(
+            floor["T"], floor[column], color=look.color, marker=look.marker, linestyle=look.line, markersize=size,
+            label=f"gradient of the {look.name}"
+        )
+    axes.set(yscale="log", xlabel="steps T", title="Smallest gradient so far")
+    axes.legend(loc="lower left", fontsize=9)
+
+
 def _draw_runs(axes: Any, iterates: pd.DataFrame) -> None:
     """F_VL of the runs with the anchor under which the model's own curvature shows."""
     own = iterates[iterates.anchor == "relative"]
     factors = sorted(own.factor.unique())
     for i, factor in enumerate(factors):
-        run, tint = (
-            own[own.factor == factor], mpl.colors.to_rgba(AHEAD.color, 0.35 + 0.65 * i / max(1, len(factors) - 1))
-        )
+        run = own[own.factor == factor]
+        tint = mpl.colors.to_rgba(AHEAD.color, 0.35 + 0.65 * i / max(1, len(factors) - 1))
         axes.plot(
             run.step, run.loss, color=tint, linestyle=LINES[i % 4], marker=(*MARKERS, "P", "X")[i % 6], markersize=4,
             linewidth=1.3, label=f"{factor:.1f}"
@@ -184,57 +186,23 @@ def last_layer(
 
     def draw(axes: Any) -> None:
         left, right = axes[0]
-        colors = dict(zip(("paper", "own", "rise", "model"), COLORS, strict=True))
-        left.scatter(
-            paper.paper, paper["gates apart"], color=colors["paper"], marker="s", s=14, alpha=0.7, linewidth=0,
-            label="the paper's bound, where Δ < λ"
-        )
-        left.scatter(
-            lemmas["mean value"], lemmas["gates apart"], color=colors["own"], marker="P", s=18, alpha=0.6, linewidth=0,
-            label="mean-value bound, always"
-        )
-        left.scatter(
-            drifts["mean value"], drifts["gates apart"], color=colors["model"], marker="D", s=34, linewidth=0,
-            label="mean-value bound, real layers"
-        )
-        right.scatter(
-            instances[instances.lower].q, instances[instances.lower].error, color=colors["paper"], marker="o", s=14,
-            alpha=0.6, linewidth=0, label="F falls along −ĝ"
-        )
-        right.scatter(
-            instances[~instances.lower].q, instances[~instances.lower].error, color=colors["own"], marker="x", s=26,
-            linewidth=1.4, label="F rises"
-        )
-        for proxy, marker in (("one G", "D"), ("Algorithm 1", "^")):
-            own = real[real.proxy == proxy]
-            right.scatter(
-                own.q, own.error, color=colors["rise" if marker == "D" else "model"], marker=marker, s=38, linewidth=0,
-                zorder=4, label=f"real, {proxy}"
-            )
-        right.axvline(1, color=_soft(0.5), linewidth=1, linestyle=":")
+        _draw_gates(left, paper, lemmas, drifts)
+        _draw_errors(right, instances, real)
         left.set(xscale="log", yscale="log")
         left.set_ylim(top=3e4)
-        for axes_, names, title in (
-            (left, ("bound", "distance of two gates"), "Lemma 4: drift of the gates"),
-            (right, ("q", "‖g − ĝ‖ / ‖ĝ‖"), "Theorem 3: error of the proxy"),
-        ):
-            axes_.set(xscale="log", yscale="log", xlabel=names[0], ylabel=names[1], title=title)
-            low, high = max(axes_.get_xlim()[0], axes_.get_ylim()[0]), min(axes_.get_xlim()[1], axes_.get_ylim()[1])
-            axes_.plot([low, high], [low, high], color=_soft(0.8), linewidth=1.4, zorder=1)
-            axes_.legend(loc="upper left", fontsize=8.5, handletextpad=0.2)
+        _square(left, "bound", "distance of two gates", "Lemma 4: drift of the gates")
+        _square(right, "q", "‖g − ĝ‖ / ‖ĝ‖", "Theorem 3: error of the proxy")
 
-    counted = (
-        ("Lemma 4, the paper's", paper["gates apart"] / paper.paper),
-        ("Lemma 4, mean value", lemmas["gates apart"] / lemmas["mean value"]),
-    )
-    counted += (("Theorem 3", instances.error / instances.q),)
-    summary = pd.DataFrame(
-        [
-            {"quantity": key, "instances": len(ratio), "largest left over right side": ratio.max()}
-            for key, ratio in counted
-        ]
-    )
-    above = sum(int((ratio > 1 + 1e-9).sum()) for _, ratio in counted)
+    ratios = {
+        "Lemma 4, the paper's": paper["gates apart"] / paper.paper,
+        "Lemma 4, mean value": lemmas["gates apart"] / lemmas["mean value"],
+        "Theorem 3": instances.error / instances.q,
+    }
+    summary = pd.DataFrame([
+        {"quantity": name, "instances": len(ratio), "largest left over right side": ratio.max()}
+        for name, ratio in ratios.items()
+    ])
+    above = sum(int((ratio > 1 + 1e-9).sum()) for ratio in ratios.values())
     rises = instances[~instances.lower]
     alt = f"""Two logarithmic scatter plots with the diagonal where a bound is attained; {above} random instances lie
         above it. First: the drift of gates against
@@ -242,11 +210,42 @@ def last_layer(
         and more. Second: the proxy's error against q;
         {len(rises)} instances whose loss rises, with q from {rises.q.min():.2g}, and real requests with q from
         {real.q.min():.2g} to {real.q.max():.2g}."""
-    data = pd.concat(
-        [
-            lemmas.assign(kind="lemma 4"), instances.assign(kind="theorem"), drifts.assign(kind="real drift"),
-            real.assign(kind="real request")
-        ],
-        ignore_index=True,
-    )
+    kinds = {"lemma 4": lemmas, "theorem": instances, "real drift": drifts, "real request": real}
+    data = pd.concat([own.assign(kind=kind) for kind, own in kinds.items()], ignore_index=True)
     return Figure(draw, data, name, alt, model, summary, (8.8, 4.0), ncols=2)
+
+
+def _draw_gates(axes: Any, paper: pd.DataFrame, lemmas: pd.DataFrame, drifts: pd.DataFrame) -> None:
+    """‖M_l − M_L‖ against its bounds."""
+    marks = (
+        (paper.paper, paper, COLORS[0], "s", 14, 0.7, "the paper's bound, where Δ < λ"),
+        (lemmas["mean value"], lemmas, COLORS[1], "P", 18, 0.6, "mean-value bound, always"),
+        (drifts["mean value"], drifts, COLORS[3], "D", 34, None, "mean-value bound, real layers"),
+    )
+    for bound, own, color, marker, size, alpha, label in marks:
+        axes.scatter(
+            bound, own["gates apart"], color=color, marker=marker, s=size, alpha=alpha, linewidth=0, label=label
+        )
+
+
+def _draw_errors(axes: Any, instances: pd.DataFrame, real: pd.DataFrame) -> None:
+    """‖g − ĝ‖/‖ĝ‖ against q."""
+    falls, rises = instances[instances.lower], instances[~instances.lower]
+    axes.scatter(
+        falls.q, falls.error, color=COLORS[0], marker="o", s=14, alpha=0.6, linewidth=0, label="F falls along −ĝ"
+    )
+    axes.scatter(rises.q, rises.error, color=COLORS[1], marker="x", s=26, linewidth=1.4, label="F rises")
+    for proxy, marker, color in (("one G", "D", COLORS[2]), ("Algorithm 1", "^", COLORS[3])):
+        own = real[real.proxy == proxy]
+        axes.scatter(
+            own.q, own.error, color=color, marker=marker, s=38, linewidth=0, zorder=4, label=f"real, {proxy}"
+        )
+    axes.axvline(1, color=_soft(0.5), linewidth=1, linestyle=":")
+
+
+def _square(axes: Any, xlabel: str, ylabel: str, title: str) -> None:
+    """Two logarithmic axes with the diagonal where a bound is attained."""
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+    low, high = max(axes.get_xlim()[0], axes.get_ylim()[0]), min(axes.get_xlim()[1], axes.get_ylim()[1])
+    axes.plot([low, high], [low, high], color=_soft(0.8), linewidth=1.4, zorder=1)
+    axes.legend(loc="upper left", fontsize=8.5, handletextpad=0.2)

@@ -16,74 +16,74 @@ DISC = {"marker": "o", "markersize": 5, "markeredgewidth": 0, "linestyle": ""}
 
 
 def agreement(
-    records: pd.DataFrame, searched: pd.DataFrame | None = None, tolerance: float = 100.0, model: str | None = None,
-    name: str = "one_formula"
+    records: pd.DataFrame, searched: pd.DataFrame | None = None, model: str | None = None, name: str = "one_formula"
 ) -> Figure:
     """Relative differences of two forms of the same update: a row per method, a dot per instance,
     larger for larger dimensions.
 
-    Left: the difference itself; right: in units of ε κ, what rounding explains. records: method, form, dim, error,
-    ratio;
-    searched: stage, method, ratio; the ends of a search for the largest ratio are drawn as rings. tolerance:
-    the limit on the right.
+    Left: the difference itself; right: in units of its rounding. records: method, form, dim, error, ratio; searched:
+    stage, method, ratio; the ends of a search for the largest ratio are drawn as rings.
     """
     _require(records, "method", "form", "dim", "error", "ratio")
-    methods, dims = in_order(records.method), sorted(records.dim.unique())
+    methods = in_order(records.method)
     ends = searched[searched.stage == "end"] if searched is not None else records[:0]
-    summary = pd.DataFrame([{"method": m, "forms": own.form.nunique(), "comparisons": len(own),
-    "all explained by rounding": bool((own.ratio < tolerance).all())}
-                            for m in methods for own in [records[records.method == m]]])  # fmt: skip
+    summary = _explained(records, methods)
 
     def draw(axes: Any) -> None:
-        for panel, quantity in zip(axes[0], ("error", "ratio"), strict=True):
-            for row, method in enumerate(methods):
-                _cloud(panel, row, records[records.method == method], quantity, dims)
-            panel.set(
-                xscale="log", ylim=(len(methods) - 0.4, -0.6), yticks=range(len(methods)),
-                yticklabels=[style(m).name for m in methods]
-            )
-            panel.grid(False, axis="y")
-            panel.tick_params(axis="y", length=0)
-            panel.spines["left"].set_visible(False)
-        axes[0, 0].set(title="Difference of the two forms", xlabel="‖ours − published‖ / ‖published‖")
-        axes[0, 1].set(title="… in units of rounding, ε κ", xlabel="difference / (ε κ)")
-        axes[0, 1].axvline(tolerance, color=_soft(0.8), linewidth=1.2, linestyle="--")
-        axes[0, 1].annotate(
-            f"limit {tolerance:g}", (tolerance, -0.5), (-4, 0), textcoords="offset points", ha="right", va="center",
-            fontsize=8.5
-        )
-        for end in ends.itertuples():
-            axes[0, 1].plot(
-                max(end.ratio, LEAST), methods.index(end.method), color=_soft(1), zorder=4,
-                label="found by the search" if end.Index == ends.index[0] else "", **RING
-            )
-        for dim in dims:
-            axes[0, 0].scatter([], [], s=_size(dim, dims), color=_soft(0.6), linewidth=0, label=f"d = {dim}")
-        handles = [h for panel in axes[0] for h in panel.get_legend_handles_labels()[0]]
-        axes[0, 0].figure.legend(
-            handles, [h.get_label() for h in handles], loc="outside lower center", ncols=4, columnspacing=1.4,
-            handletextpad=0.3
-        )
+        _draw_agreement(axes, records, ends, methods)
 
     told = "; ".join(
         f"{style(r.method).name}: {r.comparisons} comparisons, {'all' if r[4] else 'not all'} explained by rounding"
         for r in summary.itertuples()
     )
-    alt = (
-        "Relative difference of the library's update from the published one on random instances, per method, "
-        "on logarithmic axes; right the same in "
-        f"units of rounding. {told}."
-    )
+    alt = "Relative difference of the library's update from the published one on random instances, per method, on "
+    alt += f"logarithmic axes; right the same in units of its rounding. {told}."
+    data = records
     if len(ends):
-        found = f"{'stays below' if (ends.ratio < tolerance).all() else 'exceeds'} {tolerance:g} times rounding"
-        alt += f" A directed search for the largest difference {found} in {len(ends)} solves."
-    data = (
-        pd.concat([records.assign(kind="random"), ends.assign(kind="searched")], ignore_index=True)
-        if len(ends)
-        else records
-    )
+        found = "stays within" if (ends.ratio < 1).all() else "exceeds"
+        alt += f" A directed search for the largest difference {found} rounding in {len(ends)} solves."
+        data = pd.concat([records.assign(kind="random"), ends.assign(kind="searched")], ignore_index=True)
     data.attrs = records.attrs
     return Figure(draw, data, name, alt, model, summary, (7.6, 1.5 + 0.33 * len(methods)), ncols=2, sharey=True)
+
+
+def _explained(records: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
+    rows = []
+    for method in methods:
+        own = records[records.method == method]
+        row = {"method": method, "forms": own.form.nunique(), "comparisons": len(own)}
+        rows.append(row | {"all explained by rounding": bool((own.ratio < 1).all())})
+    return pd.DataFrame(rows)
+
+
+def _draw_agreement(axes: Any, records: pd.DataFrame, ends: pd.DataFrame, methods: list[str]) -> None:
+    dims = sorted(records.dim.unique())
+    for panel, quantity in zip(axes[0], ("error", "ratio"), strict=True):
+        for row, method in enumerate(methods):
+            _cloud(panel, row, records[records.method == method], quantity, dims)
+        panel.set(
+            xscale="log", ylim=(len(methods) - 0.4, -0.6), yticks=range(len(methods)),
+            yticklabels=[style(m).name for m in methods]
+        )
+        panel.grid(False, axis="y")
+        panel.tick_params(axis="y", length=0)
+        panel.spines["left"].set_visible(False)
+    left, right = axes[0]
+    left.set(title="Difference of the two forms", xlabel="‖ours − published‖ / ‖published‖")
+    right.set(title="… in units of its rounding", xlabel="difference / rounding")
+    right.axvline(1, color=_soft(0.8), linewidth=1.2, linestyle="--")
+    right.annotate("limit", (1, -0.5), (-4, 0), textcoords="offset points", ha="right", va="center", fontsize=8.5)
+    for end in ends.itertuples():
+        label = "found by the search" if end.Index == ends.index[0] else ""
+        place = max(end.ratio, LEAST), methods.index(end.method)
+        right.plot(*place, color=_soft(1), zorder=4, label=label, **RING)
+    for dim in dims:
+        left.scatter([], [], s=_size(dim, dims), color=_soft(0.6), linewidth=0, label=f"d = {dim}")
+    handles = [h for panel in axes[0] for h in panel.get_legend_handles_labels()[0]]
+    left.figure.legend(
+        handles, [h.get_label() for h in handles], loc="outside lower center", ncols=4, columnspacing=1.4,
+        handletextpad=0.3
+    )
 
 
 def _size(dim: int, dims: list[int]) -> float:
@@ -91,9 +91,7 @@ def _size(dim: int, dims: list[int]) -> float:
 
 
 def _cloud(axes: Any, row: int, own: pd.DataFrame, quantity: str, dims: list[int]) -> None:
-    """One method's instances, spread over its row so that all are seen; the same place for every form of an
-    instance.
-    """
+    """One method's instances, spread over its row so that all are seen, each at one place for all its forms."""
     look = style(own.method.iloc[0])
     spread = [row + 0.62 * (i * 0.618034 % 1) - 0.31 for i in range(len(own))]
     sizes = [_size(d, dims) for d in own.dim]  # an image within the drawing: there are hundreds of marks
@@ -145,11 +143,8 @@ def option_effects(scores: pd.DataFrame, model: str | None = None, name: str = "
     told = "; ".join(
         f"{style(r.method).name}, {r.metric}: {r.default:.1f} and {r.option:.1f}" for r in scores.itertuples()
     )
-    alt = (
-        f"Percent of cases with the default and with the option, per metric. {told}. The interval of the "
-        "difference excludes zero in "
-        f"{int(clear.sum())} of {len(scores)} cases."
-    )
+    alt = f"Percent of cases with the default and with the option, per metric. {told}. The interval of the difference "
+    alt += f"excludes zero in {int(clear.sum())} of {len(scores)} cases."
     return Figure(
         draw, scores, name, alt, model, digits=1, size=(8.2, 1.1 + 0.36 * len(methods)), ncols=len(metrics), sharey=True
     )

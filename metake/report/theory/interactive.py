@@ -1,6 +1,4 @@
-"""The picture of β in the plane: a drawing, and the same to drag, which needs no server and nothing from the
-network.
-"""
+"""The picture of β in the plane: a drawing, and the same to drag, which asks nothing of a server or the network."""
 
 from __future__ import annotations
 
@@ -22,6 +20,9 @@ LEVELS = (0.25, 0.5, 0.75, 0.9)
 REACH, HEIGHT = 3.2, 2.6  # of the plane that is drawn, to each side
 LONGEST = 12.0  # norm at which the axis ends
 READINGS = ["method", "angle", "gamma", "beta", "lower", "upper", "feasible"]
+PLAIN = (
+    "With JavaScript there is a picture here to drag. Without it, the figure above and this table show the same."
+)
 TOLERANCE = 1e-9  # between the script's readings and the library's
 
 
@@ -155,22 +156,16 @@ def beta_to_drag(scene: Mapping[str, Any], reference: pd.DataFrame) -> Shown:
     data = json.dumps(
         dict(scene) | {"constraints": constraints, "reference": points, "tolerance": TOLERANCE}, allow_nan=False
     ).replace("<", "\\u003c")
-    shown = reference[
-        [
-            "method", "x", "y", "ridge", "past", "planned", "gamma", "beta", "realized", "unrealized", "lower", "upper",
-            "feasible"
-        ]
-    ]
+    columns = "method x y ridge past planned gamma beta realized unrealized lower upper feasible"
+    shown = reference[columns.split()]
     numbers = table(shown, "Readings of the library, at which the picture checks itself")
     read = resources.files("metake.report.theory")
     css, script = ((read / f"geometry_of_beta.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     html = (
         f'<div class="metake-geometry" id="metake-geometry"><style>{css}</style>'
         f'<p class="mg-warning" role="alert" hidden></p>'
-        "<p "
-        f'class="mg-plain">{escape("With JavaScript there is a picture here to drag. Without it, the figure above and this table show the same.")}</p>'
-        '<div class="mg-live" hidden></div><details class="mg-table"><summary>The same as '
-        f"numbers</summary>{numbers.html}</details>"
+        f'<p class="mg-plain">{escape(PLAIN)}</p><div class="mg-live" hidden></div>'
+        f'<details class="mg-table"><summary>The same as numbers</summary>{numbers.html}</details>'
         f'<script type="application/json">{data}</script><script>{script}</script></div>'
     )
     return Shown(html, numbers.text)

@@ -1,6 +1,4 @@
-"""The structural proxy beside the exact hypergradient: where they point, what a step along them gives,
-what is certified.
-"""
+"""The structural proxy beside the exact hypergradient: where they point, what a step gives, what is certified."""
 
 from __future__ import annotations
 

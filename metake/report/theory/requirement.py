@@ -1,6 +1,4 @@
-"""Figures of three statements: the feasible interval of a plan, suppression by the spectrum, and the ball against the
-ellipsoid.
-"""
+"""Figures of three statements: the feasible interval of a plan, suppression by the spectrum, ball and ellipsoid."""
 
 from __future__ import annotations
 
@@ -243,57 +241,18 @@ def ball_and_ellipsoid(
     """
     _require(outlines, "curve", "x", "y")
     _require(sweep, "boundary", "strength", "outcome")
-    lines = {
-        "feasible": (GOOD, "-", "feasible ellipsoid"), "inscribed": (_soft(0.9), "--", "balls of Lemma 2"),
-        "circumscribed": (_soft(0.9), "--", "")
-    }
 
     def draw(axes: Any) -> None:
         left, right = axes[0]
-        for curve, (color, line, label) in lines.items():
-            own = outlines[outlines.curve == curve]
-            left.plot(own.x, own.y, color=color, linestyle=line, linewidth=1.5, label=label or "_")
-            if curve == "feasible":
-                left.fill(own.x, own.y, color=color, alpha=0.14, linewidth=0)
-        left.plot([tau, tau], [-4, 4], color=_soft(0.6), linewidth=1.2, linestyle=":", label="progress τ")
-        for strength, color, marker in zip(
-            sorted(requests.strength.unique()), (SECOND, FIRST), ("^", "v"), strict=True
-        ):
-            own = requests[requests.strength == strength]
-            left.scatter(own.x, own.y, color=color, marker=marker, s=60, zorder=4, label=f"λ = {strength:g}")
-            for row in own.itertuples():
-                word = (
-                    ("progress" if row.progress else "short")
-                    if row.request == "easy"
-                    else ("safe" if row.safe else "unsafe")
-                )
-                low = row.request == "easy" and not row.progress  # else it would cross its neighbor's
-                left.annotate(
-                    word, (row.x, row.y), (-5, 4) if low else (6, 5), textcoords="offset points", fontsize=8.5,
-                    color=color, ha="right" if low else "left"
-                )
-        left.set(
-            aspect="equal", xlim=(-4.4, 4.4), ylim=(-4.4, 4.4), xlabel="easy direction $q_{min}$",
-            ylabel="hard direction $q_{max}$", title="One λ for two requests"
-        )
+        _draw_balls(left, outlines, tau)
+        looks = zip(sorted(requests.strength.unique()), (SECOND, FIRST), ("^", "v"), strict=True)
+        for strength, color, marker in looks:
+            _draw_requests(left, requests[requests.strength == strength], f"λ = {strength:g}", color, marker)
         _key(left)
-        _outcomes(right, sweep, "boundary", "strength", 12)
-        ends = np.array([sweep.boundary.min(), sweep.boundary.max()])
-        right.plot(ends, 1 / ends, color=FIRST, linestyle="--", linewidth=1.4)
-        right.axhline(1, color=SECOND, linewidth=1.4)
-        right.axvline(1, color=_soft(0.7), linewidth=1, linestyle=":")
-        right.set(xscale="log", yscale="log", title="Every λ, tried")
-        right.set(
-            xlabel=r"$\tau\sqrt{\lambda_{max}}\,/\,\delta$; above 1 no λ can serve both",
-            ylabel=r"shared λ, in units of $\alpha\sqrt{\lambda_{max}}\,/\,\delta$",
-        )
-        _log_axis(right.xaxis)
-        _log_axis(right.yaxis)
-        _key(right)
+        _draw_sweep(right, sweep)
 
-    summary = _counted(
-        sweep.assign(condition=np.where(sweep.boundary > 1, "τ > δ/√λmax", "τ ≤ δ/√λmax")), "condition", "outcome"
-    )
+    condition = np.where(sweep.boundary > 1, "τ > δ/√λmax", "τ ≤ δ/√λmax")
+    summary = _counted(sweep.assign(condition=condition), "condition", "outcome")
     served = sweep[sweep.outcome == "both are served"]
     alt = f"""Left: an ellipse with the largest circle inside and the smallest around it; of two shared λ one leaves
         the hard request outside the ellipse,
@@ -304,3 +263,51 @@ def ball_and_ellipsoid(
         ignore_index=True,
     )
     return Figure(draw, data, name, alt, None, summary, (9.4, 5.0), ncols=2)
+
+
+def _draw_balls(axes: Any, outlines: pd.DataFrame, tau: float) -> None:
+    """The feasible ellipsoid, its two balls, and how far the easy request is to go."""
+    lines = {
+        "feasible": (GOOD, "-", "feasible ellipsoid"), "inscribed": (_soft(0.9), "--", "balls of Lemma 2"),
+        "circumscribed": (_soft(0.9), "--", "")
+    }
+    for curve, (color, line, label) in lines.items():
+        own = outlines[outlines.curve == curve]
+        axes.plot(own.x, own.y, color=color, linestyle=line, linewidth=1.5, label=label or "_")
+        if curve == "feasible":
+            axes.fill(own.x, own.y, color=color, alpha=0.14, linewidth=0)
+    axes.plot([tau, tau], [-4, 4], color=_soft(0.6), linewidth=1.2, linestyle=":", label="progress τ")
+    axes.set(
+        aspect="equal", xlim=(-4.4, 4.4), ylim=(-4.4, 4.4), xlabel="easy direction $q_{min}$",
+        ylabel="hard direction $q_{max}$", title="One λ for two requests"
+    )
+
+
+def _draw_requests(axes: Any, own: pd.DataFrame, label: str, color: str, marker: str) -> None:
+    """Where one λ puts the easy and the hard request, and whether that serves them."""
+    axes.scatter(own.x, own.y, color=color, marker=marker, s=60, zorder=4, label=label)
+    for row in own.itertuples():
+        easy = row.request == "easy"
+        words = ("progress", "short") if easy else ("safe", "unsafe")
+        low = easy and not row.progress  # else it would cross its neighbor's
+        axes.annotate(
+            words[not (row.progress if easy else row.safe)], (row.x, row.y), (-5, 4) if low else (6, 5),
+            textcoords="offset points", fontsize=8.5, color=color, ha="right" if low else "left"
+        )
+
+
+def _draw_sweep(axes: Any, sweep: pd.DataFrame) -> None:
+    """What becomes of both requests at every λ, against τ√λmax/δ."""
+    _outcomes(axes, sweep, "boundary", "strength", 12)
+    ends = np.array([sweep.boundary.min(), sweep.boundary.max()])
+    axes.plot(ends, 1 / ends, color=FIRST, linestyle="--", linewidth=1.4)
+    axes.axhline(1, color=SECOND, linewidth=1.4)
+    axes.axvline(1, color=_soft(0.7), linewidth=1, linestyle=":")
+    axes.set(
+        xscale="log", yscale="log", title="Every λ, tried",
+        xlabel=r"$\tau\sqrt{\lambda_{max}}\,/\,\delta$; above 1 no λ can serve both",
+        ylabel=r"shared λ, in units of $\alpha\sqrt{\lambda_{max}}\,/\,\delta$",
+    )
+    _log_axis(axes.xaxis)
+    _log_axis(axes.yaxis)
+    _key(axes)
