@@ -15,7 +15,7 @@ import metake
 from metake import METHODS
 
 ROOT = Path(metake.__file__).parent
-# Rooms in the order of imports: each may import itself and what stands before it. `report` reads results, never a model.
+# Rooms in the order of imports: each may import itself and what stands before it. `report` never runs a model.
 ROOMS = "support data algebra language report scoring editing methods experiments metake commands".split()
 ENTRIES = 14  # of the package's own folder: what a newcomer sees
 # Lines of at most WIDTH: of a file; of a function's body and of a method's recipe, docstrings not counted.
@@ -141,7 +141,7 @@ def test_the_rules_see_what_they_are_for(source):
 
 
 def test_every_module_is_in_a_room():
-    assert {room(module) for module in SOURCES} == set(ROOMS), "name a new room in ROOMS, after the last that it imports"
+    assert {room(module) for module in SOURCES} == set(ROOMS), "name a new room in ROOMS, after what it imports"
     seen = [path.name for path in ROOT.iterdir() if path.name != "__pycache__"]
     assert len(seen) <= ENTRIES, sorted(seen)
 
@@ -191,6 +191,19 @@ def test_the_mathematics_needs_torch_alone_and_reports_need_no_model():
 def test_a_module_is_short_and_hides_nothing(module):
     assert len(SOURCES[module].splitlines()) <= FILE
     assert not list(flaws(SOURCES[module], module))
+
+
+def test_lines_fit_the_width():
+    scripts = {"test_built_pages.py", "train_tiny.py"}  # they hold JavaScript and the lines of a model's card
+    sources = [path for folder in ("metake", "tests", "tools", "book") for path in (ROOT.parent / folder).rglob("*.py")]
+    sources = [path for path in sources if path.name not in scripts]
+    wide = [
+        f"{path.name}:{number}"
+        for path in sources
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > WIDTH
+    ]
+    assert len(sources) > 150 and not wide
 
 
 def test_a_method_is_a_few_lines():

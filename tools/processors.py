@@ -1,10 +1,10 @@
-"""Pages and tests under other instruction sets and orders of summation than this machine's own: what differs, by setting.
+"""Pages and tests under other instruction sets and orders of summation than this machine's own: what differs.
 
     python tools/processors.py [SETTING ...] [-- words for pytest]
 
-Without names all settings run, one after the other, two processes each; without words: tests and notebooks. A page differs
-if it prints another digit or another verdict than the committed one. One machine cannot be every processor: the settings
-change how its libraries add up, which is what processors do differently.
+Without names all settings run, one after the other, two processes each; without words: tests and notebooks. A page
+differs if it prints another digit or another verdict than the committed one. One machine cannot be every processor: the
+settings change how its libraries add up, which is what processors do differently.
 """
 
 import os
@@ -34,10 +34,10 @@ def failures(setting: str, words: list[str]) -> tuple[list[str], int]:
         own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | SETTINGS[setting]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | own, stdout=subprocess.PIPE, text=True)
         if not told.is_file():
-            raise SystemExit(f"{setting}: pytest ended with {done.returncode} before it ran a test:\n{done.stdout[-2000:]}")
+            raise SystemExit(f"{setting}: pytest ended with {done.returncode} and no test:\n{done.stdout[-2000:]}")
         cases = list(xml.parse(told).iter("testcase"))
-    wrong = [f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    return wrong, len(cases)
+    wrong = [case for case in cases if any(case.find(how) is not None for how in ("failure", "error"))]
+    return [f"{case.get('classname')}::{case.get('name')}" for case in wrong], len(cases)
 
 
 def main(arguments: list[str]) -> int:

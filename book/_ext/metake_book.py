@@ -164,8 +164,8 @@ class Verdicts(SphinxDirective):
         )
         found = row([nodes.Text(verdict["claim"])], [badge(verdict["verdict"]), nodes.Text(" "), label], [link])
         found[1] += nodes.raw(
-            "", f"<details><summary>decided by</summary><p>{escape(verdict['decided_by'])}</p><p>Distance from turning: "
-            f"{escape(distance(verdict['margin'], verdict['error']))}</p></details>", format="html"
+            "", f"<details><summary>decided by</summary><p>{escape(verdict['decided_by'])}</p>"
+            f"<p>Distance from turning: {escape(distance(verdict['margin'], verdict['error']))}</p></details>", format="html"
         )
         return found
 

@@ -195,10 +195,8 @@ def _read_config(out: Path) -> dict[str, Any]:
         found = json.loads((out / "config.json").read_text(encoding="utf-8"))
         RunConfig(**found)
     except (ValueError, TypeError) as error:
-        raise ProvenanceError(
-            f"{out / 'config.json'} is damaged, or of another version ({error}); choose another folder, or "
-            "remove this one"
-        ) from error
+        told = f"{out / 'config.json'} is damaged, or of another version ({error})"
+        raise ProvenanceError(f"{told}; choose another folder, or remove this one") from error
     return found
 
 

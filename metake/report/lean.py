@@ -85,7 +85,7 @@ def _members(group: Element) -> None:
             elif one.tag != "defs" or len(one):
                 members.append(one)
     group[:] = members if group.tag == "defs" else _together(members)
-    if group.tag == "g" and len(group) == 1 and group[0].tag == "g" and not group.attrib.keys() & group[0].attrib.keys():
+    if group.tag == "g" and [e.tag for e in group] == ["g"] and not group.attrib.keys() & group[0].attrib.keys():
         group.attrib |= group[0].attrib
         group[:] = list(group[0])
 

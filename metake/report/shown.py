@@ -162,7 +162,7 @@ def verdict(
     page: str, title: str, claim: str, holds: bool | None, decided_by: str, margin: float, error: str,
     label: str = "recomputed", model: str = DEFAULT, part: str = ""
 ) -> Verdict:
-    """The page's claim, whether it holds (None: inconclusive), the number that decided it, and how far it is from turning.
+    """The page's claim, whether it holds (None: inconclusive), what decided it, and how far that is from turning.
 
     margin: the distance from turning in units of its own error, and what that error is of (`experiments.decision`). A
     verdict with a margin below 1 must say that it stands within its error.
@@ -180,8 +180,8 @@ def verdict(
         raise ParameterError(f"a verdict is recomputed or recorded; found {label!r}")
     if not margin >= 0 or (holds is not None and margin < 1 and "within" not in decided_by):
         raise ParameterError(
-            f"the verdict of {page!r} is {margin:.2g} errors from turning, and does not say so; expected a margin of at "
-            "least 1, or in decided_by what stands within its error"
+            f"the verdict of {page!r} is {margin:.2g} errors from turning, and does not say so; expected a margin of "
+            "at least 1, or in decided_by what stands within its error"
         )
     (word, tone), name = found[0], artifact_name(f"{page}-{part}" if part else page, model)
     content = {

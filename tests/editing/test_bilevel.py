@@ -14,7 +14,6 @@ import torch
 from models import CONFIGS, random_model
 from reference import CONTEXTS, REQUESTS, double_inside  # noqa: F401 (a fixture)
 from torch import Tensor
-from torch.func import functional_call
 
 from metake.algebra.geometry import Isotropic, KeyStatistics, inverse_covariance, null_space
 from metake.algebra.solve import gate

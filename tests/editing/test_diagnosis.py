@@ -79,7 +79,7 @@ def mlp_output(lm, request, layer):
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_rome_is_diagnosed_as_it_writes(model):
-    """γ = k̄ᵀQk* with a flat average k̄ and the plain prompt's k*; exact for each request alone; h is the MLP's output."""
+    """γ = k̄ᵀQk*, k̄ a flat average, k* of the plain prompt; exact for each request alone; h is the MLP's output."""
     lm, statistics = setting(model)
     method = tiny_editor("rome", lm, metric=mk.inverse_covariance(20.0, 1e-3))
     found = mk.diagnose(lm, REQUESTS, method, statistics, tau=0.2, epsilon=0.3)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import random_model, small_tokenizer
+from models import random_model
 from same import contents
 
 import metake.algebra.update

@@ -195,7 +195,8 @@ def test_the_probabilities_are_calibrated():
     ).abs().max() < 0.1
     mine = predictions[(predictions.predictor == predictors.GAMMA) & (predictions.outcome == EFFICACY)]
     found = predictors.assessed(predictions)
-    assert predictors.predicted(predictions) is predictions and predictors.assessed(predictors.predicted(found)) is found
+    assert predictors.predicted(predictions) is predictions
+    assert predictors.assessed(predictors.predicted(found)) is found
     row = found[(found.predictor == predictors.GAMMA) & (found.outcome == EFFICACY)].iloc[0]
     assert row.brier == pytest.approx(np.square(mine.probability - mine.fails).mean())
     assert row.fail == (records.efficacy < 1).sum() and row.edits == 600
@@ -230,9 +231,8 @@ def test_auroc_is_sklearns_within_a_fold_and_bootstrap_counts_are_repetitions():
         for k in (0, 1)
     ]
     expected = sum(a * n for a, n in halves) / sum(n for _, n in halves)
-    assert predictors.concordance(scores + 100 * folds, fails, folds, np.ones((1, 60))).item() == pytest.approx(expected), (
-        "folds are not compared with each other"
-    )
+    found = predictors.concordance(scores + 100 * folds, fails, folds, np.ones((1, 60))).item()
+    assert found == pytest.approx(expected), "folds are not compared with each other"
 
 
 def test_failures_are_counted_and_too_few_are_not_judged(mixed):
@@ -306,7 +306,8 @@ def test_nothing_to_judge_can_be_drawn(project):
     records = made({}, rate=-9.0).assign(generalization=1.0)
     predictions = predictors.predicted(records)
     for figure in (
-        report.gamma_auroc(predictors.assessed(predictions)), report.gamma_calibration(predictors.reliability(predictions))
+        report.gamma_auroc(predictors.assessed(predictions))
+    report.gamma_calibration(predictors.reliability(predictions))
     ):
         assert (
             "Nowhere enough edits fail" in figure.alt

@@ -232,7 +232,7 @@ def test_the_interval_of_the_curvature_holds_it_where_few_steps_are_made(negativ
 
 
 def test_a_step_within_rounding_is_neither_violation_nor_proof():
-    """The disturbances that another order of summation makes, at the size that is bounded, leave the verdict as it is."""
+    """What another order of summation changes, at the size that is bounded, leaves the verdict as it is."""
     outer = _Parabola()
     exact = pd.DataFrame(convergence.descend(outer, 1 / 3, 8, convergence.Curvature(3.0, 3.0), terms=100))
     exact = exact.assign(anchor="sum", factor=1.0, step_size=1 / 3)

@@ -109,7 +109,8 @@ def everything(axes):
     """All kinds of marks that the pages draw, and some more."""
     rng = np.random.default_rng(0)
     first, second = axes[0]
-    first.scatter(*rng.random((2, 40)), s=rng.integers(9, 80, 40), c=rng.random(40), alpha=0.4, label="sizes & <colors>")
+    sizes, colors = rng.integers(9, 80, 40), rng.random(40)
+    first.scatter(*rng.random((2, 40)), s=sizes, c=colors, alpha=0.4, label="sizes & <colors>")
     first.scatter(*rng.random((2, 40)), marker="^", color="#00a76b", edgecolor="#1f2328", label="one look")
     first.plot([0, 0.5, np.nan, 0.7, 1], [0, 1, 0, 0.2, 0.1], marker="x", linestyle="--", label="gap")
     first.plot(np.linspace(0, 1, 50), rng.random(50), alpha=0.3)

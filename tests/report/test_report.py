@@ -452,7 +452,8 @@ def test_a_verdict_is_shown_and_kept(holds, word, project):
 def test_a_verdict_within_its_error_says_so(project, margin, said):
     told = "smallest margin 0.0 is within its error" if said == "not within" else "1"
     if told != "1":
-        assert "within its error (rounding)" in report.verdict("page", "A page", "claim", True, told, margin, "rounding").html
+        shown = report.verdict("page", "A page", "claim", True, told, margin, "rounding")
+        assert "within its error (rounding)" in shown.html
     with pytest.raises(ParameterError, match="errors from turning, and does not say so"):
         report.verdict("page", "A page", "claim", True, "1", margin, "rounding")
 
@@ -460,7 +461,8 @@ def test_a_verdict_within_its_error_says_so(project, margin, said):
 def test_another_model_does_not_speak_for_the_page(project, monkeypatch):
     report.verdict("page", "A page", "claim", True, "1", 9.0, "rounding")
     before = files(project / "_build" / "verdicts")["page.json"]
-    assert report.verdict("page", "A page", "claim", False, "2", 9.0, "rounding", model="smollm2-135m").verdict == "does not hold"
+    other = report.verdict("page", "A page", "claim", False, "2", 9.0, "rounding", model="smollm2-135m")
+    assert other.verdict == "does not hold"
     assert files(project / "_build" / "verdicts")["page.json"] == before
     monkeypatch.setenv("METAKE_VERDICTS", "build/verdicts")
     report.verdict("page", "A page", "claim", False, "2", 9.0, "rounding", model="smollm2-135m")

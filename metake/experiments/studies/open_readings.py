@@ -20,7 +20,7 @@ from metake.editing.statistics import statistics
 from metake.experiments.decision import Decision, all_of, any_of, for_and_against, interval, opposite, with_interval
 from metake.experiments.runs import read_cases, select
 from metake.experiments.studies import comparison, realized_residual
-from metake.experiments.studies.readings import FEW, LEVELS, LITERAL, READINGS
+from metake.experiments.studies.readings import FEW, LEVELS, LITERAL, READINGS, Reading
 from metake.experiments.studies.study import Batch, one
 from metake.language.model import load
 from metake.support.errors import ParameterError, near_misses

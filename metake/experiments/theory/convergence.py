@@ -44,8 +44,8 @@ class Curvature(NamedTuple):
 def curvature(outer: OuterObjective, value: Tensor, rounds: int, seed: int = 0) -> Curvature:
     """‖∇²F_VL‖ at V by `rounds` Lanczos steps on central differences of the gradient, from a random direction.
 
-    The extreme Ritz values θ approach the extreme eigenvalues from inside; by Kuczyński and Woźniakowski (1992, Theorem
-    4.2) P(λ₁ − θ₁ > ε (λ₁ − λ_n)) ≤ 1.648 √n exp(−√ε (2k − 1)) after k steps, which gives the other end of the interval.
+    The extreme Ritz values θ approach the extreme eigenvalues from inside; after k steps, by Kuczyński and Woźniakowski
+    (1992, Theorem 4.2), P(λ₁ − θ₁ > ε (λ₁ − λ_n)) ≤ 1.648 √n exp(−√ε (2k − 1)), which gives the interval's other end.
     """
     count, rounds = value.numel(), min(rounds, value.numel())
 
@@ -159,8 +159,8 @@ def rates(iterates: pd.DataFrame) -> pd.DataFrame:
     """One row a run: ηL, the smallest share of a fall, steps that went up, and min ‖∇F_VL‖² over its bound
     with inf F_VL ≥ 0.
 
-    L: the upper end of its interval. `covered` by the descent inequality if ηL < 2; `rated`, by the rate, if η times the
-    lower end is ≤ 1. nearest, error: of the step next to the bound, share − bound and what rounding may add to it.
+    L: the upper end of its interval. `covered` by the descent inequality if ηL < 2; `rated`, by the rate, if η times
+    the lower end is ≤ 1. nearest, error: of the step next to the bound, share − bound and what rounding may add to it.
     """
     steps, rows = falls(iterates), []
     for (anchor, factor, size), run in iterates.groupby(["anchor", "factor", "step_size"], sort=False):
@@ -169,8 +169,8 @@ def rates(iterates: pd.DataFrame) -> pd.DataFrame:
         product = size * run.high.max()
         row = {
             "anchor": anchor, "step size": size, "times L": product, "covered": product < 2,
-            "smallest fall": own.share.min(), "bound": own.bound.iloc[0], "steps up": int((own.share < -own.error).sum()),
-            "last loss / first": run.loss.iloc[-1] / run.loss.iloc[0],
+            "smallest fall": own.share.min(), "bound": own.bound.iloc[0],
+            "steps up": int((own.share < -own.error).sum()), "last loss / first": run.loss.iloc[-1] / run.loss.iloc[0],
             "gradient over bound": run.gradient.iloc[:-1].min() ** 2 * size * count / (2 * run.loss.iloc[0]),
             "moved": run.moved.iloc[-1], "rated": size * run.low.max() <= 1, "nearest": nearest.share - nearest.bound,
             "error": nearest.error, "tight": (own.share - own.tight).min(), "rounding": own.error.max()
@@ -262,8 +262,8 @@ def with_adam(layer: RealLayer, anchor: str = "sum") -> pd.DataFrame:
 def judge(
     instances: pd.DataFrame, search: pd.DataFrame, runs: pd.DataFrame, stressed: pd.DataFrame, along: pd.DataFrame
 ) -> dict:
-    """Holds if descent, rate and floor are violated nowhere they are claimed, beyond rounding and with L's upper end: at
-    random, by the search, on the real layer.
+    """Holds if descent, rate and floor are violated nowhere they are claimed, beyond rounding and with L's upper end:
+    at random, by the search, on the real layer.
     """
     names, claimed = list(READINGS)[:3], search[search.claimed]
     found = claimed[["T = 1", "T = 3"]].max(axis=1)
@@ -272,7 +272,7 @@ def judge(
     at_random = instances.loc[(instances.shortfall / instances.rounding).idxmax()]
     nearest, point = covered.loc[(covered.nearest / covered.error).idxmin()], stressed.iloc[0]
     decisions = [
-        *(at_most("a ratio of the search", r, 1.0, e, attained=True) for r, e in zip(found, claimed.rounding, strict=True)),
+        *(at_most("a ratio of the search", r, 1.0, e, attained=True) for r, e in zip(found, claimed.rounding)),
         at_most("a ratio at random", instances[names].max().max(), 1.0, instances.rounding.max(), attained=True),
         at_most("the descent's shortfall at random", at_random.shortfall, 0.0, at_random.rounding, attained=True),
         at_least("a step's share over its bound", nearest.nearest, 0.0, nearest.error),

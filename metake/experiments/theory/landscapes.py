@@ -36,8 +36,8 @@ class Landscape(NamedTuple):
         ).item()
 
     def rounding(self, value: Tensor, slope: Tensor, size: float) -> float:
-        """Of f and of η‖∇f‖² at a point, from the size of what is summed: sums of n terms lose n units of their absolute
-        values, and a step loses one unit of v, along which f changes by ‖∇f‖ a unit of length.
+        """Of f and of η‖∇f‖² at a point, from the size of what is summed: sums of n terms lose n units of their
+        absolute values, and a step loses one unit of v, along which f changes by ‖∇f‖ a unit of length.
         """
         terms = 2 * (len(value) + len(self.heights)) + 4
         summed = value.abs() @ self.stiffness.abs() @ value.abs() / 2 + self.heights.abs().sum()
@@ -91,8 +91,8 @@ READINGS = {  # left side over right side, from min ‖∇F_VL‖, min ‖∇F�
 def convergence_check(trials: int = 160, seed: int = 0, dims: tuple[int, ...] = (1, 3, 10, 30)) -> pd.DataFrame:
     """Random landscapes: F_VL = f and F = f + δ⟨e, v⟩, so that ‖∇F − ∇F_VL‖ = δ everywhere.
 
-    One row an instance: dim, conditioning, waves, product = ηL in (0, 2), steps; `shortfall`, by how much the worst step
-    falls short of (η − Lη²/2)‖∇f‖², relative to |f| + η‖∇f‖², and the `rounding` of it; and for ηL ≤ 1, per reading of
+    One row an instance: dim, conditioning, waves, product = ηL in (0, 2), steps; `shortfall`, by how much the worst
+    step falls short of (η − Lη²/2)‖∇f‖², relative to |f| + η‖∇f‖², and the `rounding` of it; and for ηL ≤ 1, per reading of
     the lost text, left side over right side (holds: ≤ 1).
     """
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +138,8 @@ def _quadratic(points: Tensor, dim: int, most: float, horizon: int) -> tuple[Ten
     for _ in range(horizon + 1):
         slopes.append(spectrum * value)
         losses.append((slopes[-1] * value).sum(1) / 2)
-        fallen.append((slopes[-1].square() * size * (2 - size * spectrum)).sum(1) / 2)  # F(v) − F(v′) without a difference
+        # F(v) − F(v′) without a difference
+        fallen.append((slopes[-1].square() * size * (2 - size * spectrum)).sum(1) / 2)
         value = value - size * slopes[-1]
     size = size[:, 0]
     rate, delta = 2 * losses[0] / (size * horizon), torch.exp(points[:, -2])

@@ -94,9 +94,9 @@ def adversary(starts: int = 400, steps: int = 300, dim: int = 3, seed: int = 0) 
         "⟨g, ĝ⟩/‖ĝ‖² − (1 − q/κ)": (margin, 0.0, False),
     }
     rows = []
-    for name, (quantity, least, orthogonal) in searches.items():
+    for name, (quantity, bound, orthogonal) in searches.items():
         best = ascend(lambda points, quantity=quantity: -quantity(points), begin.flatten(1), steps, 0.03)
-        told = {"smallest": name, "found": -best.score, "allowed": least, "evaluations": best.evaluations}
+        told = {"smallest": name, "found": -best.score, "allowed": bound, "evaluations": best.evaluations}
         rows.append(frame(*_vectors(best.point[None], dim, orthogonal)).assign(**told))
     return pd.concat(rows, ignore_index=True)
 

@@ -112,8 +112,8 @@ def descent(
     summary = falls.groupby(["anchor", "factor"], sort=False).agg(**shown).reset_index()
     alt = f"""Three panels. First: {len(falls)} steps; their fall over eta times the squared gradient norm lies on or
         above the line one minus eta L over two
-        for {(inside.share > inside.bound - inside.error).sum()} of {len(inside)} steps with eta L below two, and below zero
-        for some beyond. Second: the look-ahead loss over the steps for several step sizes.
+        for {(inside.share > inside.bound - inside.error).sum()} of {len(inside)} steps with eta L below two,
+        and below zero for some beyond. Second: the look-ahead loss over the steps for several step sizes.
         Third: the look-ahead's gradient falls to {floor["least look-ahead"].iloc[-1]:.2g}, the whole edit's stays at
         {floor["least whole"].iloc[-1]:.2g},
         under a bound of {floor.bound.iloc[-1]:.2g}."""
