@@ -163,10 +163,9 @@ class Verdicts(SphinxDirective):
             refdoc=self.env.docname, reftarget=f"/notebooks/{verdict['page']}"
         )
         found = row([nodes.Text(verdict["claim"])], [badge(verdict["verdict"]), nodes.Text(" "), label], [link])
-        found[1] += nodes.raw(
-            "", f"<details><summary>decided by</summary><p>{escape(verdict['decided_by'])}</p>"
-            f"<p>Distance from turning: {escape(distance(verdict['margin'], verdict['error']))}</p></details>", format="html"
-        )
+        told = f"Distance from turning: {distance(verdict['margin'], verdict['error'])}"
+        decided = f"<p>{escape(verdict['decided_by'])}</p><p>{escape(told)}</p>"
+        found[1] += nodes.raw("", f"<details><summary>decided by</summary>{decided}</details>", format="html")
         return found
 
 

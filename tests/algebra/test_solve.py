@@ -362,7 +362,7 @@ def test_the_spectrum_is_that_of_the_realization(noise: float, apart: bool):
     p = problem()
     for metric in (InverseCovariance(p.full, p.ridge), p.null_space(), condition(p.null_space(), p.past.T)):
         away = torch.randn(p.keys.T.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    at = p.keys.T + 0.3 * away
+        at = p.keys.T + 0.3 * away
         B = solve(p.keys.T, p.residuals.T, metric, noise, at if apart else None).realization
         expected = torch.linalg.eigvals(B).real.sort().values
         assert (spectrum(B, not apart).sort().values - expected).abs().max() < 1e-10

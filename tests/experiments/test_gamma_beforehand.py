@@ -305,10 +305,8 @@ def test_drawings_hold_their_numbers_and_name_what_is_too_few(project, mixed):
 def test_nothing_to_judge_can_be_drawn(project):
     records = made({}, rate=-9.0).assign(generalization=1.0)
     predictions = predictors.predicted(records)
-    for figure in (
-        report.gamma_auroc(predictors.assessed(predictions))
-    report.gamma_calibration(predictors.reliability(predictions))
-    ):
+    failures, calibration = predictors.assessed(predictions), predictors.reliability(predictions)
+    for figure in (report.gamma_auroc(failures), report.gamma_calibration(calibration)):
         assert (
             "Nowhere enough edits fail" in figure.alt
             and "MEMIT: 0 of 200, too one-sided" in figure.svg["light"]

@@ -92,8 +92,8 @@ def convergence_check(trials: int = 160, seed: int = 0, dims: tuple[int, ...] = 
     """Random landscapes: F_VL = f and F = f + δ⟨e, v⟩, so that ‖∇F − ∇F_VL‖ = δ everywhere.
 
     One row an instance: dim, conditioning, waves, product = ηL in (0, 2), steps; `shortfall`, by how much the worst
-    step falls short of (η − Lη²/2)‖∇f‖², relative to |f| + η‖∇f‖², and the `rounding` of it; and for ηL ≤ 1, per reading of
-    the lost text, left side over right side (holds: ≤ 1).
+    step falls short of (η − Lη²/2)‖∇f‖², relative to |f| + η‖∇f‖², and the `rounding` of it; and for ηL ≤ 1,
+    per reading of the lost text, left side over right side (holds: ≤ 1).
     """
     generator = torch.Generator().manual_seed(seed)
     rows = []
