@@ -204,7 +204,7 @@ def verdict(
 def distance(margin: float, error: str) -> str:
     """How far a verdict is from turning, in words."""
     size = "more than a million" if margin > 1e6 else f"{margin:.2g}"
-    return f"{size} times its error ({error})" if margin >= 1 else f"within its error ({error})"
+    return f"{size} times its error ({error})" if margin > 1 else f"within its error ({error})"
 
 
 def provenance(source: pd.DataFrame | Mapping[str, Any]) -> Shown:
