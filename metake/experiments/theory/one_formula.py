@@ -23,7 +23,7 @@ from metake.experiments.theory.solves import THRESHOLD, Case, difficulty, draw, 
 from metake.support.errors import StatisticsError
 
 STARTS = 20  # random instances of a search, before it climbs
-DISTANCES = (0.0, 1e-7, 1e-5, 1e-3)  # closer, and rounding alone would decide the size of an exact write
+DISTANCES = (0.0, 1e-6, 1e-5, 1e-3)  # closer, and rounding alone would decide the size of an exact write
 
 
 def _compared(reference: ModuleType, method: str, editor: Editor, case: Case, wrong: Case | None = None) -> list[dict]:
