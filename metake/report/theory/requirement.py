@@ -111,8 +111,7 @@ def _draw_intervals(axes: Any, intervals: pd.DataFrame) -> None:
 def real_plans(
     records: pd.DataFrame, region: pd.DataFrame, model: str | None = None, name: str = "editing_requirement_model"
 ) -> Figure:
-    """Left: real requests and their plans at each λ_KL against the feasible region; right: how their plans answer to
-    λ_KL, beside a/λ.
+    """Left: real requests' plans at each λ_KL against the feasible region; right: how they answer, beside a/λ.
 
     records: method, id, kl_weight, beta, planned (in ‖h‖); region: beta, lower, upper in the same unit.
     """
