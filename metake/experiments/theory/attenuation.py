@@ -25,8 +25,7 @@ from metake.language.model import load
 
 
 def _written(instance: Instance, metric: Metric) -> Tensor:
-    """What the library's update really writes at its own keys: Δ formed as a d_out×d_in matrix and applied,
-    (n, d_out).
+    """What the library's update really writes at its own keys, (n, d_out): Δ formed as a matrix and applied.
     """
     delta = instance.residuals.T @ gate(instance.keys, metric)
     return instance.keys @ delta.T
@@ -108,8 +107,7 @@ class _Point(NamedTuple):
 
 
 def adversarial_search(restarts: int = 24, steps: int = 120, seed: int = 0) -> pd.DataFrame:
-    """The instance that departs most from the proposition, searched for: an evolution strategy of one parent climbs
-    the departure.
+    """The instance that departs most from the proposition: an evolution strategy of one parent climbs the departure.
 
     Half of the starts climb ‖r̂ − predicted‖/‖r‖ of the objective's minimizer itself, half climb it in units of what
     rounding may make of it. They move the preserved spectrum, the ridge, the keys, the past keys and their scale;
@@ -151,8 +149,7 @@ def _climb(start: int, steps: int, generator: torch.Generator) -> dict[str, obje
 
 
 def edges(seed: int = 0) -> pd.DataFrame:
-    """One request where an assumption of the proposition is dropped, beside it as stated: β,
-    and the share that is really realized.
+    """One request where an assumption is dropped, beside it as stated: β, and the share that is really realized.
 
     share = ⟨r̂, r⟩/‖r‖² (v3 eq. 115) by the library's solve. One row per method and case; `follows`:
     they agree to 1e-9.
@@ -215,15 +212,9 @@ def attenuation_on_model(
         for i, request in enumerate(asked):
             alone = solve(keys[i : i + 1], residuals[i : i + 1], metric)
             measured = (alone.realized[0] @ residuals[i] / residuals[i].square().sum()).item()
-            shares = {
-                "measured": measured, "on_plain": (alone.gate[0] @ plain[i]).item(), "in_batch": together[i, i].item()
-            }
-            singles.append(
-                {
-                    "method": name, "id": request.id, "gamma": gamma[i].item(), "beta": attenuation(gamma[i]).item(),
-                    **shares
-                }
-            )
+            row = {"method": name, "id": request.id, "gamma": gamma[i].item(), "beta": attenuation(gamma[i]).item()}
+            row |= {"measured": measured, "on_plain": (alone.gate[0] @ plain[i]).item()}
+            singles.append(row | {"in_batch": together[i, i].item()})
         eigenvalues = torch.linalg.eigvals(together).real.sort(descending=True).values.tolist()
         spectra += [{"method": name, "index": i + 1, "eigenvalue": value} for i, value in enumerate(eigenvalues)]
     return pd.DataFrame(singles), pd.DataFrame(spectra)

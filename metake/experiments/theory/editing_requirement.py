@@ -1,5 +1,4 @@
-"""MetaKE v3 Theorem 1: which norms of a planned residual satisfy success and editability, and what a KL weight that
-all share does.
+"""MetaKE v3 Theorem 1: which norms of a planned residual satisfy success and editability.
 
 success: ‖r̂‖ ≥ τ.  editability: ‖r − r̂‖ ≤ ε.  A *plan* is a residual r of a norm; what it writes, r̂,
 is the library's own solve.
@@ -24,8 +23,7 @@ STEP = 1e-6  # how far beside an end of an interval a plan is tried, relative
 
 
 def requirement_check(trials: int = 300, seed: int = 0, dims: tuple[int, ...] = (4, 16, 64)) -> pd.DataFrame:
-    """Random instances in float64, every third next to the threshold: plans on both sides of both ends are really
-    written.
+    """Random instances in float64, every third next to the threshold: plans beside both ends are really written.
 
     One row per instance: method, dim, gamma, beta, ratio = γε/τ, plans tried, `wrong` = outcomes that membership in
     [τ/β, ε(1+γ)] does not foretell, `agrees` = how clearly the others are foretold, at the least; end_error = how far
@@ -149,9 +147,7 @@ def plans(count: int = 240, seed: int = 0) -> pd.DataFrame:
 
 
 def by_method(records: pd.DataFrame) -> pd.DataFrame:
-    """Per metric: instances, plans written, wrong ones, whether the ends are met but for rounding, empty intervals,
-    and disagreements about them.
-    """
+    """Per metric: instances, plans written and wrong, ends met but for rounding, empty intervals and disagreements."""
     grouped = records.assign(met=records.end_error <= records.rounding).groupby("method", as_index=False)
     found = grouped.agg(
         instances=("plans", "size"), plans=("plans", "sum"), wrong=("wrong", "sum"), met=("met", "all"),

@@ -100,8 +100,7 @@ def scene() -> dict[str, Any]:
 
 
 def angle_check(trials: int = 300, seed: int = 0, dims: tuple[int, ...] = (2, 16, 64)) -> pd.DataFrame:
-    """Is the picture true beyond the plane? Random layers of AlphaEdit's kind: γ by the library against lengths and
-    angles alone.
+    """Is the picture true beyond the plane? Random layers of AlphaEdit's kind: γ against lengths and angles alone.
 
     γ = ‖k‖² sin²θ / (λ + m ‖kₚ‖² sin²φ),  θ, φ the angles of the key and of m equal past keys to the preserved subspace
 

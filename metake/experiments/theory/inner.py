@@ -91,8 +91,7 @@ def edit_problem(
     kind: str, generator: torch.Generator, knobs: Tensor, dim: int = 6, n: int = 2, width: int = 3, layers: int = 2,
     visible: bool = True
 ) -> Problem:
-    """The inner problem of an edit of several layers with fixed keys, and an outer loss that is not convex in the
-    update.
+    """The inner problem of an edit of several layers with fixed keys, and an outer loss not convex in the update.
 
     J = cross-entropy of a small network of the edited weights + log cosh of what it sees of v + ‖v − v_0‖².
     """

@@ -1,5 +1,4 @@
-"""MetaKE v3 Proposition 2 and Corollary 1: the outer gradient through the inner solve, and what an isolated target
-misses.
+"""MetaKE v3 Proposition 2, Corollary 1: the outer gradient through the inner solve, what an isolated target misses.
 
     ∇F = ∇_v J + c,   c = −∇²_vu Q (∇²_uu Q)⁻¹ ∇_u J                                    eq. 71
     ∇_v J(v_iso) = 0, c ≠ 0   ⟹   D F(v_iso)[−c] = −‖c‖² < 0                            Corollary 1
@@ -58,9 +57,7 @@ def departures(problem: Problem) -> dict[str, float]:
 
 
 def isolated(problem: Problem) -> Problem:
-    """The same problem with a J whose direct gradient vanishes at the start: J ← J − ⟨∇_v J, v⟩,
-    so that v_iso is the start.
-    """
+    """The same problem with v_iso at the start, where J's direct gradient vanishes: J ← J − ⟨∇_v J, v⟩."""
     tilt = grad(problem.outer, argnums=1)(problem.solved(problem.start).detach(), problem.start)
     return problem._replace(outer=lambda u, v: problem.outer(u, v) - tilt @ v)
 
@@ -99,8 +96,7 @@ def necessity_check(trials: int = 60, seed: int = 0) -> pd.DataFrame:
 
 
 def necessity_search(steps: int = 30, seed: int = 0) -> pd.DataFrame:
-    """A climb over how extreme an instance is (ridge, conditioning, sizes, outer weights, and which draw),
-    for each kind and each departure.
+    """A climb over how extreme an instance is (`KNOBS`, and which draw), for each kind and each departure.
 
     One row a kind: the largest departure of the implicit gradient, of the coupling from the gates, and of D F[−c] from
     −‖c‖² that it found, each in units of what it may be off by; and D F[−c] over ‖c‖² there (the corollary: −1).
@@ -133,8 +129,7 @@ def _times(found: dict[str, float], name: str, expected: float = 0.0) -> float:
 
 
 def corollary_on_model(layer: RealLayer, anchors: tuple[str, ...] = ("sum", "relative")) -> pd.DataFrame:
-    """Each request alone, at v_init, where the only direct gradient, L_reg's, is zero: F through the whole edit
-    along −c.
+    """Each request alone, at v_init, where L_reg's gradient, the only direct one, is zero: F of the edit along −c.
 
     One row a request, anchor and η: c = ∇F(v_init) exact, `slope` by finite differences over −‖c‖², F(v_init)
     and F(v_init − ηc), and what rounding may make of either.
@@ -163,8 +158,7 @@ def corollary_on_model(layer: RealLayer, anchors: tuple[str, ...] = ("sum", "rel
 
 
 def plane(layer: RealLayer, anchor: str = "relative", points: int = 15) -> pd.DataFrame:
-    """F through the whole edit of the first request on a plane through v_init: along −c,
-    and along the planned residual (made orthogonal).
+    """F through the first request's edit on a plane through v_init: along −c, and the plan (made orthogonal).
 
     One row a point: down, along (both in the hidden state's units), loss.
     """

@@ -17,9 +17,7 @@ def _still(problem: Problem, change: Tensor) -> Problem:
 
 
 def decoupled(seed: int = 0) -> pd.DataFrame:
-    """An ordinary instance and the three special cases of the paper, at v_iso: ‖c‖, the steepest slope of F in ten
-    directions, both over ‖∇_u J‖.
-    """
+    """An ordinary instance and the paper's three special cases: ‖c‖, F's steepest slope in ten ways, over ‖∇_u J‖."""
     generator = torch.Generator().manual_seed(seed)
     middle = torch.full((KNOBS,), 0.5, dtype=torch.float64)
     ordinary = edit_problem("AlphaEdit", generator, middle)

@@ -1,6 +1,4 @@
-"""Δ = R·M: every closed-form method of the family against its published d×d solve, at random, searched for,
-and at the edges.
-"""
+"""Δ = R·M: every closed-form method against its published d×d solve, at random, searched for, and at the edges."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from metake.experiments.theory.solves import THRESHOLD, Case, difficulty, draw, 
 from metake.support.errors import StatisticsError
 
 STARTS = 20  # random instances of a search, before it climbs
-DISTANCES = (0.0, 1e-7, 1e-5, 1e-3)  # closer, and rounding alone would decide the size of an exact write
+DISTANCES = (0.0, 1e-6, 1e-5, 1e-3)  # closer, and rounding alone would decide the size of an exact write
 
 
 def _compared(reference: ModuleType, method: str, editor: Editor, case: Case, wrong: Case | None = None) -> list[dict]:
@@ -75,9 +73,7 @@ def by_form(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def distinct_solves(model: str = "tiny") -> dict[str, Editor]:
-    """One method per different solve, without post-processes: the others differ in targets,
-    layers or what comes after.
-    """
+    """One method per different solve, without post-processes: others differ in targets, layers, what comes after."""
     found: dict[tuple, str] = {}
     for name in methods.METHODS:
         editor = methods.method(name, model)
@@ -89,8 +85,7 @@ def distinct_solves(model: str = "tiny") -> dict[str, Editor]:
 def sensitivity(
     trials: int = 60, seed: int = 1, size: float = 1e-3, dim: int = 16, n: int = 4, model: str = "tiny"
 ) -> pd.DataFrame:
-    """What the check would notice: the library solves with its first key longer by `size`, the published form with the
-    true one.
+    """What the check would notice: the library's first key is longer by `size`, the published form has the true one.
 
     One row per distinct solve: instances, and in how many of them the difference is more than rounding explains.
     """
@@ -173,8 +168,7 @@ def _moved(case: Case, generator: torch.Generator) -> Case:
 def coinciding_keys(
     method: str = "emmet", seed: int = 0, dim: int = 8, distances: Sequence[float] = DISTANCES, model: str = "tiny"
 ) -> pd.DataFrame:
-    """Exact writes (ν = 0) of three requests, two of whose keys are `distance` apart (relative)
-    and want different things.
+    """Exact writes (ν = 0) of three requests, two with keys `distance` apart (relative) and different wishes.
 
     One row per distance: whether the d×d form writes what was planned (to 1e-3), the order of magnitude of its
     ‖Δ‖‖K‖/‖R‖, and what the library does.

@@ -81,20 +81,17 @@ def uniform(generator: torch.Generator, low: float, high: float) -> Tensor:
 def random_request(
     trial: int, generator: torch.Generator, dims: Sequence[int] = (4, 16, 64), near: bool = False
 ) -> Request:
-    """A layer of random dimension, rank, conditioning (to 1e6), strength and past keys, and a request of γ from 1e-3
-    to 1e3 in it.
+    """A layer of random dimension, rank, conditioning (to 1e6), strength and past; a request of γ from 1e-3 to 1e3.
 
-    τ from 0.01 to 100; ε/τ from 0.001 to 1000, or, if `near`, 1/γ up to 1e-5: the interval is all but a point,
-    or just empty.
+    τ from 0.01 to 100; ε/τ from 0.001 to 1000, or, if `near`, 1/γ up to 1e-5: the interval is a point, or just empty.
     """
     method, dim = KINDS[trial % 3], dims[trial // 3 % len(dims)]
     case = draw(generator, dim, 1)
     metric, key = case.metric(methods.method(method, "tiny")), case.keys.T
     key = key * (uniform(generator, -3, 3) / association(key, metric)).sqrt()
     tau, gamma = uniform(generator, -2, 2), association(key, metric)[0]
-    ratio = (
-        (1 + 1e-5 * (2 * torch.rand((), dtype=torch.float64, generator=generator) - 1)) / gamma
-        if near
-        else uniform(generator, -3, 3)
-    )
+    if near:
+        ratio = (1 + 1e-5 * (2 * torch.rand((), dtype=torch.float64, generator=generator) - 1)) / gamma
+    else:
+        ratio = uniform(generator, -3, 3)
     return Request(method, metric, key, case.residuals[:, 0] / case.residuals.norm(), tau, ratio * tau)

@@ -43,8 +43,7 @@ def proxy_fidelity(
     model: str = "tiny", edits: int = 8, data: str = "facts", text: str = "embedded", seed: int = 0,
     text_tokens: int | None = None, out: Path | None = None
 ) -> pd.DataFrame:
-    """g and ĝ of single edits on the unedited model, at v_init and where the refinement ends (v3 Figures 3 and 8,
-    Appendix C.5).
+    """g and ĝ of single edits on the unedited model, at v_init and where the refinement ends (v3 Figures 3 and 8).
 
     One row per edit and point: losses, the quantities of `Fidelity`, alignment and off as of `random_cases`, and the
     reduction of F in basis points by one step along g, ĝ, the proxy with the key-only gate, and none:
@@ -82,9 +81,8 @@ def _edits(lm: LanguageModel, editor: Editor, state: EditorState, requests: list
         for point, optimizer in POINTS.items():
             rule = replace(editor.refine, optimizer=optimizer) if optimizer else replace(editor.refine, steps=0)
             value = refine(lm, [request], state.contexts, initial, downstream.gate, rule).value
-            rows.append(
-                {"request": request.id, "point": point} | _measured(downstream, value, key_only, rule.step_size)
-            )
+            found = _measured(downstream, value, key_only, rule.step_size)
+            rows.append({"request": request.id, "point": point} | found)
     return rows
 
 
@@ -111,9 +109,7 @@ def _measured(downstream: Downstream, value: Tensor, key_only: Tensor, step: flo
 
 
 def fidelity_summary(records: pd.DataFrame) -> pd.DataFrame:
-    """Per point: medians of the theorem's quantities and of the cosines, edits certified,
-    not certified and undefined.
-    """
+    """Per point: medians of the theorem's quantities and the cosines; edits certified, not certified, undefined."""
     rows = []
     for point, group in records.groupby("point", sort=False):
         aligned = {"aligned": int((group.cosine > 0).sum()), "aligned_downstream": int((group.down_cosine > 0).sum())}

@@ -72,8 +72,7 @@ def frame(found: Fidelity, exact: Tensor, proxy: Tensor, proxy_down: Tensor) -> 
 
 
 def adversary(starts: int = 400, steps: int = 300, dim: int = 3, seed: int = 0) -> pd.DataFrame:
-    """Two directed searches over all vectors at once, many starts each: the closest that anything comes to
-    contradicting the theorem.
+    """Two directed searches over all vectors at once: the closest that anything comes to contradicting the theorem.
 
     First the smallest q/κ with ⟨g, ĝ⟩ = 0, which the tail is made to give; then the least of ⟨g, ĝ⟩/‖ĝ‖² − (1 − q/κ).
     One row per search: what it found, what the theorem allows at least, evaluations, and the quantities there,

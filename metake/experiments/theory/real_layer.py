@@ -1,6 +1,4 @@
-"""What the theory pages measure on a real model: a few facts, their Stage-I targets, and the frozen gate of the last
-edited layer.
-"""
+"""What the theory pages measure on: a few facts, their Stage-I targets, the frozen gate of the last edited layer."""
 
 from __future__ import annotations
 
@@ -66,9 +64,7 @@ class RealLayer(NamedTuple):
 def prepare(
     model: str, count: int, method: str = "metake", text: str = "embedded", text_tokens: int | None = None
 ) -> RealLayer:
-    """The first embedded facts on `model`, up to where the outer level starts; keys of the plain prompt,
-    without sampled contexts.
-    """
+    """The first embedded facts on `model`, up to where the outer level starts; keys of the plain prompt alone."""
     lm = load(model)
     editor = replace(methods.method(method, model), contexts=("{}",))
     state = editor.init(lm, statistics(lm, text, layers=editor.layers, tokens=text_tokens))

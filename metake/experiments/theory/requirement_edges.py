@@ -23,8 +23,7 @@ EDGES = {
 
 
 def edges(trials: int = 60, seed: int = 0) -> pd.DataFrame:
-    """The theorem as stated, at its own limit β = 0, and where an assumption is dropped: plans inside the interval and
-    on both sides of it.
+    """The theorem as stated, at its limit β = 0, and without an assumption: plans inside the interval and beside it.
 
     As `comparisons.foretold`: a plan is wrong whose outcome is not the one that the interval foretells.
     """
@@ -88,8 +87,7 @@ READINGS: dict[str, tuple[str, Callable[[_Written, Request], Tensor]]] = {
 
 
 def readings(trials: int = 200, seed: int = 0) -> pd.DataFrame:
-    """How often the threshold β < τ/(τ+ε) foretells, under each reading of the requirements,
-    that no plan satisfies them.
+    """How often β < τ/(τ+ε) foretells, under each reading of the requirements, that no plan satisfies them.
 
     Judged are the plans that can be first or last among the feasible ones, and 200 more. Columns: reading, requirement,
     instances, agrees, survives. The last row asks the same of (58) with ≤ in place of <, where γ = τ/ε = 3 without

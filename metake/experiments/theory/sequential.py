@@ -39,9 +39,7 @@ SAME = 1e-9  # a relative difference above it is never taken for rounding, howev
 
 
 def _total(editor: Editor, case: Case, metric: Metric, size: int, reading: str) -> Tensor:
-    """Sum of the updates, (d_out, d), of consecutive parts of `size` requests, with the editor's memory and
-    post-processes.
-    """
+    """Sum of the updates, (d_out, d), of consecutive parts of `size` requests, with memory and post-processes."""
     done = LayerUpdate("", case.residuals[:, :0], case.keys.T[:0])
     for first in range(0, case.keys.shape[1], size):
         keys, residuals = case.keys[:, first : first + size], case.residuals[:, first : first + size]
@@ -96,18 +94,15 @@ def sequential_check(
 def by_method(
     records: pd.DataFrame, names: Sequence[str] = tuple(methods.METHODS), model: str = "tiny"
 ) -> pd.DataFrame:
-    """Median difference per method: for keys that meet, under both readings; for unrelated keys the larger of the
-    two.
-    """
+    """Median difference per method: for keys that meet, under both readings; for unrelated keys the larger one."""
     found = records.groupby(["method", "keys", "reading"]).difference.median()
     rows = []
     for name in names:
         editor = methods.method(name, model)
         unrelated = max(found[name, "unrelated", reading] for reading in READINGS)
         row = {"method": name, "remembers": editor.remember, "afterwards": bool(editor.post)}
-        rows.append(
-            row | {reading: found[name, "any", reading] for reading in READINGS} | {"unrelated keys": unrelated}
-        )
+        row |= {reading: found[name, "any", reading] for reading in READINGS}
+        rows.append(row | {"unrelated keys": unrelated})
     return pd.DataFrame(rows)
 
 
@@ -134,13 +129,9 @@ def sequential_on_model(
             targets = optimize_targets(lm, asked, state.contexts, own.layers[0], own.target)
             batch, kept = (_parts(lm, own, state, asked, targets, size) for size in (len(asked), 1))
             found = {"kept": kept} | ({"planned anew": _run(lm, own, asked, given)} if contexts is None else {})
-            rows += [
-                {
-                    "method": name, "keys": keys, "targets": k,
-                    "difference": ((delta - batch).norm() / batch.norm()).item()
-                }
-                for k, delta in found.items()
-            ]
+            for kind, delta in found.items():
+                row = {"method": name, "keys": keys, "targets": kind}
+                rows.append(row | {"difference": ((delta - batch).norm() / batch.norm()).item()})
     return pd.DataFrame(rows)
 
 
@@ -153,9 +144,7 @@ def _run(lm: LanguageModel, editor: Editor, asked: Sequence[EditRequest], given:
 def _parts(
     lm: LanguageModel, editor: Editor, state: EditorState, asked: Sequence[EditRequest], targets: Targets, size: int
 ) -> Tensor:
-    """Δ of edits of `size` requests whose targets stay as they are; keys and current states are read again each
-    time.
-    """
+    """Δ of edits of `size` requests whose targets stay; keys and current states are read again each time."""
     (layer,), done = editor.layers, []
     metric, path = state.metrics[layer], lm.write_path(layer)
     with lm.scratch([path]):

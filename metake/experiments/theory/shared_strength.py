@@ -65,8 +65,7 @@ def _pair(trial: int, generator: torch.Generator, own: bool) -> tuple[Request, R
 
 
 def trap_check(pairs: int = 300, seed: int = 0) -> pd.DataFrame:
-    """Random pairs of requests, h of the higher γ and l of the lower, under each law; what a λ makes of both is really
-    written.
+    """Random pairs, h of the higher γ and l of the lower, under each law; what a λ makes of both is really written.
 
     Tried are λ beside the ends of both intervals (eqs 61–65) and, where h's lies below l's (eq. 67), λ strictly between
     (eq. 68). One row per pair and law: law, decreasing, own (whether a, τ, ε are the requests' own, or shared),
@@ -148,8 +147,7 @@ def plans_on_model(
     model: str = "tiny", requests: int = 6, strengths: Sequence[float] = (0.0625, 1.0, 16.0, 256.0, 4096.0),
     text: str = "embedded", seed: int = 0, finer: float = 1.0
 ) -> pd.DataFrame:
-    """What λ_KL does to real plans: Stage I of the same requests at each λ_KL, with the interval of each under both
-    metrics.
+    """What λ_KL does to real plans: Stage I of the same requests at each λ_KL, their intervals under both metrics.
 
     Norms are shares of ‖h‖, τ = ε = 0.25 ‖h‖ as in `diagnose`. The clamp and the early stop, which shorten plans too,
     are off. finer: Stage I takes steps so many times shorter, and 0.4 · finer times as many. One row per method,

@@ -1,5 +1,4 @@
-"""Random instances of a closed-form solve, made twice: by the library from a method's parts, and by its published d×d
-form.
+"""Random instances of a closed-form solve, made twice: from a method's parts, and by its published d×d form.
 
 The published forms stand among the tests of a checkout, tests/reference.py; `literal.load_reference` reads them.
 """
@@ -46,9 +45,7 @@ class Case(NamedTuple):
         return KeyStatistics((moment + moment.T) * 50 * len(self.keys), 100 * len(self.keys))
 
     def metric(self, editor: Editor) -> Metric:
-        """The editor's rule with this instance's strength, on this instance's statistics;
-        conditioned if it remembers.
-        """
+        """The editor's rule with this instance's strength and statistics; conditioned if it remembers."""
         rule, strength = editor.metric, 10 ** self.strength.item()
         if isinstance(rule, null_space):
             metric = replace(rule, threshold=THRESHOLD, ridge=strength)(self.statistics(self.rank))
@@ -61,9 +58,7 @@ class Case(NamedTuple):
 
 
 def draw(generator: torch.Generator, dim: int, n: int, rows: int = 6) -> Case:
-    """An instance: rank, conditioning (up to 1e6), strength (1e-2 to 1e3), number of past keys and their scale at
-    random.
-    """
+    """An instance: rank, conditioning (to 1e6), strength (1e-2 to 1e3), number of past keys, and scale at random."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
@@ -117,9 +112,7 @@ def difficulty(editor: Editor, case: Case) -> float:
 
 
 def published(reference: ModuleType, method: str, editor: Editor, case: Case) -> dict[str, Tensor]:
-    """Δ by each d×d form that a method, or a named difference of it, was published with, (d_out, d),
-    post-processes included.
-    """
+    """Δ, (d_out, d), by each d×d form that a method, or a named difference, was published with; post-processed."""
     found = _solves(reference, method.partition("/")[0], editor, case)
     for rule in editor.post:
         found = {form: _post(reference, rule, delta, case.weight) for form, delta in found.items()}

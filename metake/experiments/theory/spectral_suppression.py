@@ -120,8 +120,7 @@ def _projected(found: KeyStatistics, key: Tensor, ridge: float, some: bool) -> d
 def adversarial_search(
     starts: int = 3, steps: int = 120, seed: int = 0, dims: Sequence[int] = (3, 6, 12)
 ) -> pd.DataFrame:
-    """Gradient ascent on γ/bound over the key, the spectrum and λ, in a random orientation; H are the larger half of
-    the eigenvalues.
+    """Gradient ascent on γ/bound over key, spectrum and λ, in a random orientation; H: the larger eigenvalues.
 
     One row per dimension: the largest γ/bound met; spare = what is left to 1, in units of rounding; `broken` if it
     exceeds 1 by more. The bound is attained, so a good search comes near 1.
@@ -155,8 +154,7 @@ def _log_ratio(directions: Tensor, point: Tensor) -> Tensor:
 
 
 def limits(seed: int = 0, dim: int = 12, outside: Sequence[float] = (0.0, 1e-4, 1e-2), powers: int = 8) -> pd.DataFrame:
-    """β as the protected half of the spectrum grows, s_H from 1 to 10^powers, of keys with a share ε of their energy
-    outside it.
+    """β as the protected half of the spectrum grows, s_H from 1 to 10^powers; a share ε of a key lies outside it.
 
     λ = 1, ‖k‖² = 10, the other half of the spectrum is 0.1. Columns: outside = ε, floor_at = s_H, beta,
     bound = what the bound allows for β, and limit = what is left as s_H → ∞: γ_out/(1+γ_out) of the energy outside,
@@ -174,12 +172,8 @@ def limits(seed: int = 0, dim: int = 12, outside: Sequence[float] = (0.0, 1e-4, 
             spectrum = torch.where(protected, 10.0**power, 0.1).double()
             gamma = association(key, InverseCovariance(layer(spectrum, directions), ridge=1.0))
             bound = suppression_bound(key, spectrum, directions, protected, 1.0)
-            rows.append(
-                {
-                    "outside": share, "floor": 10.0**power, "beta": attenuation(gamma).item(),
-                    "bound": attenuation(bound).item(), "limit": attenuation(rest).item()
-                }
-            )
+            row = {"outside": share, "floor": 10.0**power, "beta": attenuation(gamma).item()}
+            rows.append(row | {"bound": attenuation(bound).item(), "limit": attenuation(rest).item()})
     return pd.DataFrame(rows)
 
 
@@ -215,21 +209,15 @@ def spectrum_on_model(
 
 
 def _bounds(keys: Tensor, spectrum: Tensor, directions: Tensor, ridge: float, gamma: Tensor) -> list[dict]:
-    """The bound for the sets H of largest eigenvalues that hold at least half, 90 % and 99 % of a key's energy,
-    and for all directions.
-    """
+    """The bound for the sets H that hold at least half, 90 % and 99 % of a key's energy, and for all directions."""
     rows = []
     energy = (keys @ directions).square().flip(1).cumsum(1) / keys.square().sum(1, keepdim=True)
     for i, share in ((i, s) for i in range(len(keys)) for s in (0.5, 0.9, 0.99, 1.0)):
         size = len(spectrum) if share == 1 else int((energy[i] < share).sum()) + 1
         protected = torch.arange(len(spectrum), device=keys.device) >= len(spectrum) - size
         bound = suppression_bound(keys[i : i + 1], spectrum, directions, protected, ridge).item()
-        rows.append(
-            {
-                "request": i, "share": share, "size": size, "gamma": gamma[i].item(), "bound": bound,
-                "ratio": bound / gamma[i].item()
-            }
-        )
+        row = {"request": i, "share": share, "size": size, "gamma": gamma[i].item()}
+        rows.append(row | {"bound": bound, "ratio": bound / gamma[i].item()})
     return rows
 
 

@@ -41,8 +41,7 @@ def radii(operator: Tensor, delta: float | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def strengths(operator: Tensor, delta: float, tau: float, easy: float = 1.0, hard: float = 1.0) -> tuple[float, float]:
-    """The λ that serve both requests: from α_hard √λmax / δ, safety of the hard one, to α_easy / τ,
-    progress of the easy one.
+    """The λ that serve both requests: from α_hard √λmax / δ (the hard one is safe) to α_easy / τ (progress).
 
     Empty (the first is larger) iff τ/α_easy > δ/(α_hard √λmax): τ > δ/√λmax where both gradients have one size α
     (v1 eqs 45, 49, 50)
@@ -51,9 +50,7 @@ def strengths(operator: Tensor, delta: float, tau: float, easy: float = 1.0, har
 
 
 class Trap(NamedTuple):
-    """Two requests with g = −α q along the least and the most restricted direction of E (v1 eq. 47),
-    and the curvature of their loss.
-    """
+    """Two requests with g = −α q along E's least and most restricted direction (v1 eq. 47), and their curvature."""
 
     operator: Tensor  # A
     delta: float
@@ -156,8 +153,7 @@ def quadratic(points: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
 
 
 def ellipsoid_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2, 8, 32)) -> pd.DataFrame:
-    """Lemma 2 on random A: balls a little smaller and a little larger than the two of the lemma,
-    probed along random directions and along A's own.
+    """Lemma 2 on random A: its balls, and a little larger and smaller ones, probed along random ways and A's own.
 
     One row per instance: dim, kappa, `inside` and `around` = how clearly no probe contradicts the two bounds, `tight` =
     how clearly both fail once they are moved by a millionth, in units of rounding; ratio_error = of √κ, relative, and
@@ -185,8 +181,7 @@ def ellipsoid_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2
 
 
 def trap_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2, 8, 32), grid: int = 61) -> pd.DataFrame:
-    """The two-request construction (v1 eqs 46–50): λ over eight decades around both requirements,
-    and next to each of them, is really tried.
+    """The two-request construction (v1 eqs 46–50): λ over eight decades, and next to each demand, is really tried.
 
     Every third instance lies within 1e-5 of the boundary τ = δ/√λmax. One row per instance: dim, kappa,
     boundary = τ√λmax/δ, trapped where τ > δ/√λmax, served = a tried λ serves both, alone = the easy request's own

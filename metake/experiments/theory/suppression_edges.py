@@ -70,8 +70,7 @@ def _refused(found: KeyStatistics) -> bool:
 
 
 def readings(seed: int = 0, dim: int = 8, counts: Sequence[int] = (100, 1000, 10_000, 100_000)) -> pd.DataFrame:
-    """Whether more text of the same kind suppresses an edit: β of one key as the number N of preserved keys grows a
-    thousandfold.
+    """Whether more text of the same kind suppresses an edit: β of one key as the number N of preserved keys grows.
 
     (13) needs a C; the texts allow the mean of kkᵀ over the preserved keys, as the code of the whole family has it,
     or the sum K₀K₀ᵀ. The proof's "increasing old-key density ⇒ s_H → ∞" speaks of N. Columns: reading, at N = 100, …,

@@ -109,9 +109,7 @@ def readings(records: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def _multipliers(seed: int) -> dict[str, bool]:
-    """Which form of the ball's constraint has λ as its multiplier: −dV of the smallest value V for its right-hand
-    side.
-    """
+    """Which form of the ball's constraint has λ as its multiplier: −dV of the least value V for its right side."""
     generator = torch.Generator().manual_seed(seed)
     hessian, gradient, strength = (
         random_operator(generator, 5, 10.0), torch.randn(5, dtype=torch.float64, generator=generator), 0.7
@@ -165,9 +163,7 @@ def _left(keys: Tensor, planned: Tensor, metric: Metric) -> Tensor:
 
 
 def _serves(keys: Tensor, metric: Metric, operator: Tensor, tau: float, strength: float) -> bool:
-    """Whether a shared λ lets u = q/λ go τ along A's easiest combination and keeps what is left of the hardest within
-    δ = 1.
-    """
+    """Whether a shared λ takes u = q/λ by τ along A's easiest way and keeps what is left of the hardest within 1."""
     easy, hard = torch.linalg.eigh(operator)[1][:, [0, -1]].T / strength
     return bool(easy.norm() >= tau * (1 - SLACK) and _left(keys, hard[:, None], metric).norm() <= 1 + SLACK)
 
@@ -199,9 +195,7 @@ def drawn(kappa: float = 16.0, tau: float = 2.0) -> tuple[pd.DataFrame, pd.DataF
 
 
 def sweep(points: int = 25, kappa: float = 100.0) -> pd.DataFrame:
-    """What each shared λ does, for a drawing: boundary = τ√λmax/δ, strength = λ in units of α√λmax/δ,
-    and the outcome for both requests.
-    """
+    """What each shared λ does, to be drawn: boundary = τ√λmax/δ, strength = λ in units of α√λmax/δ, outcome."""
     rows, operator = [], torch.diag(torch.tensor([1 / kappa, 1.0], dtype=torch.float64))
     words = {
         (True, True): "both are served", (True, False): "hard one unsafe", (False, True): "easy one stuck",

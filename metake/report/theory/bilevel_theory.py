@@ -174,8 +174,7 @@ def last_layer(
     lemmas: pd.DataFrame, instances: pd.DataFrame, drifts: pd.DataFrame, real: pd.DataFrame, model: str | None = None,
     name: str = "dominance"
 ) -> Figure:
-    """Left: ‖M_l − M_L‖ against Lemma 4's bound; right: ‖g − ĝ‖/‖ĝ‖ against q; random instances,
-    and what the model gives.
+    """Left: ‖M_l − M_L‖ against Lemma 4's bound; right: ‖g − ĝ‖/‖ĝ‖ against q; at random, and on the model.
 
     lemmas: gates apart, paper, mean value; instances: q, error, lower; drifts: gates apart, mean value; real: proxy,
     q, error.

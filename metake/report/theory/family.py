@@ -18,8 +18,7 @@ DISC = {"marker": "o", "markersize": 5, "markeredgewidth": 0, "linestyle": ""}
 def agreement(
     records: pd.DataFrame, searched: pd.DataFrame | None = None, model: str | None = None, name: str = "one_formula"
 ) -> Figure:
-    """Relative differences of two forms of the same update: a row per method, a dot per instance,
-    larger for larger dimensions.
+    """Relative differences of two forms of one update: a row per method, a dot per instance, larger for larger d.
 
     Left: the difference itself; right: in units of its rounding. records: method, form, dim, error, ratio; searched:
     stage, method, ratio; the ends of a search for the largest ratio are drawn as rings.
@@ -102,8 +101,7 @@ def _cloud(axes: Any, row: int, own: pd.DataFrame, quantity: str, dims: list[int
 
 
 def option_effects(scores: pd.DataFrame, model: str | None = None, name: str = "published_differences") -> Figure:
-    """What an option changes in each metric: a hollow mark for the default, a full one for the option,
-    a panel per metric.
+    """What an option changes, a panel per metric: a hollow mark for the default, a full one for the option.
 
     scores: as `experiments.differences.beside` returns them (method, metric, default, option, low, high;
     percent and points).

@@ -27,8 +27,7 @@ TOLERANCE = 1e-9  # between the script's readings and the library's
 
 
 def beta_plane(records: pd.DataFrame, scene: Mapping[str, Any], name: str = "geometry_of_beta") -> Figure:
-    """A key that turns away from the preserved line: the plane with levels of β under each constraint,
-    and the feasible plans per angle.
+    """A key turns away from the preserved line: levels of β under each constraint, and feasible plans per angle.
 
     records: method, angle, x, y, ridge, planned, beta, lower, upper, feasible; scene: preserved,
     constraints with their `unit` metric.
@@ -142,8 +141,7 @@ def _draw_intervals(axes: Any, records: pd.DataFrame, methods: list[str]) -> Non
 
 
 def beta_to_drag(scene: Mapping[str, Any], reference: pd.DataFrame) -> Shown:
-    """The plane with a key to drag and sliders, as SVG and a script of its own; without JavaScript a table of the same
-    readings.
+    """The plane with a key to drag and sliders, an SVG and its script; without JavaScript a table of the readings.
 
     scene: constraints (unit metric, λ at the start), preserved, past, start; reference: the library's readings,
     at which the script

@@ -53,8 +53,7 @@ def _rows(axes: Any, names: list[str]) -> None:
 
 
 def proxy_cosines(records: pd.DataFrame, model: str | None = None, name: str = "proxy_cosines") -> Figure:
-    """Cosine of exact and proxy hypergradient of every edit, per point: with the anchor's gradient that both share,
-    and without.
+    """Cosine of exact and proxy hypergradient of every edit, per point: with the anchor that both share, and without.
 
     records: point, cosine, down_cosine; one row per edit and point.
     """
@@ -93,8 +92,7 @@ def proxy_cosines(records: pd.DataFrame, model: str | None = None, name: str = "
 
 
 def proxy_descent(records: pd.DataFrame, model: str | None = None, name: str = "proxy_descent") -> Figure:
-    """Reduction of the outer loss by one step along four directions, a panel per point, symmetric logarithmic beyond ±
-    10 basis points.
+    """Reduction of the outer loss by one step along four directions, a panel per point; logarithmic beyond ±10.
 
     records: point, exact, proxy, key_only, none, equal_proxy, equal_key_only, in basis points;
     one row per edit and point.

@@ -9,6 +9,7 @@ import pandas as pd
 
 from metake.report.figure import Figure
 from metake.report.plots import _log_axis, _require, _soft
+from metake.report.shown import NOISE
 from metake.report.style import METHOD_STYLE, in_order, style
 
 GOOD, FIRST, SECOND, BAD = (METHOD_STYLE[m].color for m in ("memit", "alphaedit", "blue", "pre-edit"))
@@ -110,8 +111,7 @@ def _draw_intervals(axes: Any, intervals: pd.DataFrame) -> None:
 def real_plans(
     records: pd.DataFrame, region: pd.DataFrame, model: str | None = None, name: str = "editing_requirement_model"
 ) -> Figure:
-    """Left: real requests and their plans at each λ_KL against the feasible region; right: how their plans answer to
-    λ_KL, beside a/λ.
+    """Left: real requests' plans at each λ_KL against the feasible region; right: how they answer, beside a/λ.
 
     records: method, id, kl_weight, beta, planned (in ‖h‖); region: beta, lower, upper in the same unit.
     """
@@ -211,8 +211,8 @@ def suppression(
         f"{100 * o:g} % outside: β = {limits[limits.outside == o].beta.iloc[-1]:.2g} at s_H = {limits.floor.max():.0e}"
         for o, *_ in looks
     )
-    spans = spectrum.groupby("method", sort=False).beta.agg(["min", "median", "max"])
-    told = "; ".join(f"{style(m).name} from {max(r['min'], 0):.2g} to {r['max']:.2g}" for m, r in spans.iterrows())
+    spans = spectrum.groupby("method", sort=False).beta.agg(["min", "max"]).mask(lambda x: x < NOISE, 0.0)
+    told = "; ".join(f"{style(m).name} from {r['min']:.2g} to {r['max']:.2g}" for m, r in spans.iterrows())
     alt = f"""Left: share β against the protected eigenvalue. {ends}. Right: β of a key along each eigen-direction of a
         layer against its eigenvalue,
         and the share of real keys' energy there. {told}."""
