@@ -18,7 +18,7 @@ import torch
 from models import CONFIGS, random_model
 from same import contents, fingerprint
 
-import metake.editing.editor
+import metake.editing.keys
 from metake import (
     METHODS,
     ArchitectureError,
@@ -406,7 +406,7 @@ def test_after_an_error_the_model_is_bit_identical_and_nothing_is_on_disk(
     monkeypatch.chdir(tmp_path)
     given, lm = editor(name, layers=changes.get("layers", LAYERS), contexts=("{}", "So. {}")), random_model(kind)
     changes.get("model", lambda _: None)(lm)
-    before, calls, solve = fingerprint(lm.model), [], metake.editing.editor.solve
+    before, calls, solve = fingerprint(lm.model), [], metake.editing.keys.solve
 
     def failing(*args):
         calls.append(fingerprint(lm.model) != before)
@@ -415,7 +415,7 @@ def test_after_an_error_the_model_is_bit_identical_and_nothing_is_on_disk(
         return solve(*args)
 
     if "solve" in changes:
-        monkeypatch.setattr(metake.editing.editor, "solve", failing)
+        monkeypatch.setattr(metake.editing.keys, "solve", failing)
     with pytest.raises(error, match=said):
         given.edit(lm, changes.get("requests", REQUESTS), changes.get("statistics", known(kind)))
     assert fingerprint(lm.model) == before

@@ -101,7 +101,7 @@ def columns_before(lengths: Tensor, width: int) -> Tensor:
 def rearranged(cache: DynamicCache, rows: Tensor, columns: Tensor, after: int) -> Cached:
     """The cached keys and values of the blocks after `after` at (row, column), both (rows, columns) or broadcast."""
     return [
-        tuple(t.transpose(1, 2)[rows, columns].transpose(1, 2) for t in (entry.keys, entry.values))
+        tuple(t.transpose(1, 2)[rows, columns].transpose(1, 2).contiguous() for t in (entry.keys, entry.values))
         if i > after and entry.is_initialized
         else None
         for i, entry in enumerate(cache.layers)
