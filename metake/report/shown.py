@@ -43,8 +43,8 @@ class Shown:
         return self.text
 
 
-def texts(column: pd.Series, digits: int, noise: bool = False) -> list[str]:
-    """One column as text: `digits` decimals, or significant digits if they would hide some of it. noise: show it."""
+def texts(column: pd.Series, digits: int) -> list[str]:
+    """One column as text: `digits` decimals, or significant digits if they would hide some of it."""
     column = column.infer_objects()
     if pd.api.types.is_bool_dtype(column):
         return ["yes" if v else "no" for v in column]
@@ -57,14 +57,14 @@ def texts(column: pd.Series, digits: int, noise: bool = False) -> list[str]:
     form = (
         f".{digits}f" if sizes.empty or (sizes.min() >= 10**-digits and sizes.max() < 1e6) else f"#.{max(digits, 3)}g"
     )
-    return [_number(float(v), form, noise) for v in column]
+    return [_number(float(v), form) for v in column]
 
 
-def _number(value: float, form: str, noise: bool) -> str:
+def _number(value: float, form: str) -> str:
     if value != value:
         return "–"
     if 0 < abs(value) < NOISE:
-        return f"{value:.0e}" if noise else f"<{NOISE:.0e}"
+        return f"<{NOISE:.0e}"
     return format(value + 0.0, form)
 
 
@@ -119,7 +119,7 @@ def table(
     frame = frame.set_axis(
         [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in frame.columns], axis=1
     )
-    said = [texts(frame[c], digits, noise=True) for c in frame]
+    said = [texts(frame[c], digits) for c in frame]
     kinds = [
         "num" if is_numeric(frame[c]) else "text long" if max(map(len, own), default=0) > LONG else "text"
         for c, own in zip(frame, said, strict=True)
