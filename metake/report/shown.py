@@ -186,7 +186,7 @@ def verdict(
     (word, tone), name = found[0], artifact_name(f"{page}-{part}" if part else page, model)
     content = {
         "page": page, "title": title, "claim": claim, "verdict": word, "decided_by": decided_by, "label": label,
-        "margin": min(float(f"{margin:.2g}"), FAR), "error": error
+        "margin": min(float(f"{margin:.3g}"), FAR), "error": error
     }
     write_file(
         own_folder("METAKE_VERDICTS", "verdicts") / f"{name}.json",
@@ -203,7 +203,7 @@ def verdict(
 
 def distance(margin: float, error: str) -> str:
     """How far a verdict is from turning, in words."""
-    size = "more than a million" if margin > 1e6 else f"{margin:.2g}"
+    size = "more than a million" if margin > 1e6 else f"{margin:.3g}"
     return f"{size} times its error ({error})" if margin > 1 else f"within its error ({error})"
 
 
