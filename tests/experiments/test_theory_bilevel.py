@@ -158,7 +158,7 @@ def test_corollary_on_the_model(layer):
 def test_descent_and_rate(seed, dim, product, steps):
     landscape, start = landscapes._draw(generator(seed), dim)
     size = product / landscape.smoothness
-    losses, slopes = landscapes._iterate(landscape, start, size, steps)
+    _, losses, slopes = landscapes._iterate(landscape, start, size, steps)
     squared = slopes.square().sum(1)[:-1]
     assert (
         (losses[1:] - losses[:-1] + size * (1 - product / 2) * squared) <= 1e-12 * (losses[:-1].abs() + size * squared)
