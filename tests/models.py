@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from metake.algebra.geometry import KeyStatistics
 from metake.language.model import LanguageModel
 
 SMALL = {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -77,3 +78,19 @@ def stand_in(*_: object) -> LanguageModel:
     lm = random_model("gpt2")
     lm.name, lm.origin = "tiny", {"origin": "test", "revision": "", "note": ""}
     return lm
+
+
+def text_statistics(lm: LanguageModel, layers, tokens: int = 1500) -> dict[int, KeyStatistics]:
+    """Key statistics over random tokens."""
+    found = {layer: KeyStatistics.empty(lm.shape(lm.write_path(layer))[1]) for layer in layers}
+    ids = torch.randint(1, 384, (tokens // 50, 50), generator=torch.Generator().manual_seed(1))
+    for layer, one in found.items():
+        seen = []
+        handle = lm.write(layer).register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1))
+        )
+        with torch.no_grad():
+            lm.model(ids)
+        handle.remove()
+        one.update(seen[0])
+    return found

@@ -11,8 +11,16 @@ from test_solve import THRESHOLD, assert_close, problem, second_moment
 from torch import Tensor
 
 from metake.algebra.geometry import (
-    Conditioned, Dense, InverseCovariance, Isotropic, KeyStatistics, NullSpace, condition, inverse_covariance,
-    null_space, one_layer
+    Conditioned,
+    Dense,
+    InverseCovariance,
+    Isotropic,
+    KeyStatistics,
+    NullSpace,
+    condition,
+    inverse_covariance,
+    null_space,
+    one_layer,
 )
 from metake.support.errors import ParameterError, StatisticsError
 

@@ -12,10 +12,9 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import random_model
+from models import random_model, text_statistics
 from reference import CONTEXTS, REQUESTS
 from same import fingerprint
-from test_bilevel import text_statistics
 from torch import Tensor
 
 from metake.algebra.geometry import inverse_covariance

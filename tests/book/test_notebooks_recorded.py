@@ -120,3 +120,11 @@ def test_verdict_is_the_one_its_page_shows(path):
     assert not missing, (
         f"{path.name} was not written by the recorded run of its page: {missing} differ; use `make notebooks`"
     )
+
+
+@pytest.mark.parametrize("path", VERDICTS, ids=lambda path: path.stem)
+def test_no_verdict_stands_within_its_own_error_without_saying_so(path):
+    found = json.loads(path.read_text("utf-8"))
+    assert found["margin"] >= 0 and found["error"]
+    if found["margin"] < 1 and found["verdict"] != "inconclusive":
+        assert re.search(r"within (its error|rounding)", found["decided_by"])

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import pytest
 import reference
 import torch
-from models import CONFIGS, random_model
+from models import CONFIGS, random_model, text_statistics
 from reference import CONTEXTS, REQUESTS, double_inside  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from metake.algebra.geometry import Isotropic, KeyStatistics, inverse_covariance, null_space
+from metake.algebra.geometry import Isotropic, inverse_covariance, null_space
 from metake.algebra.solve import gate
 from metake.editing.bilevel import Refinement, refine
 from metake.editing.editor import Editor
@@ -114,22 +114,6 @@ def test_micro_batches_do_not_change_the_result(kind: str):
     whole, *parts = (refine(s.lm, BATCH, CONTEXTS, s.targets, s.gate, replace(RULE, tokens=t)) for t in (10**6, 1, 40))
     for part in parts:
         assert (part.planned - whole.planned).abs().max() <= 1e-10
-
-
-def text_statistics(lm: LanguageModel, layers, tokens: int = 1500) -> dict[int, KeyStatistics]:
-    """Key statistics over random tokens."""
-    found = {layer: KeyStatistics.empty(lm.shape(lm.write_path(layer))[1]) for layer in layers}
-    ids = torch.randint(1, 384, (tokens // 50, 50), generator=torch.Generator().manual_seed(1))
-    for layer, one in found.items():
-        seen = []
-        handle = lm.write(layer).register_forward_pre_hook(
-            lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1))
-        )
-        with torch.no_grad():
-            lm.model(ids)
-        handle.remove()
-        one.update(seen[0])
-    return found
 
 
 @pytest.mark.parametrize(

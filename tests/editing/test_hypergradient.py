@@ -10,9 +10,8 @@ from typing import NamedTuple
 import pytest
 import reference
 import torch
-from models import CONFIGS, random_model
+from models import CONFIGS, random_model, text_statistics
 from reference import CONTEXTS, REQUESTS, double_inside  # noqa: F401 (a fixture)
-from test_bilevel import text_statistics
 from torch import Tensor
 
 from metake.algebra.geometry import inverse_covariance, null_space

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import pytest
 import reference
 import torch
-from models import random_model
+from models import random_model, text_statistics
 from reference import CONTEXTS, REQUESTS, double_inside  # noqa: F401 (a fixture)
-from test_bilevel import text_statistics
 from test_targets import PULLED
 from torch import Tensor
 

@@ -20,13 +20,13 @@ from metake.algebra.update import Edit
 from metake.data.requests import Cases, EditRequest
 from metake.editing.bilevel import outer_objective
 from metake.editing.editor import Editor, EditorState
-from metake.editing.keys import KeyReader
 from metake.editing.record import describe
 from metake.editing.statistics import Statistics, statistics
 from metake.editing.targets import Targets
 from metake.experiments.kept import kept
 from metake.experiments.runs import Unedited, read_cases, select
 from metake.language.model import LanguageModel, load
+from metake.language.tokens import Rows
 from metake.scoring.evaluation import CaseScore, Evaluation, evaluate
 from metake.support.errors import ParameterError
 
@@ -173,7 +173,7 @@ def _outer(
     """The outer objective of each request at both ends of the refinement; the trace ends one step before the last."""
     rule, layer = editor.refine, editor.layers[-1]
     weights = torch.tensor((rule.edit_weight, rule.locality_weight, rule.anchor_weight), dtype=torch.float64)
-    reader = KeyReader(lm, requests, state.contexts, layer, flat=editor.context_rule.flat)
+    reader = editor.reading.reader(lm, Rows.of(lm.tokenizer, requests, state.contexts), layer)
     tokens = min(rule.tokens, lm.room(lm.depth - layer, gradients=True))
     objective = outer_objective(
         lm, requests, state.contexts, plan, editor._frozen_gate(reader, state, layer), replace(rule, tokens=tokens)
@@ -194,16 +194,12 @@ def _realized(
     lm: LanguageModel, editor: Editor, state: EditorState, requests: Sequence[EditRequest], edit: Edit, plan: Targets
 ) -> dict[str, Tensor]:
     layer, count = editor.layers[-1], len(editor.layers)
-    reader = KeyReader(
-        lm, requests, state.contexts, layer, flat=editor.context_rule.flat,
-        site="block" if editor.target.site == "block" else "mlp"
-    )
+    rows = Rows.of(lm.tokenizer, requests, state.contexts)
+    reader = editor.reading.reader(lm, rows, layer)
     gamma = association(reader.read(layer).keys, state.metrics[layer])
     value = refined(edit, editor, plan)
     with edit.applied(lm):
-        after = KeyReader(lm, requests, state.contexts, layer, flat=editor.context_rule.flat, site=reader.site).read(
-            layer
-        )
+        after = editor.reading.reader(lm, rows, layer).read(layer)
     last = edit.updates[-1]
     written, share = after.keys @ last.delta.T, last.left.T
     return {
