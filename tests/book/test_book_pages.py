@@ -180,7 +180,7 @@ def test_a_method_and_a_model_are_added_as_the_page_says(monkeypatch):
     assert (right.sign() != 0).any() and lm.shape(edit.updates[0].module)[1] == right.shape[1] == len(diagonal)
     exec(compile(row, "extend.md", "exec"), names)  # noqa: S102
     assert isinstance(mk.ARCHITECTURES["starcoder2"], mk.Architecture)
-    monkeypatch.delitem(mk.ARCHITECTURES, "starcoder2")
+    del mk.ARCHITECTURES["starcoder2"]  # not by monkeypatch, which would put it back
     exec(compile(closest, "extend.md", "exec"), names)  # noqa: S102
     assert names["editor"].layers == (4, 5, 6)
 
@@ -211,7 +211,7 @@ def test_every_public_name_is_described(reference, name):
 
 
 def test_signatures_are_as_one_would_write_them(reference):
-    assert reference.signature("attenuation", mk.attenuation) == "attenuation(association: Tensor) -> Tensor"
+    assert reference.signature("attenuation", mk.attenuation) == "attenuation(association: Tensor, noise: float = 1.0) -> Tensor"
     assert reference.signature("gate", mk.gate).split("\n")[1:] == [
         "    keys: Tensor,", "    metric: Metric,", "    noise: float = 1.0,", "    at: Tensor | None = None,",
         ") -> Tensor"

@@ -34,6 +34,9 @@ wait({{others}})
 PAGES = {"one": ["two"], "two": ["one"], "slow": ["word"]}  # page → what it waits for; none gives the word
 RAN = Path("_build/notebooks-run")
 
+OWN = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+"""The environment without what `make test`, which runs this, hands down to a make of its own."""
+
 
 @pytest.fixture
 def checkout(tmp_path):
@@ -49,7 +52,7 @@ def checkout(tmp_path):
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     (tmp_path / ".venv/bin/jupyter-book").symlink_to(shutil.which("true"))
-    database = subprocess.run(["make", "-pn"], cwd=tmp_path, capture_output=True, text=True).stdout
+    database = subprocess.run(["make", "-pn"], cwd=tmp_path, env=OWN, capture_output=True, text=True).stdout
     (stamp,) = (line.split()[-1] for line in database.splitlines() if line.startswith("STAMP := "))
     (tmp_path / stamp).touch()
     return tmp_path
@@ -60,7 +63,7 @@ def make(folder: Path) -> subprocess.Popen:
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     try:
         return subprocess.Popen(
-            ["make", "book", f"CORES={len(PAGES)}"], cwd=folder, start_new_session=True, encoding="utf-8",
+            ["make", "book", f"CORES={len(PAGES)}"], cwd=folder, env=OWN, start_new_session=True, encoding="utf-8",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
     finally:
