@@ -157,9 +157,9 @@ DIFFERENCES: dict[str, Difference] = {
         "AlphaEdit's repository, whose RECT rows later papers quote, keeps 40 % with ε = 1e-8", "code",
     ),
     "sphere/stored": Difference(
-        lambda model,
-        **changes: sphere(model,
-        **{"post": (replace(sphere(model).post[0], side=recipe(model).sphere_stored_side),), **changes}),
+        lambda model, **changes: sphere(
+            model, **{"post": (replace(sphere(model).post[0], side=recipe(model).sphere_stored_side),), **changes}
+        ),
         "principal directions of the weight's rows, on the key side",
         "the code takes the weight as it is stored: on GPT-2, whose weights are stored transposed, it softens "
             "the output side", "paper",
@@ -170,8 +170,9 @@ DIFFERENCES: dict[str, Difference] = {
         "threshold 0.02 and λ = 10, the settings behind the published tables and MetaKE's executor", "code",
     ),
     "pmet/unweighted": Difference(
-        lambda model,
-        **changes: pmet(model, **{"target": replace(pmet(model).target, drift_weighted=False), **changes}),
+        lambda model, **changes: pmet(
+            model, **{"target": replace(pmet(model).target, drift_weighted=False), **changes}
+        ),
         "PMET's own code stops once every target token is the arg-max and λ_KL · KL ≤ 0.01",
         "BLUE's copy compares KL itself, without the factor", "paper",
     ),
