@@ -211,7 +211,8 @@ def test_every_public_name_is_described(reference, name):
 
 
 def test_signatures_are_as_one_would_write_them(reference):
-    assert reference.signature("attenuation", mk.attenuation) == "attenuation(association: Tensor, noise: float = 1.0) -> Tensor"
+    expected = "attenuation(association: Tensor, noise: float = 1.0) -> Tensor"
+    assert reference.signature("attenuation", mk.attenuation) == expected
     assert reference.signature("gate", mk.gate).split("\n")[1:] == [
         "    keys: Tensor,", "    metric: Metric,", "    noise: float = 1.0,", "    at: Tensor | None = None,",
         ") -> Tensor"
