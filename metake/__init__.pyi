@@ -13,9 +13,11 @@ from .algebra.update import Edit, EditRecord, LayerUpdate
 from .data.facts import facts
 from .data.files import counterfact, counterfact_cases, zsre, zsre_cases
 from .data.requests import EditCase, EditRequest, Probe, batches
-from .editing.bilevel import Refinement, refine
+from .editing.bilevel import refine
 from .editing.diagnosis import diagnose
-from .editing.editor import Editor, EditorState
+from .editing.editor import Editor
+from .editing.outer import Refinement
+from .editing.state import EditorState
 from .editing.statistics import Statistics, statistics
 from .editing.targets import TargetRule, Targets, optimize_targets
 from .language.architecture import ARCHITECTURES, Architecture

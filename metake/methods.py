@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from metake.algebra.geometry import inverse_covariance, isotropic, null_space
 from metake.algebra.postprocess import cap_spectrum, keep_largest, soften_principal
-from metake.editing.bilevel import Refinement
 from metake.editing.editor import Editor, root, whole
+from metake.editing.outer import Refinement
 from metake.editing.recipes import Recipe, recipe
 from metake.editing.targets import TargetRule
 from metake.language.generation import ContextRule
@@ -100,6 +100,12 @@ def metake(model: str, base: Callable[..., Editor] = alphaedit, **changes: Any) 
     return base(model, **{"refine": Refinement(numbers.refine_steps, numbers.refine_step_size)} | changes)
 
 
+def metake_whole(model: str, base: Callable[..., Editor] = alphaedit, **changes: Any) -> Editor:
+    """MetaKE looking ahead through all edited layers (arXiv 2603.12677, eq. 84): `metake` descending F of its edit."""
+    own = metake(model, base)
+    return replace(own, **{"refine": replace(own.refine, look_ahead="whole")} | changes)
+
+
 def metake_v1(model: str, **changes: Any) -> Editor:
     """MetaKE as in its first version (v1 eqs 7–9): `metake` on MEMIT with Δ = R Kᵀ(C + λI + KKᵀ)⁻¹, C = λ_C C₀."""
     numbers = recipe(model)
@@ -107,9 +113,10 @@ def metake_v1(model: str, **changes: Any) -> Editor:
 
 
 METHODS: dict[str, Callable[..., Editor]] = {
-    f.__name__: f
-    for f in (rome, memit, memit_seq, emmet, pmet, prune, rect, alphaedit, blue, sphere, metake, metake_v1)
-}
+    "rome": rome, "memit": memit, "memit_seq": memit_seq, "emmet": emmet, "pmet": pmet, "prune": prune, "rect": rect,
+    "alphaedit": alphaedit, "blue": blue, "sphere": sphere, "metake": metake, "metake/whole": metake_whole,
+    "metake_v1": metake_v1,
+}  # fmt: skip
 """Every method by name; what is in this table is tested, listed by the command line, and compared in the book."""
 
 ABLATIONS: dict[str, Callable[[Editor], Editor]] = {
@@ -132,7 +139,7 @@ class Difference(NamedTuple):
     make: Callable[..., Editor]
     paper: str
     code: str
-    default: str  # "paper" or "code"
+    default: str  # "paper" or "code"; "ours" where no code was released: `code` then says what ours does
 
     @property
     def usual(self) -> str:
@@ -145,7 +152,21 @@ class Difference(NamedTuple):
         return self.code if self.default == "paper" else self.paper
 
 
+LITERAL = {
+    "step_size": 0.1, "optimizer": "adam", "anchor_norm": "sum", "locality_direction": "post_pre",
+    "locality_position": "subject", "prompts": "contexts", "keep": "last",
+}  # fmt: skip
+"""The reading of MetaKE's outer level nearest to its words, among those that its texts agree on."""
+
 DIFFERENCES: dict[str, Difference] = {
+    "metake/literal": Difference(
+        lambda model, **changes: metake(
+            model, **{"refine": replace(metake(model).refine, **LITERAL), **changes}
+        ),
+        "the anchor is the sum of squares as eq. 80 writes it, and the last of the plans is taken, whatever its loss",
+        "no code was released; the reading that a rule fixed beforehand chose (page on what the paper leaves open), "
+            "and the best of the plans by its own loss", "ours",
+    ),
     "prune/added-twice": Difference(
         partial(prune, post=(cap_spectrum(add_twice=True),)), "the capped change replaces the change: W₀ + Δ′",
         "AlphaEdit's repository adds Δ′ to the weight that already carries Δ: about W₀ + 2Δ; SPHERE's "

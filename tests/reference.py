@@ -343,10 +343,11 @@ class Seen(NamedTuple):
     mlp: Tensor
 
 
-@torch.no_grad()
-def at_lookup(lm: LanguageModel, template: str, subject: str, layer: int) -> Seen:
+def at_lookup(
+    lm: LanguageModel, template: str, subject: str, layer: int, edited: dict[str, Tensor] | None = None
+) -> Seen:
     """Input of the write module and outputs of block and MLP at the subject's last token; one full prompt,
-    one full forward.
+    one full forward, with weights replaced.
     """
     found, position = {}, lookup(lm, template, subject)
     write, block, mlp = (
@@ -360,17 +361,20 @@ def at_lookup(lm: LanguageModel, template: str, subject: str, layer: int) -> See
         ),
         mlp.register_forward_hook(lambda _, __, out: found.update(mlp=out[0, position].clone())),
     ]
-    lm.model(**padded(lm, [template.replace("{}", subject)]))
+    functional_call(lm.model, edited or {}, kwargs=padded(lm, [template.replace("{}", subject)]))
     for handle in handles:
         handle.remove()
     return Seen(**found)
 
 
-def keys(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int) -> Tensor:
+def keys(
+    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int,
+    edited: dict[str, Tensor] | None = None
+) -> Tensor:
     """K, (d_in, n): averaged within a type of context (the plain prompt; the others), then over types."""
     columns = []
     for r in requests:
-        plain, *others = (at_lookup(lm, t, r.subject, layer).key for t in templates(r, contexts))
+        plain, *others = (at_lookup(lm, t, r.subject, layer, edited).key for t in templates(r, contexts))
         columns.append((plain + sum(others) / len(others)) / 2 if others else plain)
     return torch.stack(columns, 1)
 
@@ -391,9 +395,12 @@ def key_pass(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Seque
     return found["keys"]
 
 
-def states(lm: LanguageModel, requests: Sequence[EditRequest], layer: int, of: str = "block") -> Tensor:
+def states(
+    lm: LanguageModel, requests: Sequence[EditRequest], layer: int, of: str = "block",
+    edited: dict[str, Tensor] | None = None
+) -> Tensor:
     """H, (d, n), of the plain prompts: outputs of the block, or of its MLP."""
-    return torch.stack([getattr(at_lookup(lm, r.prompt, r.subject, layer), of) for r in requests], 1)
+    return torch.stack([getattr(at_lookup(lm, r.prompt, r.subject, layer, edited), of) for r in requests], 1)
 
 
 @contextmanager
@@ -479,31 +486,57 @@ def drift(lm: LanguageModel, request: EditRequest, weights: dict[str, Tensor], p
     return torch.log_softmax(logits, -1)[lookup(lm, "{} is a", request.subject) if position == "subject" else -1]
 
 
-def refinement(
-    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int, H: Tensor, initial: Tensor,
-    M: Tensor, rule
-) -> tuple[Tensor, Tensor]:
-    """MetaKE's outer level with W_L really replaced by W_L + (V − H) M: V, (d, n), and the losses, (steps, n, 3)."""
+Edited = Callable[[Tensor], dict[str, Tensor]]  # V, (d, n) → the weights of the virtually edited model, by name
+
+
+def last_layer(lm: LanguageModel, layer: int, H: Tensor, M: Tensor) -> Edited:
+    """MetaKE's look-ahead: W_L really replaced by W_L + (V − H) M."""
     name = lm.architecture.write.format(layer) + ".weight"
+    return lambda V: {name: weight(lm, layer) + stored(lm, layer, (V - H) @ M)}
+
+
+def all_layers(
+    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], layers: Sequence[int], update: Update
+) -> Edited:
+    """`stage_two` towards V with weights replaced instead of written: what is read of one layer depends on V."""
+
+    def edit(V: Tensor) -> dict[str, Tensor]:
+        edited: dict[str, Tensor] = {}
+        for i, layer in enumerate(layers):
+            K, H = keys(lm, requests, contexts, layer, edited), states(lm, requests, layers[-1], edited=edited)
+            delta = update(layer, K, (V - H) / (len(layers) - i))
+            edited[lm.architecture.write.format(layer) + ".weight"] = weight(lm, layer) + stored(lm, layer, delta)
+        return edited
+
+    return edit
+
+
+def refinement(
+    lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str], initial: Tensor, edit: Edited, rule
+) -> tuple[Tensor, Tensor]:
+    """MetaKE's outer level on a model whose weights are replaced: V, (d, n), and the losses, (steps + 1, n, 3)."""
     contexts = contexts if rule.prompts == "contexts" else ("{}",)
     before = [drift(lm, r, {}, rule.locality_position).detach() for r in requests]
     V = initial.clone().requires_grad_()
     optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[rule.optimizer]([V], lr=rule.step_size)
-    history = []
-    for _ in range(rule.steps):
+    tried, history = [], []
+    for _ in range(rule.steps + 1):
         optimizer.zero_grad()
-        delta = (V - H) @ M
-        edited = {name: weight(lm, layer) + stored(lm, layer, delta if rule.feedback else delta.detach())}
+        edited = {name: W if rule.feedback else W.detach() for name, W in edit(V).items()}
         losses = torch.stack(
             [
                 outer_loss(lm, r, contexts, edited, before[i], V[:, i], initial[:, i], rule)
                 for i, r in enumerate(requests)
             ]
         )
+        tried.append(V.detach().clone())
         history.append(losses.detach())
         (losses * losses.new_tensor([rule.edit_weight, rule.locality_weight, rule.anchor_weight])).sum().backward()
-        optimizer.step()
-    return V.detach(), torch.stack(history)
+        if len(history) <= rule.steps:
+            optimizer.step()
+    totals = [h.sum(0) @ h.new_tensor([rule.edit_weight, rule.locality_weight, rule.anchor_weight]) for h in history]
+    kept = rule.steps if rule.keep == "last" else min(range(len(totals)), key=lambda i: totals[i])
+    return tried[kept], torch.stack(history)
 
 
 def outer_loss(

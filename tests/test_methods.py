@@ -17,8 +17,8 @@ import metake as mk
 from metake import methods
 from metake.algebra.geometry import inverse_covariance, isotropic, null_space
 from metake.algebra.postprocess import cap_spectrum, keep_largest, soften_principal
-from metake.editing.bilevel import Refinement
 from metake.editing.editor import Editor, even, root, whole
+from metake.editing.outer import Refinement
 from metake.editing.recipes import models, recipe, source
 from metake.methods import ABLATIONS, DIFFERENCES, METHODS, OPERATORS, method, named
 from metake.support.errors import ParameterError
@@ -120,7 +120,7 @@ def test_methods_are_the_combinations_that_their_papers_describe():
         "pmet": {"site": "mlp+attention", "relax": 0.1, "allocation": root}, "alphaedit": {"remember": True},
         "sphere": {"remember": True, "post": (soften_principal,)},
         "blue": {"remember": True, "own": True, "allocation": whole}, "metake": {"remember": True, "refine": True},
-        "metake_v1": {"refine": True},
+        "metake_v1": {"refine": True}, "metake/whole": {"remember": True, "refine": True},
         "metake/memit": {"refine": True},
         "metake/blue": {"remember": True, "own": True, "allocation": whole, "refine": True},
         "metake/sphere": {"remember": True, "refine": True, "post": (soften_principal,)},
@@ -195,9 +195,9 @@ def test_a_difference_changes_one_part_of_its_method(name: str):
     family, difference = name.partition("/")[0], DIFFERENCES[name]
     usual, other = METHODS[family]("gpt2-xl"), difference.make("gpt2-xl")
     assert [f.name for f in fields(Editor) if getattr(usual, f.name) != getattr(other, f.name)] == [
-        {"alphaedit": "metric", "pmet": "target"}.get(family, "post")
+        {"alphaedit": "metric", "pmet": "target", "metake": "refine"}.get(family, "post")
     ]
-    assert difference.default in ("paper", "code") and len({difference.paper, difference.code, ""}) == 3
+    assert difference.default in ("paper", "code", "ours") and len({difference.paper, difference.code, ""}) == 3
     assert {difference.usual, difference.option} == {difference.paper, difference.code}
     assert difference.usual == (difference.paper if difference.default == "paper" else difference.code)
 

@@ -8,8 +8,9 @@ at the end (weight: the original one).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -23,11 +24,12 @@ WHEN = ("layer", "batch", "sequence")
 
 class PostProcess(Protocol):
     """A frozen value, so that it can be recorded. thin: whether what is made of a thin update is thin,
-    of no higher rank.
+    of no higher rank; linear: whether it is linear in the update, once the weight is known.
     """
 
     when: str
     thin: ClassVar[bool]
+    linear: ClassVar[bool]
 
     def __call__(self, update: LayerUpdate, weight: Tensor) -> LayerUpdate:
         """The update to make instead. weight: (d_out, d_in), see the module."""
@@ -50,6 +52,7 @@ class keep_largest:  # noqa: N801  (reads as a function in an editor's parts)
     """
 
     thin: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
     share: float = 0.4
     epsilon: float = 1e-8
     when: str = "batch"
@@ -85,6 +88,7 @@ class soften_principal:  # noqa: N801
     """
 
     thin: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     ratio: float = 0.5
     strength: float = 0.5
     side: str = "key"
@@ -97,7 +101,13 @@ class soften_principal:  # noqa: N801
             raise ParameterError(f"ratio must be in [0, 1) and strength in [0, 1]; found {self.ratio}, {self.strength}")
 
     def __call__(self, update: LayerUpdate, weight: Tensor) -> LayerUpdate:
-        principal = self._principal((weight if self.side == "key" else weight.T).to(update.left))
+        return self.of(weight.to(update.left))(update)
+
+    def of(self, weight: Tensor) -> Callable[[LayerUpdate], LayerUpdate]:
+        """The rule for one weight, whose eigenvectors are found once; in the weight's dtype."""
+        return partial(self._softened, principal=self._principal(weight if self.side == "key" else weight.T))
+
+    def _softened(self, update: LayerUpdate, principal: Tensor) -> LayerUpdate:
         if self.side == "key":
             left, right, dense = update.left, self._soften(update.right, principal), update.dense
             return LayerUpdate(update.module, left, right, dense if dense is None else self._soften(dense, principal))
@@ -132,6 +142,7 @@ class cap_spectrum:  # noqa: N801
     """
 
     thin: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
     base: float = math.e
     add_twice: bool = False
     when: str = "sequence"

@@ -96,6 +96,8 @@ class EditRecord:
     versions: dict[str, str] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)  # planned, realized, ‖Δ‖/‖W‖, spectrum of B
     trace: dict[str, Any] = field(default_factory=dict)  # losses per step and request
+    # of MetaKE's outer level: requests, for how many its loss fell, and the mean loss before and after
+    refinement: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0  # bytes
 

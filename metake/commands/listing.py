@@ -21,20 +21,18 @@ def _table(name: str) -> ast.expr:
     return next(s.value for s in _statements() if isinstance(s, ast.AnnAssign) and ast.unparse(s.target) == name)
 
 
-def _functions(table: str) -> list[str]:
-    """The functions that a table lists: `{... for f in (one, another)}`."""
-    return [function.id for function in _table(table).generators[0].iter.elts]
-
-
 def methods() -> dict[str, str]:
     """Every method with its docstring in one line: equation and source."""
     told = {s.name: ast.get_docstring(s) for s in _statements() if isinstance(s, ast.FunctionDef)}
-    return {name: " ".join(told[name].split()) for name in _functions("METHODS")}
+    table = _table("METHODS")
+    return {
+        name.value: " ".join(told[made.id].split()) for name, made in zip(table.keys, table.values, strict=True)
+    }
 
 
 def operators() -> dict[str, str]:
-    """MetaKE on the gates of other methods: name → its base."""
-    return {f"metake/{base}": base for base in _functions("OPERATORS")}
+    """MetaKE on the gates of other methods, `{... for base in (one, another)}`: name → its base."""
+    return {f"metake/{base.id}": base.id for base in _table("OPERATORS").generators[0].iter.elts}
 
 
 def differences() -> dict[str, tuple[str, str]]:

@@ -11,8 +11,9 @@ import torch
 from metake.algebra.geometry import KeyStatistics
 from metake.algebra.solve import attenuation, feasible_interval
 from metake.data.requests import EditRequest, check_batch
-from metake.editing.editor import Editor, EditorState
+from metake.editing.editor import Editor
 from metake.editing.keys import Keys
+from metake.editing.state import EditorState
 from metake.language.model import LanguageModel
 from metake.language.tokens import Rows
 from metake.support.errors import ParameterError

@@ -6,18 +6,21 @@ targets → (refinement) → for each layer: keys, share of the residual, gate, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from metake.algebra.geometry import Isotropic, KeyStatistics, Metric, MetricRule, condition
+from metake.algebra.geometry import Isotropic, KeyStatistics, Metric, MetricRule
 from metake.algebra.postprocess import PostProcess, correction
 from metake.algebra.update import Edit, EditRecord, LayerUpdate
 from metake.data.requests import EditRequest, check_batch
-from metake.editing.bilevel import Refinement, refine
+from metake.editing.bilevel import refine
+from metake.editing.downstream import StageTwo
 from metake.editing.keys import KeyReader, Reading
-from metake.editing.record import Clock, Solved, SolvedLayer, describe, digest_of, joined, norms
+from metake.editing.outer import Refinement
+from metake.editing.record import Clock, Solved, SolvedLayer, describe, digest_of, joined, norms, refinement
+from metake.editing.state import EditorState
 from metake.editing.targets import TargetRule, Targets, optimize_targets
 from metake.language.generation import ContextRule, context_templates
 from metake.language.model import LanguageModel
@@ -41,37 +44,6 @@ def root(index: int, count: int) -> float:
 def whole(index: int, count: int) -> float:
     """1: every layer takes all that remains (ROME, BLUE)."""
     return 1.0
-
-
-@dataclass(frozen=True)
-class EditorState:
-    """What one batch hands to the next: a metric per layer, and the context templates. A value, never changed in place.
-
-    keys: of the latest batch, if the metrics remember them; original, totals: weights before the first edit and the sum
-    of all updates since, if a post-process acts on the whole sequence.
-    """
-
-    metrics: Mapping[int, Metric] = field(repr=False)
-    contexts: tuple[str, ...]
-    statistics_digest: str = ""
-    edits: int = 0
-    keys: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
-    original: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    totals: Mapping[str, LayerUpdate] = field(default_factory=dict, repr=False)
-
-    def after(self, edit: Edit, keys: Mapping[int, Tensor], count: int) -> EditorState:
-        """The state once an edit of `count` requests is applied; keys: those to remember, per layer."""
-        if not count:
-            return self
-        metrics = {i: condition(m, keys[i]) if i in keys else m for i, m in self.metrics.items()}
-        totals = {
-            u.module: self.totals[u.module] + u if u.module in self.totals else u
-            for u in edit.updates
-            if u.module in self.original
-        }
-        return replace(
-            self, metrics=metrics, keys=keys or self.keys, totals={**self.totals, **totals}, edits=self.edits + count
-        )
 
 
 @dataclass(frozen=True)
@@ -193,6 +165,7 @@ class Editor:
             self._posted("batch", sum(parts[1:], parts[0]), lm.weight(path))
             for path, parts in zip(paths, zip(*(s.updates for s in solved), strict=True), strict=True)
         )
+        trace = {r.id: t for r, t in zip(requests, (t for s in solved for t in s.trace), strict=True)}
         record = EditRecord(
             recipe=describe(self), base=lm.base(), weights=hashes, requests=tuple(r.id for r in requests),
             requests_digest=digest_of(requests),
@@ -202,7 +175,7 @@ class Editor:
                 str(i): norms(lm, u, [s.layers[i] for s in solved], not self.plain)
                 for i, u in zip(self.layers, updates, strict=True)
             },
-            trace={r.id: t for r, t in zip(requests, (t for s in solved for t in s.trace), strict=True)},
+            trace=trace, refinement=refinement(list(trace.values())),
             seconds=clock.seconds, peak_memory=peak_memory(lm.device),
         )  # fmt: skip
         keys = (
@@ -256,16 +229,48 @@ class Editor:
         targets = planned or optimize_targets(lm, rows, state.contexts, layer, self.target)
         clock("targets")
         if self.refine and len(rows):
-            targets = refine(lm, rows, state.contexts, targets, self._frozen_gate(reader, state, layer), self.refine)
+            through = self.through(lm, state, reader, layer)
+            targets = refine(lm, rows, state.contexts, targets, through, self.refine)
             clock("refinement")
         return targets
 
-    def _frozen_gate(self, reader: KeyReader, state: EditorState, layer: int) -> Tensor:
-        """M of a layer on the live model; with the key-only ablation, of a metric that ignores P and Kₚ."""
+    def through(self, lm: LanguageModel, state: EditorState, reader: KeyReader, layer: int) -> Tensor | StageTwo:
+        """What the outer level looks through: the frozen gate of `layer`, or all of Stage II."""
+        whole = self.refine and self.refine.look_ahead == "whole"
+        return self.stage_two(lm, state) if whole else self._frozen_gate(reader, state, layer)
+
+    def stage_two(self, lm: LanguageModel, state: EditorState) -> StageTwo:
+        """How this editor turns targets into an edit of the live model: what a whole look-ahead passes through.
+
+        Raises ParameterError for one whose update is not R·M towards one shared target at a block's output.
+        """
+        reading, rules = self.reading, self._at("layer")
+        if self.own_targets or reading.plain or reading.site != "block":
+            raise ParameterError(
+                "only an editor that writes R·M towards one shared target at a block's output can be looked through "
+                "whole (memit, alphaedit, sphere); this one has its own targets at each layer, a plain key or another "
+                "site: take look_ahead='last'"
+            )
+        if self._at("batch") or not all(rule.linear for rule in rules) or len(rules) > 1:
+            raise ParameterError(
+                "only an update of which nothing more is made, or something linear (sphere), can be looked through "
+                f"whole; found {', '.join(type(rule).__name__ for rule in self.post)}: take look_ahead='last'"
+            )
+        post = {i: rule.of(lm.weight(lm.write_path(i)).double()) for rule in rules for i in self.layers}
+        metrics = {i: self._metric(state, i) for i in self.layers}
+        shares = tuple(self.allocation(i, len(self.layers)) for i in range(len(self.layers)))
+        return StageTwo(self.layers, shares, reading, metrics, post)
+
+    def _metric(self, state: EditorState, layer: int) -> Metric:
+        """The metric that a look-ahead gates with: a layer's own, or with the key-only ablation without P and Kₚ."""
         metric = state.metrics[layer]
-        if self.refine.gate == "key_only":
-            metric = Isotropic(metric.dim, getattr(self.metric, "ridge", 0.0) or 1.0)
-        return self.reading.gate(reader.read(layer, layer), metric)
+        if self.refine and self.refine.gate == "key_only":
+            return Isotropic(metric.dim, getattr(self.metric, "ridge", 0.0) or 1.0)
+        return metric
+
+    def _frozen_gate(self, reader: KeyReader, state: EditorState, layer: int) -> Tensor:
+        """M of a layer on the live model."""
+        return self.reading.gate(reader.read(layer, layer), self._metric(state, layer))
 
     def _write(
         self, lm: LanguageModel, rows: Rows, state: EditorState, clock: Clock, planned: Targets | None

@@ -1,13 +1,7 @@
-"""The exact hypergradient: MetaKE's outer objective differentiated through the whole sequential edit (v3 eq. 84,
-Appendix A.5).
+"""The exact hypergradient of MetaKE's outer objective beside its Structural Gradient Proxy, and what Theorem 2 asks of
+the two (v3 eq. 84, Appendix A.5).
 
-    for each edited layer l, on a model that the layers before have changed
-        r_l = share · (v − h^L),   M_l = gate(k_l)                       eqs 99–102; both depend on v through k_l and
-        h^L
-        every position j of block l moves by r_l (M_l u_j)               Δ_l = r_l M_l is never formed
-    F(v) = L_edit + L_loc + L_reg on the model so edited                 g = ∇F
-
-Beside it the Structural Gradient Proxy ĝ of `bilevel`, and what Theorem 2 asks of the two.
+    g = ∇F through the whole sequential edit (`downstream`),   ĝ = GMᵀ + ∇L_reg through the last layer's frozen gate
 """
 
 from __future__ import annotations
@@ -20,15 +14,14 @@ import torch
 from torch import Tensor
 
 from metake.data.requests import EditRequest
-from metake.editing.bilevel import OuterObjective, Refinement
-from metake.editing.editor import Editor, EditorState
-from metake.editing.keys import Keys
-from metake.editing.objective import Bucket
+from metake.editing.downstream import Downstream, moved
+from metake.editing.editor import Editor
+from metake.editing.outer import Refinement
+from metake.editing.state import EditorState
 from metake.editing.targets import Targets
 from metake.language.model import LanguageModel
-from metake.language.prefixes import Prefixed, Split
-from metake.language.tokens import Row, Rows, shared_beginnings
-from metake.support.errors import NumericalError, ParameterError
+from metake.language.tokens import Rows
+from metake.support.errors import ParameterError
 
 
 class Gradients(NamedTuple):
@@ -115,117 +108,45 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole > 0, part / whole, torch.nan)
 
 
-class Downstream:
-    """The outer objective after the whole edit, F(V), as a differentiable function of the targets.
-
-    F(V) = Σᵢ L_edit,i + L_loc,i + L_reg,i  at  W_l + Δ_l(V) for all edited layers l      (MetaKE v3 eqs 5–7, 84,
-    99–102)
+class Hypergradient(Downstream):
+    """F through the whole edit of an editor, with the gradients that the theorems compare.
 
     requests: edited together, usually one; state: of the editor before them; initial: Stage I's targets, to which L_reg
-    pulls. What the losses are is the editor's `refine`, or MetaKE's default. The model is only read.
-    Raises ParameterError for an editor whose update is not R·M of the block's output alone.
-    Cost: each evaluation one forward from the first edited block on, over the rewriting rows in all contexts;
-    a gradient two such forward-backward passes (exact and proxy, the latter above block L) and a second backward below
-    L.
+    pulls. What the losses are is the editor's `refine`, or MetaKE's default.
+    Raises ParameterError for an editor that cannot be looked through whole, or that solves these requests apart.
+    Cost: as `Downstream`; `gradients` also keeps the edited blocks' outputs, goes through them twice, and looks ahead
+    at the last layer.
     """
 
     def __init__(
         self, lm: LanguageModel, requests: Sequence[EditRequest], editor: Editor, state: EditorState, initial: Targets
     ):
-        reading = editor.reading
-        apart = len(reading.groups(len(requests))) > 1
-        if editor.post or editor.own_targets or reading.plain or reading.site != "block" or apart:
+        if len(editor.reading.groups(len(requests))) > 1:
             raise ParameterError(
-                "the exact hypergradient is of editors that write R·M towards one shared target at a block's output "
-                "(memit, alphaedit, metake); this one has a post-process, own targets, a plain key or another site, or "
-                "solves these requests apart"
+                f"this editor solves these {len(requests)} requests apart, {editor.together} at a time: expected "
+                "requests that are solved together, give it so many"
             )
-        self.lm, self.editor, self.state, self.initial, self.last = lm, editor, state, initial, editor.layers[-1]
-        self.rule, self.count = editor.refine or Refinement(), len(requests)
-        batch = Rows.of(lm.tokenizer, requests, state.contexts)
-        self.reader = reading.reader(lm, batch, self.last)
-        rows = _taught(batch, self.rule.prompts)
-        taught, rows = len(rows), rows + batch.locality(self.rule.locality_position)
-        cuts = shared_beginnings([r.ids for r in rows], [r.lookup for r in rows])
-        self.bucket, self.rows = Bucket.of(rows, cuts, lm.device), Prefixed(lm, [r.ids for r in rows], cuts)
-        self.lookup = (
-            torch.arange(taught, device=lm.device),
-            torch.tensor([r.lookup - c for r, c in zip(rows[:taught], cuts, strict=False)], device=lm.device),
-        )
-        plain = batch.prompts()[:: len(batch.contexts)]
-        self.plain = Prefixed(lm, plain, [0] * len(plain))
-        self.ends = (
-            torch.arange(len(plain), device=lm.device), torch.tensor([len(ids) - 1 for ids in plain], device=lm.device)
-        )
-        self._start()
-
-    @torch.no_grad()
-    def _start(self) -> None:
-        """What no target changes: the blocks below the first edited one, and the live model at block L."""
-        below = self.editor.layers[0] - 1
-        self.below = tuple(
-            run.read([], [below])[1][below] if below >= 0 else Split(None, None) for run in (self.rows, self.plain)
-        )
-        keys, states = self.rows.read([self.last], [self.last], below, self.below[0])
-        self.live = states[self.last], keys[self.last]
-        self._score(self.live[0])  # the first call keeps p₀
-        self.gate = self.frozen_gate(self.rule.gate)
+        rule = editor.refine or Refinement()
+        rows, own = Rows.of(lm.tokenizer, requests, state.contexts), replace(editor, refine=rule)
+        super().__init__(lm, rows, state.contexts, initial, own.stage_two(lm, state), rule)
+        self.editor, self.state, self._rows = own, state, rows
+        with torch.no_grad():
+            self.gate = self.frozen_gate(rule.gate)
+            self.live = [
+                [found[self.last] for found in part.run.read([self.last], [self.last], self.first - 1, below)]
+                for part, below in zip(self.parts, self.below[0], strict=True)
+            ]
 
     def frozen_gate(self, kind: str) -> Tensor:
         """M of layer L on the live model, (n, d_in): "structural", or "key_only" without P and Kₚ."""
-        return replace(self.editor, refine=replace(self.rule, gate=kind))._frozen_gate(
-            self.reader, self.state, self.last
-        )
-
-    def _keys(self, found: Split, current: Tensor) -> Keys:
-        """K of a layer as the editor reads it, float64."""
-        rows = found.tail[self.lookup].double()
-        return Keys(self.reader.average(rows), current, rows[:: self.reader.contexts])
-
-    def write(self, value: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Split]:
-        """The whole sequential edit towards V, (n, d): (R, M) of each layer as rows, and block L's outputs after all
-        of them.
-        """
-        if not torch.isfinite(value).all():
-            raise NumericalError(
-                f"{int((~torch.isfinite(value)).any(1).sum())} of {len(value)} targets are not finite; expected "
-                "vectors such as Stage I's"
-            )
-        rows, plain = self.below
-        after, written = self.editor.layers[0] - 1, []
-        for index, layer in enumerate(self.editor.layers):
-            keys, states = self.rows.read([layer], [layer], after, rows)
-            plain_keys, plain_states = self.plain.read([layer], sorted({layer, self.last}), after, plain)
-            current = plain_states[self.last].tail[self.ends].double()  # h^L as the layers before have left it
-            residuals = (value - current) * self.editor.allocation(index, len(self.editor.layers))
-            structural = self.editor.reading.gate(self._keys(keys[layer], current), self.state.metrics[layer])
-            rows = _moved(states[layer], keys[layer], residuals, structural)
-            plain = _moved(plain_states[layer], plain_keys[layer], residuals, structural)
-            written.append((residuals, structural))
-            after = layer
-        return written, rows
-
-    def _score(self, states: Split) -> Tensor:
-        """Weighted L_edit and L_loc with these outputs of block L, (n, 2)."""
-        logits = self.rows.logits(self.last, states, self.bucket.places)
-        nll, drift = self.bucket.losses(logits, self.count, self.rule.locality_direction)
-        return torch.stack([self.rule.edit_weight * nll, self.rule.locality_weight * drift], 1)
-
-    def _pull(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted L_reg, (n, 1), and its gradient, (n, d): what is left of the outer objective when no row is
-        scored.
-        """
-        point = value.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            losses = OuterObjective([], self.initial.anchor, self.initial.value, self.last, self.rule).losses(point)
-        return self.rule.anchor_weight * losses[:, 2:], point.grad
+        reader = self.editor.reading.reader(self.lm, self._rows, self.last)
+        rule = replace(self.rule, gate=kind)
+        return replace(self.editor, refine=rule)._frozen_gate(reader, self.state, self.last)
 
     @torch.no_grad()
-    def losses(self, value: Tensor) -> Tensor:
-        """Weighted L_edit, L_loc and L_reg of each request after the edit towards V, (n, 3) float64.
-        Their sum is F(V).
-        """
-        return torch.cat([self._score(self.write(value)[1]).double(), self._pull(value)[0]], 1)
+    def after(self, value: Tensor) -> Tensor:
+        """Weighted L_edit, L_loc and L_reg of each request after the edit towards V, (n, 3). Their sum is F(V)."""
+        return self.losses(value) * self.weights
 
     def gradients(self, value: Tensor) -> Gradients:
         """g through the whole edit and ĝ through the frozen gate, with their parts, at V, (n, d).
@@ -235,52 +156,22 @@ class Downstream:
         """
         value = value.detach().double().clone().requires_grad_()
         written, states = self.write(value)
-        losses, slopes = self._slopes(states)
-        tensors = [t for t in states if t is not None]
+        losses, tensors, slopes = self.slopes(states)
         (down,) = torch.autograd.grad(tensors, value, slopes, retain_graph=True)
         factors = [t for t in written[-1] if t.requires_grad]  # with one edited layer, M does not depend on V
         inner = torch.autograd.grad(tensors, factors, slopes, retain_graph=True)
         (last,) = torch.autograd.grad(factors, value, inner)
-        pull_loss, pull = self._pull(value)
+        anchored = value.detach().clone().requires_grad_()
+        pull = self.rule.anchor_weight * self.pull(anchored)
+        pull.sum().backward()
         signal = self._signal(value.detach())
-        return Gradients(down, last, self.gate @ signal.T, pull, signal, self.gate, torch.cat([losses, pull_loss], 1))
+        every = torch.cat([losses * self.weights[:2], pull.detach()[:, None]], 1)
+        return Gradients(down, last, self.gate @ signal.T, anchored.grad, signal, self.gate, every)
 
     def _signal(self, value: Tensor) -> Tensor:
         """G at the virtual look-ahead W̃_L = W_L + (V − H) M, (d, d_in) float64: Σ_j δ_j u_jᵀ over all positions."""
-        states, keys = self.live
-        _, slopes = self._slopes(_moved(states, keys, value - self.initial.anchor, self.gate))
-        inputs = [u for u in keys if u is not None]
-        return sum(d.double().flatten(0, 1).T @ u.double().flatten(0, 1) for d, u in zip(slopes, inputs, strict=True))
-
-    def _slopes(self, states: Split) -> tuple[Tensor, list[Tensor]]:
-        """The losses, (n, 2), and the gradient of their sum in block L's outputs, for the parts of `states` that
-        exist.
-        """
-        leaves = Split(*(t if t is None else t.detach().requires_grad_() for t in states))
-        losses = self._score(leaves)
-        slopes = torch.autograd.grad(losses.sum(), [t for t in leaves if t is not None], materialize_grads=True)
-        return losses.detach().double(), list(slopes)
-
-
-def _taught(batch: Rows, prompts: str) -> list[Row]:
-    """Rewriting rows in all contexts: their beginnings give the keys. With "plain" prompts only the plain ones are
-    scored.
-    """
-    rows, count = batch.rewriting(), len(batch.contexts)
-    if prompts == "contexts":
-        return rows
-    plain = batch.rewriting(plain=True)
-    unscored = (row._replace(ids=row.ids[: row.lookup + 1], read=(), labels=()) for row in rows)
-    return [plain[i // count] if i % count == 0 else row for i, row in enumerate(unscored)]
-
-
-def _moved(states: Split, keys: Split, residuals: Tensor, gate: Tensor) -> Split:
-    """Outputs of a block after its weight changed by R M: h_j + R M u_j at every position. residuals: (n, d); gate:
-    (n, d_in).
-    """
-    return Split(
-        *(
-            h if h is None else h + (u @ gate.T.to(h.dtype)) @ residuals.to(h.dtype)
-            for h, u in zip(states, keys, strict=True)
-        )
-    )
+        inputs, states = zip(*self.live, strict=True)
+        _, _, slopes = self.slopes(moved(states, inputs, value - self.anchor, self.gate))
+        scored = (own for part, own in zip(self.parts, inputs, strict=True) if part.bucket)
+        places = [u for own in scored for u in own if u is not None]
+        return sum(d.double().flatten(0, 1).T @ u.double().flatten(0, 1) for d, u in zip(slopes, places, strict=True))

@@ -98,14 +98,15 @@ class KeyReader:
             if layer:
                 below.append(states[layer - 1])
         self.below, self.start = below, layer - 1
-        return Keys(self.average(rows_of_keys), current, rows_of_keys[:: self.contexts])
+        return Keys(average(rows_of_keys, self.contexts, self.flat), current, rows_of_keys[:: self.contexts])
 
-    def average(self, rows: Tensor) -> Tensor:
-        """Each request's key, (n, d_in), from those in its contexts, (n × contexts, d_in)."""
-        grouped = rows.view(self.count, self.contexts, rows.shape[1])
-        if self.contexts == 1 or self.flat:
-            return grouped.mean(1)
-        return (grouped[:, 0] + grouped[:, 1:].mean(1)) / 2
+
+def average(rows: Tensor, contexts: int, flat: bool = False) -> Tensor:
+    """Each request's key, (n, d_in), from those in its contexts, (n × contexts, d_in): see `KeyReader`."""
+    grouped = rows.view(-1, contexts, rows.shape[1])
+    if contexts == 1 or flat:
+        return grouped.mean(1)
+    return (grouped[:, 0] + grouped[:, 1:].mean(1)) / 2
 
 
 @dataclass(frozen=True)

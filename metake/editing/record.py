@@ -45,6 +45,18 @@ def joined(traces: list[tuple[dict, ...]]) -> tuple[dict, ...]:
     )
 
 
+def refinement(traces: Sequence[dict]) -> dict[str, float]:
+    """What MetaKE's outer level did to its own loss: over how many requests, for how many it fell, means before and
+    after. {} without one. A request that is refined at several layers counts with the sum of its losses.
+    """
+    found = [[part["refined"] for part in (t, *t.get("earlier", ())) if "refined" in part] for t in traces]
+    if not found or not found[0]:
+        return {}
+    before, after = ([sum(part[end] for part in parts) for parts in found] for end in ("before", "after"))
+    fell = sum(b < a for a, b in zip(before, after, strict=True))
+    return {"requests": len(found), "fell": fell, "before": sum(before) / len(found), "after": sum(after) / len(found)}
+
+
 class Clock:
     """Seconds per stage: each call charges the time since the last one, once the device has finished."""
 

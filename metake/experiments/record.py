@@ -28,6 +28,7 @@ from metake.experiments.studies.kl_strength import kl_strength
 from metake.experiments.studies.open_readings import open_readings
 from metake.experiments.studies.operators import operators
 from metake.experiments.studies.quickstart import quickstart
+from metake.experiments.studies.readings import SETS
 from metake.experiments.studies.realized_residual import realized_residual
 from metake.experiments.studies.sensitivity import sensitivity
 from metake.experiments.studies.streams import streams
@@ -128,15 +129,23 @@ def _studies(
     return {
         "ablation": lambda: ablation(**asked, edits=min(edits, 50), data=data, out=kept),
         "realized": lambda: realized_residual(**asked, edits=edits, data={"ZsRE": data["ZsRE"]}, out=kept),
-        # half an hour on two cores: 26 refinements a request for choosing, 5 for testing
+        # an hour of one core on a real model: some twenty refinements a request for choosing, two for testing
         "open_readings": lambda: open_readings(
-            **common, edits=4, seeds=(0, 1), test_edits=10, test_seeds=(2, 3), data=data, out=runs / "open_readings"
+            **common, readings=SETS["all" if common["model"] == "tiny" else "words"], edits=8, test_edits=12,
+            test_seeds=(2,), data=data, beside=_of_other_models("open_readings", common["model"]),
+            out=runs / "open_readings"
         ),
         # 7 λ_KL, each another Stage I: of 100 requests a fifth in each group, half an hour on two cores
         "kl_strength": lambda: kl_strength(**asked, pool=edits, data={"ZsRE": data["ZsRE"]}, out=kept),
         # 11 refinements
         "sensitivity": lambda: sensitivity(**asked, edits=min(edits, 30), data=data, out=kept),
     }
+
+
+def _of_other_models(name: str, model: str) -> list[pd.DataFrame]:
+    """What is recorded under a name for other models."""
+    there = sorted((report.project_root() / "results").glob(f"{name}-*.jsonl"))
+    return [report.recorded(path.stem) for path in there if path.stem != f"{name}-{Path(model).name}"]
 
 
 def _stream(edits: int, batch: int = 20, points: int = 10) -> dict[str, int]:

@@ -26,8 +26,9 @@ from metake.algebra.update import Edit, EditRecord
 from metake.data.facts import facts
 from metake.data.files import counterfact, zsre
 from metake.data.requests import Cases, EditRequest, batches
-from metake.editing.editor import Editor, EditorState
+from metake.editing.editor import Editor
 from metake.editing.record import digest_of
+from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
 from metake.language.model import LanguageModel, load
@@ -83,9 +84,8 @@ def read_cases(data: str) -> Cases:
 def select(lm: LanguageModel, cases: Cases, edits: int, seed: int) -> Cases:
     """`edits` cases in an order drawn by `seed`; those that this model's tokenizer cannot locate, and second requests
     about the same prompt and subject, are passed over and counted in `.skipped`."""
-    order = list(range(len(cases)))
+    order, chosen, seen, skipped = list(range(len(cases))), [], set(), dict(cases.skipped)
     random.Random(seed).shuffle(order)
-    chosen, seen, skipped = [], set(), dict(cases.skipped)
     for i in order:
         if len(chosen) == edits:
             break

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from metake.algebra.geometry import Isotropic, inverse_covariance, null_space
 from metake.algebra.solve import gate
-from metake.editing.bilevel import Refinement, refine
+from metake.editing.bilevel import refine
 from metake.editing.editor import Editor
 from metake.editing.keys import KeyReader
+from metake.editing.outer import Refinement
 from metake.editing.targets import TargetRule, Targets, optimize_targets
 from metake.language.model import LanguageModel
 from metake.support.errors import NumericalError, ParameterError
@@ -27,7 +28,7 @@ from metake.support.errors import NumericalError, ParameterError
 pytestmark = pytest.mark.usefixtures("double_inside", "as_in_large_batches")
 LAYER, BATCH = 1, REQUESTS[:3]
 STAGE_ONE = TargetRule(steps=4, step_size=0.3, stop_below=0.0)
-RULE = Refinement(steps=3, step_size=0.05)
+RULE = Refinement(steps=3, step_size=0.05, keep="last")
 
 
 class Start(NamedTuple):
@@ -48,7 +49,7 @@ def start(kind: str, bos: bool | None = None) -> Start:
 def literal(s: Start, rule: Refinement) -> tuple[Tensor, Tensor]:
     """V and the losses of the look-ahead through a model whose weight is replaced."""
     H, V = s.targets.anchor.T, s.targets.value.T
-    return reference.refinement(s.lm, BATCH, CONTEXTS, LAYER, H, V, s.gate, rule)
+    return reference.refinement(s.lm, BATCH, CONTEXTS, V, reference.last_layer(s.lm, LAYER, H, s.gate), rule)
 
 
 def assert_is_literal(s: Start, rule: Refinement) -> Targets:
@@ -94,7 +95,8 @@ CHANGES = {
     "prompts": ["plain"],
     "feedback": [False],
 }
-ELSEWHERE = {"tokens", "gate"}  # the next two tests
+# the next two tests, those of what is kept, and of the whole look-ahead (test_hypergradient)
+ELSEWHERE = {"tokens", "gate", "keep", "look_ahead", "gates"}
 
 
 @pytest.mark.parametrize("change", [{name: value} for name, values in CHANGES.items() for value in values], ids=str)
@@ -173,7 +175,7 @@ def test_without_feedback_the_plan_stays_where_it_was_to_the_bit(kind: str, opti
     found = refine(s.lm, BATCH, CONTEXTS, s.targets, s.gate, Refinement(steps=15, optimizer=optimizer, feedback=False))
     assert torch.equal(found.planned, s.targets.planned)
     assert all(
-        len(t["refine"]) == 15 and t["refine"][0] == t["refine"][-1] and t["refine"][0]["edit"] > 0 for t in found.trace
+        len(t["refine"]) == 16 and t["refine"][0] == t["refine"][-1] and t["refine"][0]["edit"] > 0 for t in found.trace
     )
 
 
@@ -187,7 +189,7 @@ def test_nothing_to_refine():
 def test_plans_without_a_trace_get_one():
     s = start("gpt2")
     found = refine(s.lm, BATCH, CONTEXTS, replace(s.targets, trace=()), s.gate, RULE)
-    assert [len(t["refine"]) for t in found.trace] == [3, 3, 3]
+    assert [len(t["refine"]) for t in found.trace] == [4, 4, 4]
 
 
 def test_a_loss_that_is_not_finite_is_an_error_and_leaves_the_model_as_it_was():
@@ -206,12 +208,33 @@ def test_a_loss_that_is_not_finite_is_an_error_and_leaves_the_model_as_it_was():
     [
         ("optimizer", "adamm", "adam"), ("anchor_norm", "means", "mean"),
         ("locality_direction", "post-pre", "post_pre"), ("locality_position", "subjects", "subject"),
-        ("prompts", "context", "contexts"), ("gate", "keyonly", "key_only")
+        ("prompts", "context", "contexts"), ("gate", "keyonly", "key_only"), ("look_ahead", "wholes", "whole"),
+        ("gates", "frosen", "frozen"), ("keep", "beste", "best")
     ],
 )
 def test_an_unknown_choice_is_answered_with_a_near_match(name: str, near: str, meant: str):
     with pytest.raises(ParameterError, match=f"unknown {name} '{near}'. Did you mean '{meant}'"):
         Refinement(**{name: near})
+
+
+@pytest.mark.parametrize("step_size, best", [(0.002, 3), (30.0, 0)])
+def test_the_best_plan_that_was_tried_is_kept_or_the_last(step_size: float, best: int, caplog):
+    """A step that is too long loses nothing, and says so; the literal algorithm ends where it ends."""
+    s = start("llama")
+    for keep, number in (("best", best), ("last", 3)):
+        caplog.clear()
+        found = assert_is_literal(s, replace(RULE, step_size=step_size, keep=keep))
+        ends = [t["refined"] for t in found.trace]
+        assert {end["kept"] for end in ends} == {number}
+        for trace, end in zip(found.trace, ends, strict=True):
+            steps = [sum(step.values()) for step in trace["refine"]]
+            assert end["before"] == pytest.approx(steps[0]) and end["after"] == pytest.approx(steps[number])
+        fell = sum(end["after"] < end["before"] for end in ends)
+        assert (fell == 3) == (number == 3 and best == 3)
+        said = [record.getMessage() for record in caplog.records]
+        assert said == [] if fell == 3 else f"lowered the outer loss for {fell} of 3 requests only" in said[0]
+    lost = refine(s.lm, BATCH, CONTEXTS, s.targets, s.gate, replace(RULE, step_size=30.0, keep="best"))
+    assert torch.equal(lost.planned, s.targets.planned)
 
 
 @pytest.mark.parametrize("change", [{"steps": -1}, {"step_size": 0}, {"tokens": 0}], ids=str)

@@ -15,10 +15,14 @@ from reference import CONTEXTS, REQUESTS, double_inside  # noqa: F401 (a fixture
 from torch import Tensor
 
 from metake.algebra.geometry import inverse_covariance, null_space
+from metake.algebra.postprocess import soften_principal
 from metake.data.facts import facts
-from metake.editing.bilevel import Refinement, outer_objective
+from metake.editing import downstream
+from metake.editing.bilevel import refine
+from metake.editing.downstream import Downstream
 from metake.editing.editor import Editor, root, whole
-from metake.editing.hypergradient import Downstream, Fidelity, fidelity
+from metake.editing.hypergradient import Fidelity, Hypergradient, fidelity
+from metake.editing.outer import LastLayer, Refinement
 from metake.editing.targets import TargetRule, Targets, optimize_targets
 from metake.experiments.theory import proxy_fidelity as page
 from metake.experiments.theory import proxy_theorem as theorem
@@ -39,7 +43,7 @@ class Edit(NamedTuple):
     lm: LanguageModel
     requests: tuple
     editor: Editor
-    downstream: Downstream
+    downstream: Hypergradient
     initial: Targets
     value: Tensor
     literal: object
@@ -64,7 +68,13 @@ def edit(kind: str, count: int = 1, editor: Editor = EDITOR, bos: bool | None = 
     def solved(layer: int, K: Tensor, R: Tensor) -> Tensor:
         return reference.alphaedit_paper(K, R, spaces[layer], RIDGE, past[layer])
 
-    return Edit(lm, requests, editor, Downstream(lm, requests, editor, state, initial), initial, value, solved)
+    return Edit(lm, requests, editor, Hypergradient(lm, requests, editor, state, initial), initial, value, solved)
+
+
+def objective(e: Edit, **changes) -> Downstream:
+    """The same objective with another rule."""
+    rule, stage = replace(e.editor.refine, **changes), e.editor.stage_two(e.lm, e.downstream.state)
+    return Downstream(e.lm, e.requests, CONTEXTS, e.initial, stage, rule)
 
 
 def deltas(e: Edit, value: Tensor) -> dict[int, Tensor]:
@@ -119,7 +129,7 @@ def test_the_gradient_is_the_slope_of_the_literal_edit(kind: str):
     e = edit(kind)
     with reference.unchanged(e.lm):
         found = e.downstream.gradients(e.value)
-        assert (e.downstream.losses(e.value) - found.losses).abs().max() <= 1e-12
+        assert (e.downstream.after(e.value) - found.losses).abs().max() <= 1e-12
     written, total = deltas(e, e.value), weights(e)
     assert (outer(e, e.value, written) - found.losses).abs().max() <= 1e-10
     assert_is_the_slope(found.exact, lambda v: (outer(e, v, deltas(e, v)) @ total).sum(), e.value)
@@ -164,7 +174,7 @@ def test_other_layers_allocations_and_metrics(change: dict):
     """Against the differences of its own losses, which the editor's own machinery is compared with below."""
     e = edit("phi", editor=replace(EDITOR, **change))
     found = e.downstream.gradients(e.value)
-    assert_is_the_slope(found.exact, lambda v: e.downstream.losses(v).sum(), e.value)
+    assert_is_the_slope(found.exact, lambda v: e.downstream.after(v).sum(), e.value)
     assert_is_the_editors_edit(e)
 
 
@@ -181,7 +191,7 @@ def assert_is_the_editors_edit(e: Edit) -> None:
         written, _ = e.downstream.write(e.value)
     with done.applied(e.lm), torch.no_grad():
         edited = outer(e, e.value, {})
-    assert (edited[:, 0] - e.downstream.losses(e.value)[:, 0]).abs().max() <= 1e-10
+    assert (edited[:, 0] - e.downstream.after(e.value)[:, 0]).abs().max() <= 1e-10
     for update, (residuals, structural) in zip(done.updates, written, strict=True):
         assert (update.left - residuals.T).abs().max() <= 1e-10 * update.left.abs().max()
         assert (update.right - structural).abs().max() <= 1e-10 * update.right.abs().max()
@@ -192,7 +202,7 @@ def assert_is_the_editors_edit(e: Edit) -> None:
 def test_the_proxy_is_the_refinements_own_gradient(kind: str, count: int):
     e = edit(kind, count)
     found = e.downstream.gradients(e.value)
-    _, expected = outer_objective(e.lm, e.requests, CONTEXTS, e.initial, found.gate, e.editor.refine).evaluate(e.value)
+    _, expected = LastLayer(e.lm, e.requests, CONTEXTS, e.initial, found.gate, e.editor.refine).evaluate(e.value)
     assert (found.proxy - expected).norm() <= 1e-10 * expected.norm() > 0
     assert (
         torch.equal(found.proxy, found.proxy_down + found.pull)
@@ -219,16 +229,96 @@ def test_the_key_only_gate_ignores_the_projector_and_the_past():
     assert (e.downstream.frozen_gate("structural") - e.downstream.gate).abs().max() == 0
 
 
-def test_what_is_not_a_shared_target_at_a_block_is_refused():
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("change", [{}, {"prompts": "plain"}, {"gates": "frozen"}], ids=str)
+def test_micro_batches_do_not_change_the_objective(kind: str, change: dict):
+    e = edit(kind, 3)
+    (loss, slope), *others = (objective(e, tokens=t, **change).evaluate(e.value) for t in (10**6, 1, 40))
+    assert slope.norm() > 1e-3
+    for found, own in others:
+        assert (found - loss).abs() <= 1e-10 and (own - slope).norm() <= 1e-10 * slope.norm()
+
+
+@pytest.mark.parametrize("prompts", ["contexts", "plain"])
+def test_frozen_gates_are_those_of_the_edit_towards_the_first_plan(prompts: str):
+    """The literal edit with every M as it was on the way to V_init."""
+    e = edit("gptj", 2, replace(EDITOR, refine=replace(EDITOR.refine, gates="frozen", prompts=prompts)))
+    M: dict[int, Tensor] = {}
+
+    def kept(layer: int, K: Tensor, R: Tensor) -> Tensor:
+        M[layer] = e.literal(layer, K, reference.eye(K.shape[1]))
+        return R @ M[layer]
+
+    deltas(e._replace(literal=kept), e.initial.value)
+    frozen = e._replace(literal=lambda layer, K, R: R @ M[layer])
+    loss, found = e.downstream.evaluate(e.value)
+    assert (outer(e, e.value, deltas(frozen, e.value)).sum() - loss).abs() <= 1e-10
+    assert_is_the_slope(found, lambda v: outer(e, v, deltas(frozen, v)).sum(), e.value)
+    assert (found - objective(e, gates="exact").evaluate(e.value)[1]).norm() > 1e-3 * found.norm()
+    if prompts == "plain":
+        assert sum(len(part.run.of) for part in e.downstream.parts) == 2 * len(e.requests), "no row for keys is run"
+
+
+@pytest.mark.parametrize("side", ["key", "output"])
+def test_what_is_done_to_an_update_is_looked_through(side: str):
+    post = (soften_principal(0.5, 0.7, side),)
+    e = edit("qwen3", 2, replace(EDITOR, post=post))
+    loss, found = e.downstream.evaluate(e.value)
+    assert_is_the_slope(found, lambda v: e.downstream.after(v).sum(), e.value)
+    assert_is_the_editors_edit(e)
+    assert (loss - objective(e._replace(editor=EDITOR)).evaluate(e.value)[0]).abs() > 1e-3
+
+
+def test_the_gradient_keeps_a_block_s_ends_and_not_its_inside(monkeypatch):
+    """Numbers kept for the backward pass: per position and edited layer d of the state, d_in of the key and each
+    request's response, beside what single requests need; without the second computation it would be many times more."""
+    e = edit("llama", 3)
+    whole = objective(e, tokens=64)
+
+    def kept() -> int:
+        found: dict[int, int] = {}
+        value = e.value.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: found.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes() // 8) or t,
+            lambda t: t,
+        ):
+            whole.write(value)
+        return sum(found.values())
+
+    runs = [(part.run.tail.ids, part.run.head.ids if part.run.head else None) for part in whole.parts + whole.plain]
+    positions = sum(ids.numel() for run in runs for ids in run if ids is not None)
+    numbers = 32 + e.downstream.state.metrics[0].dim + len(e.requests)
+    frugal = kept()
+    assert frugal <= 1.5 * len(LAYERS) * positions * numbers
+    monkeypatch.setattr(downstream, "checkpoint", lambda function, *given, **_: function(*given))
+    assert kept() > 3 * frugal
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gptj"])
+def test_a_refinement_lowers_the_loss_of_the_whole_edit(kind: str):
+    e = edit(kind, 3)
+    stage, rule = e.editor.stage_two(e.lm, e.downstream.state), replace(EDITOR.refine, steps=4, step_size=0.002)
+    with reference.unchanged(e.lm):
+        found = refine(e.lm, e.requests, CONTEXTS, e.initial, stage, rule)
+    ends = [t["refined"] for t in found.trace]
+    assert all(end["after"] < end["before"] for end in ends)
+    for name, value in (("before", e.initial.value), ("after", found.value)):
+        told = sum(end[name] for end in ends)
+        assert told == pytest.approx(e.downstream.after(value).sum().item(), rel=1e-9)
+
+
+def test_what_cannot_be_looked_through_whole_is_refused():
     e = edit("gpt2")
-    for make in (blue, pmet, rect, rome, OPERATORS["metake/sphere"]):
-        with pytest.raises(ParameterError, match="one shared target"):
-            Downstream(e.lm, e.requests, make("tiny"), e.downstream.state, e.initial)
+    for make in (blue, pmet, rome, OPERATORS["metake/blue"]):
+        with pytest.raises(ParameterError, match="one shared target.*take look_ahead='last'"):
+            Hypergradient(e.lm, e.requests, make("tiny"), e.downstream.state, e.initial)
+    with pytest.raises(ParameterError, match="something linear .*; found keep_largest"):
+        Hypergradient(e.lm, e.requests, rect("tiny"), e.downstream.state, e.initial)
     two = edit("gpt2", 2)
     for together in (None, 2):
-        Downstream(two.lm, two.requests, replace(EDITOR, together=together), two.downstream.state, two.initial)
-    with pytest.raises(ParameterError, match="solves these requests apart"):
-        Downstream(two.lm, two.requests, replace(EDITOR, together=1), two.downstream.state, two.initial)
+        Hypergradient(two.lm, two.requests, replace(EDITOR, together=together), two.downstream.state, two.initial)
+    with pytest.raises(ParameterError, match="solves these 2 requests apart"):
+        Hypergradient(two.lm, two.requests, replace(EDITOR, together=1), two.downstream.state, two.initial)
 
 
 def test_a_target_that_is_not_finite_is_an_error():

@@ -18,8 +18,8 @@ from test_targets import PULLED
 from torch import Tensor
 
 from metake.algebra.geometry import KeyStatistics, inverse_covariance, null_space
-from metake.editing.bilevel import Refinement
 from metake.editing.editor import Editor
+from metake.editing.outer import Refinement
 from metake.editing.targets import TargetRule
 from metake.language.model import LanguageModel
 from metake.methods import DIFFERENCES, METHODS, OPERATORS, method
@@ -84,6 +84,8 @@ PUBLISHED = {
     "blue": Published(alphaedit, own=True),
     "sphere": Published(alphaedit, each=soft),
     "metake": Published(alphaedit, alphaedit),
+    "metake/whole": Published(alphaedit, alphaedit),
+    "metake/literal": Published(alphaedit, alphaedit),
     "metake_v1": Published(v1, v1),
     "metake/memit": Published(memit, memit),
     "metake/blue": Published(alphaedit, alphaedit, own=True),
@@ -131,7 +133,8 @@ def editor(name: str) -> Editor:
             else inverse_covariance(0.05, 0.01 if name == "metake_v1" else 0.0)
         )
         changes["metric"] = found.metric if name == "alphaedit/paper" else metric
-    return replace(method(name, "tiny", **changes), refine=LOOK_AHEAD if found.refine else None)
+    refine = found.refine and replace(LOOK_AHEAD, look_ahead=found.refine.look_ahead, keep=found.refine.keep)
+    return replace(method(name, "tiny", **changes), refine=refine)
 
 
 def asked(name: str) -> list[Sequence]:
@@ -146,10 +149,10 @@ def small(kind: str) -> tuple[LanguageModel, dict[int, KeyStatistics]]:
 
 
 def literal_batch(
-    lm: LanguageModel, name: str, requests: Sequence, rule: TargetRule, layers: Sequence[int], C: dict[int, Tensor],
-    past: dict[int, Tensor]
+    lm: LanguageModel, name: str, requests: Sequence, given: Editor, C: dict[int, Tensor], past: dict[int, Tensor]
 ) -> reference.Batch:
     """Δ and K per layer of one batch."""
+    rule, layers = given.target, given.layers
     if name == "rome":
         return reference.rome_one_by_one(lm, requests, CONTEXTS, layers[0], rule, C[layers[0]])
     how = PUBLISHED[name]
@@ -164,7 +167,11 @@ def literal_batch(
             return H + delta
         K = reference.keys(lm, requests, CONTEXTS, layer)
         M = how.gate(K, reference.eye(K.shape[1]), C[layer], past[layer])  # the gate is what writes the identity
-        return reference.refinement(lm, requests, CONTEXTS, layer, H, H + delta, M, LOOK_AHEAD)[0]
+        if given.refine.look_ahead == "whole":
+            edited = reference.all_layers(lm, requests, CONTEXTS, layers, update)
+        else:
+            edited = reference.last_layer(lm, layer, H, M)
+        return reference.refinement(lm, requests, CONTEXTS, H + delta, edited, given.refine)[0]
 
     if how.own:
         deltas, keys = reference.blue(lm, requests, CONTEXTS, layers, targets, update)
@@ -185,7 +192,7 @@ def compare(name: str, kind: str) -> None:
         for requests in asked(name):
             with reference.unchanged(lm):
                 edit, state = given.step(lm, requests, state)
-            deltas, keys = literal_batch(lm, name, requests, given.target, given.layers, C, past)
+            deltas, keys = literal_batch(lm, name, requests, given, C, past)
             assert edit.modules == tuple(lm.write_path(layer) for layer in given.layers)
             for update, layer in zip(edit.updates, given.layers, strict=True):
                 assert (update.delta - deltas[layer]).norm() <= 1e-9 * deltas[layer].norm() > 0

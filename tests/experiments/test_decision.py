@@ -9,8 +9,19 @@ from hypothesis import strategies as st
 
 from metake.experiments import decision
 from metake.experiments.decision import (
-    Decision, all_of, any_of, apart, at_least, at_most, equal, for_and_against, interval, one_and_none_against,
-    opposite, undecided, with_interval
+    Decision,
+    all_of,
+    any_of,
+    apart,
+    at_least,
+    at_most,
+    equal,
+    for_and_against,
+    interval,
+    one_and_none_against,
+    opposite,
+    undecided,
+    with_interval,
 )
 
 numbers = st.floats(-1e6, 1e6)

@@ -16,9 +16,8 @@ import metake as mk
 from metake import report
 from metake.editing.statistics import statistics
 from metake.experiments import record, runs
-from metake.experiments.studies import comparison, finished
+from metake.experiments.studies import comparison, finished, predictors
 from metake.experiments.studies import gamma_beforehand as module
-from metake.experiments.studies import predictors
 from metake.language.tokens import continuation, encode
 from metake.support.errors import ProvenanceError
 

@@ -8,8 +8,20 @@ import pytest
 from metake import report
 from metake.experiments.speed import run_time
 from metake.experiments.studies import (
-    ablation, case_study, comparison, differences, dispersion, general_ability, hidden_states,
-    kl_claims, open_readings, operators, predictors, realized_residual, sensitivity, streams
+    ablation,
+    case_study,
+    comparison,
+    differences,
+    dispersion,
+    general_ability,
+    hidden_states,
+    kl_claims,
+    open_readings,
+    operators,
+    predictors,
+    realized_residual,
+    sensitivity,
+    streams,
 )
 
 FAR = 1e6

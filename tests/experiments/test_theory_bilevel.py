@@ -9,9 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.linalg import matrix_norm
 
-from metake.editing.bilevel import Refinement, refine
+from metake.editing.bilevel import refine
+from metake.editing.outer import Refinement
 from metake.experiments.theory import (
-    adversary, convergence, dominance, dominance_search, gate_lemmas, inner, landscapes, necessity, necessity_edges
+    adversary,
+    convergence,
+    dominance,
+    dominance_search,
+    gate_lemmas,
+    inner,
+    landscapes,
+    necessity,
+    necessity_edges,
 )
 from metake.experiments.theory.real_layer import prepare
 

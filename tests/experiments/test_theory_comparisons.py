@@ -9,8 +9,19 @@ from hypothesis import strategies as st
 
 from metake.experiments.decision import EPS, Decision
 from metake.experiments.theory import (
-    attenuation, comparisons, dominance, editing_requirement, gate_lemmas, geometry_of_beta, necessity, one_formula,
-    proxy_fidelity, proxy_theorem, sequential, spectral_suppression, static_trap
+    attenuation,
+    comparisons,
+    dominance,
+    editing_requirement,
+    gate_lemmas,
+    geometry_of_beta,
+    necessity,
+    one_formula,
+    proxy_fidelity,
+    proxy_theorem,
+    sequential,
+    spectral_suppression,
+    static_trap,
 )
 
 distances = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8)

@@ -16,8 +16,15 @@ from metake.algebra.geometry import InverseCovariance, Isotropic, KeyStatistics
 from metake.algebra.solve import association, attenuation, feasible_interval
 from metake.editing.statistics import statistics
 from metake.experiments.theory import (
-    editing_requirement, one_request, requirement_edges, shared_strength, spectral_suppression, static_trap,
-    suppression_edges, trap_edges, trap_search
+    editing_requirement,
+    one_request,
+    requirement_edges,
+    shared_strength,
+    spectral_suppression,
+    static_trap,
+    suppression_edges,
+    trap_edges,
+    trap_search,
 )
 from metake.support.errors import StatisticsError
 

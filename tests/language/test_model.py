@@ -16,7 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from metake import (
-    ARCHITECTURES, Architecture, ArchitectureError, EditRequest, LayerUpdate, ParameterError, load, methods, statistics
+    ARCHITECTURES,
+    Architecture,
+    ArchitectureError,
+    EditRequest,
+    LayerUpdate,
+    ParameterError,
+    load,
+    methods,
+    statistics,
 )
 from metake.language.model import LanguageModel
 from metake.language.tokens import pad

@@ -17,8 +17,17 @@ from metake import EditRequest, RequestError
 from metake.editing.objective import Bucket
 from metake.language.prefixes import Prefixed, Split
 from metake.language.tokens import (
-    Rows, buckets, continuation, continued, encode, in_context, locality_rows, locate, pad, rewriting_rows,
-    shared_beginnings
+    Rows,
+    buckets,
+    continuation,
+    continued,
+    encode,
+    in_context,
+    locality_rows,
+    locate,
+    pad,
+    rewriting_rows,
+    shared_beginnings,
 )
 
 CONTEXTS = ("{}", "The weather was fine. {}", "Therefore, 3 of them. {}")

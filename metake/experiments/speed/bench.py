@@ -16,12 +16,12 @@ import torch
 
 from metake import methods
 from metake.algebra.geometry import KeyStatistics
-from metake.algebra.solve import gate
 from metake.data.requests import Cases
 from metake.editing.bilevel import refine
-from metake.editing.editor import Editor, EditorState
+from metake.editing.editor import Editor
 from metake.editing.keys import KeyReader
 from metake.editing.recipes import recipe
+from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.editing.targets import optimize_targets
 from metake.experiments.runs import read_cases, select
@@ -29,7 +29,7 @@ from metake.experiments.speed import literal as slow
 from metake.experiments.speed.sizes import random_contexts, random_model, random_statistics, size_of
 from metake.language.kernels import linear
 from metake.language.model import LanguageModel, load
-from metake.language.tokens import rewriting_rows
+from metake.language.tokens import Rows, rewriting_rows
 from metake.report.shown import plain
 from metake.scoring.evaluation import evaluate as evaluation
 from metake.support.errors import ParameterError
@@ -180,9 +180,10 @@ def _operations(job: _Job) -> dict[str, slow.Work]:
 
     found = {"targets": slow.flops(plan, editor.target.steps), "keys": slow.flops(read)}
     if rule := editor.refine:
-        targets, frozen = plan(1), gate(read(), job.state.metrics[layers[-1]], editor.noise)
+        reader = editor.reading.reader(lm, Rows.of(lm.tokenizer, asked, contexts), layers[-1])
+        targets, through = plan(1), editor.through(lm, job.state, reader, layers[-1])
         found["refinement"] = slow.flops(
-            lambda steps: refine(lm, asked, contexts, targets, frozen, replace(rule, steps=steps)), rule.steps
+            lambda steps: refine(lm, asked, contexts, targets, through, replace(rule, steps=steps)), rule.steps
         )
     return found
 

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metake.algebra.geometry import InverseCovariance, KeyStatistics, NullSpace
 from metake.data.requests import EditCase
-from metake.editing.editor import Editor, EditorState
+from metake.editing.editor import Editor
+from metake.editing.state import EditorState
 from metake.language.kernels import OPERATIONS
 from metake.language.model import LanguageModel
 from metake.support.errors import ParameterError
@@ -128,7 +129,7 @@ def parts(
         rule = editor.refine
         found["refinement"] = [
             Part(
-                lambda steps: _refinement(reference, lm, asked, contexts, last, planned, replace(rule, steps=steps)),
+                lambda steps: _refinement(reference, lm, asked, contexts, layers, planned, replace(rule, steps=steps)),
                 share, rule.steps
             )
         ]
@@ -171,16 +172,18 @@ def _targets(
 
 
 def _refinement(
-    reference: ModuleType, lm: LanguageModel, asked: Sequence, contexts: Sequence[str], layer: int, anchor: Tensor,
-    rule: Any
+    reference: ModuleType, lm: LanguageModel, asked: Sequence, contexts: Sequence[str], layers: Sequence[int],
+    anchor: Tensor, rule: Any
 ) -> Any:
     """From random plans and a random gate, small enough to stay finite: only time is read."""
     states = anchor[:, None].expand(-1, len(asked)).contiguous()
-    width = lm.shape(lm.write_path(layer))[1]
+    width = lm.shape(lm.write_path(layers[-1]))[1]
     gate = 1e-3 * torch.randn(len(asked), width, dtype=lm.dtype, device=lm.device)
-    return reference.refinement(
-        lm, asked, contexts, layer, states, states + 1e-2 * torch.randn_like(states), gate, rule
-    )
+    if rule.look_ahead == "whole":
+        edited = reference.all_layers(lm, asked, contexts, layers, lambda _, __, residuals: residuals @ gate)
+    else:
+        edited = reference.last_layer(lm, layers[-1], states, gate)
+    return reference.refinement(lm, asked, contexts, states + 1e-2 * torch.randn_like(states), edited, rule)
 
 
 def _solve(

@@ -17,7 +17,15 @@ from metake import methods
 from metake.data.requests import Cases, EditRequest
 from metake.editing.keys import KeyReader
 from metake.experiments.decision import (
-    Decision, all_of, any_of, at_most, for_and_against, interval, opposite, undecided, with_interval
+    Decision,
+    all_of,
+    any_of,
+    at_most,
+    for_and_against,
+    interval,
+    opposite,
+    undecided,
+    with_interval,
 )
 from metake.experiments.runs import RunConfig, open_run, read_cases, select
 from metake.experiments.studies.comparison import comparison, labelled

@@ -14,7 +14,8 @@ import pandas as pd
 
 from metake import methods
 from metake.editing.diagnosis import diagnose
-from metake.editing.editor import Editor, EditorState
+from metake.editing.editor import Editor
+from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.experiments.runs import read_cases, select
 from metake.experiments.studies.comparison import PRIMARY, labelled

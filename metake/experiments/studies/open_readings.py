@@ -1,12 +1,12 @@
-"""What the paper leaves open of MetaKE's outer level: every reading against the ordering of v3 Table 2 and the
-direction of Figure 4."""
+"""What the paper leaves open of MetaKE's outer level: which reading the library takes, by the paper's own standard, and
+whether it reproduces the ordering of v3 Table 2 and the direction of Figure 4. How it is chosen: see `choosing`.
+"""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from metake.editing.statistics import statistics
 from metake.experiments.decision import Decision, all_of, any_of, for_and_against, interval, opposite, with_interval
 from metake.experiments.runs import read_cases, select
 from metake.experiments.studies import comparison, realized_residual
-from metake.experiments.studies.readings import FEW, LEVELS, LITERAL, READINGS, Reading
-from metake.experiments.studies.study import Batch, one
+from metake.experiments.studies.choosing import best, names
+from metake.experiments.studies.readings import FEW, LEVELS, LITERAL, READINGS, around
+from metake.experiments.studies.study import FORMATS, Batch, one
 from metake.language.model import load
 from metake.support.errors import ParameterError, near_misses
 
@@ -29,40 +30,39 @@ SHARED = "every reading"
 NO_REFINEMENT, KEY_ONLY, STOPPED = methods.ABLATIONS
 CLAIMED = ("log_p", "log_p_paraphrase")  # what efficacy and generalization cut to success or failure
 SHARES = ("efficacy", "generalization", "specificity")
+PLACE = ["part", "dataset", "seed", "reading", "method", "id"]
 WORDS = {True: "yes", False: "no", None: "open"}
 
 
 def open_readings(
     model: str = "tiny",
     readings: Sequence[str] = tuple(FEW),
-    edits: int = 3,
-    seeds: Sequence[int] = (0, 1),
+    edits: int = 4,
+    seeds: Sequence[int] = (0,),
     test_edits: int = 4,
     test_seeds: Sequence[int] = (2, 3),
     data: Mapping[str, str] | None = None,
+    beside: Sequence[pd.DataFrame] = (),
     text: str = "embedded",
     text_tokens: int | None = None,
     out: str | Path | None = None,
 ) -> pd.DataFrame:
-    """Every reading with its ablations on records for choosing; the best and the literal default on those for testing.
+    """Every reading on records for choosing; the chosen and the literal one with their ablations on those for testing.
 
-    readings: names of `READINGS`; the literal one is always among them. A record belongs to one part by its subject
-    (CRC-32), so that no subject, in whatever format or relation, is in both. edits, seeds: batches of the first part;
-    test_edits, test_seeds:
-    of the second. data: default ZsRE, as in Table 2 and Figure 4. out: see `study`.
+    readings: names of `READINGS`; the literal one is always among them, and so are those `around` the best of them.
+    A record belongs to one part by its subject (CRC-32): no subject, in whatever format or relation, is in both.
+    edits, seeds: batches of the first part; test_edits, test_seeds: of the second. data: default both formats.
+    beside: what this returned for other models, to be chosen by as well. out: see `study`.
 
     One row per part ("choosing", "testing"), data set, seed, reading, variant ("method": "metake" or an ablation) and
-    request: see `study`, with the outer loss. What is the same under every reading stands once, as reading "every
-    reading": without the refinement, and with a stopped gradient, whose only force, the anchor's, is zero where it
-    starts.
-    Raises ParameterError for an unknown reading, or seeds that are in both parts. Cost: two refinements a reading and
-    batch.
+    request: see `study`. What is the same under every reading stands once, as reading "every reading": without the
+    refinement, and with a stopped gradient, whose only force, the anchor's, is zero where it starts.
+    Raises ParameterError for an unknown reading, or seeds that are in both parts. Cost: a refinement a reading and
+    batch, two on the records for testing.
     """
-    wanted = {LITERAL: READINGS[LITERAL]}
-    for name in readings:
-        if name not in READINGS:
-            raise ParameterError(near_misses(name, READINGS, "reading"))
-        wanted[name] = READINGS[name]
+    wanted = list(dict.fromkeys((LITERAL, *readings)))
+    if unknown := [name for name in wanted if name not in READINGS]:
+        raise ParameterError(near_misses(unknown[0], READINGS, "reading"))
     if both := set(seeds) & set(test_seeds):
         raise ParameterError(
             f"seeds for choosing and for testing must differ; found {', '.join(map(str, sorted(both)))} in both"
@@ -72,16 +72,20 @@ def open_readings(
     state = full.init(lm, given)
 
     def rows(part: str, names: Sequence[str], count: int, drawn: Sequence[int]) -> Iterator[dict[str, Any]]:
-        for dataset, source in (data or {"ZsRE format": "facts-zsre"}).items():
+        for dataset, source in (data or FORMATS).items():
             for seed in drawn:
                 batch = Batch.of(lm, given, select(lm, part_of(read_cases(source), part), count, seed))
-                for (name, method), editor in _editors(full, {n: wanted[n] for n in names}).items():
+                for (name, method), editor in _editors(full, model, names, part).items():
                     where = {"part": part, "dataset": dataset, "seed": seed, "reading": name, "method": method}
-                    yield from (where | row for row in one(batch, editor, state, outer=True, out=out))
+                    yield from (where | row for row in one(batch, editor, state, out=out))
 
-    chosen = pd.DataFrame(rows("choosing", list(wanted), edits, seeds))
-    tested = pd.DataFrame(rows("testing", list(dict.fromkeys((LITERAL, best(chosen)))), test_edits, test_seeds))
-    frame = pd.concat([chosen, tested], ignore_index=True)
+    chosen = pd.DataFrame(rows("choosing", wanted, edits, seeds))
+    near = [name for name in around(best(chosen, *beside)) if name not in wanted]
+    chosen = pd.concat([chosen, pd.DataFrame(rows("choosing", near, edits, seeds) if near else [])], ignore_index=True)
+    tested = pd.DataFrame(
+        rows("testing", list(dict.fromkeys((LITERAL, best(chosen, *beside)))), test_edits, test_seeds)
+    )
+    frame = pd.concat([chosen.drop_duplicates(PLACE), tested], ignore_index=True)
     frame.attrs["settings"] = {
         "edits": edits, "seeds": list(seeds), "test_edits": test_edits, "test_seeds": list(test_seeds)
     }
@@ -97,18 +101,15 @@ def part_of(cases: Cases, part: str) -> Cases:
     )
 
 
-def _editors(full: Editor, wanted: Mapping[str, Reading]) -> dict[tuple[str, str], Editor]:
-    found = {(SHARED, name): methods.ABLATIONS[name](full) for name in (NO_REFINEMENT, STOPPED)}
-    for name, reading in wanted.items():
-        own = replace(full, refine=replace(full.refine, **reading.changes))
-        found |= {(name, "metake"): own, (name, KEY_ONLY): methods.ABLATIONS[KEY_ONLY](own)}
+def _editors(full: Editor, model: str, names: Sequence[str], part: str) -> dict[tuple[str, str], Editor]:
+    shared = (NO_REFINEMENT, STOPPED) if part == "testing" else (NO_REFINEMENT,)
+    found = {(SHARED, name): methods.ABLATIONS[name](full) for name in shared}
+    for name in names:
+        own = replace(full, refine=READINGS[name].rule(model))
+        found[name, "metake"] = own
+        if part == "testing":
+            found[name, KEY_ONLY] = methods.ABLATIONS[KEY_ONLY](own)
     return found
-
-
-def names(records: pd.DataFrame, part: str) -> list[str]:
-    """The readings of a part, in the order of `READINGS`."""
-    there = set(records.reading[records.part == part])
-    return [name for name in READINGS if name in there]
 
 
 def of(records: pd.DataFrame, part: str, reading: str) -> pd.DataFrame:
@@ -116,13 +117,15 @@ def of(records: pd.DataFrame, part: str, reading: str) -> pd.DataFrame:
     return records[(records.part == part) & records.reading.isin([reading, SHARED])]
 
 
-def differences(records: pd.DataFrame, part: str, reading: str, draws: int = 4000) -> pd.DataFrame:
+def differences(
+    records: pd.DataFrame, part: str, reading: str, draws: int = 4000, pairs: Mapping[str, str] | None = None
+) -> pd.DataFrame:
     """The full method minus each ablation on the same requests: points, of log-probabilities nats; 95 % intervals.
 
     most: the upper end of an interval that is widened so that all of them together have 95 % (Bonferroni); below:
     whether even that lies below zero.
     """
-    own, pairs = of(records, part, reading), dict.fromkeys(methods.ABLATIONS, "metake")
+    own, pairs = of(records, part, reading), dict(pairs or dict.fromkeys(methods.ABLATIONS, "metake"))
     found = comparison.differences(own, pairs, metrics=SHARES + CLAIMED, draws=draws)
     most = _together(own, pairs, len(found)).high
     return comparison.labelled(found.assign(most=most, below=most < 0), records)
@@ -153,32 +156,30 @@ def gains(records: pd.DataFrame, part: str, reading: str, draws: int = 4000) -> 
 
 
 def summary(records: pd.DataFrame, part: str = "choosing", draws: int = 4000) -> pd.DataFrame:
-    """One row per reading and data set: what it does to its own outer loss, and whether it reproduces the two claims.
+    """One row per reading and data set: what it does to its own outer loss, to the edited model's, and to the edit.
 
-    outer_before, outer_after: means over requests, at Stage I's plan and at the refined one; anchor_after:
+    outer_before, outer_after: means over requests, at Stage I's plan and at the one that was kept; anchor_after:
     the anchor's part of the latter; change: outer_after over outer_before, lowest and highest of the seeds beside it;
-    moved: median, percent of the plan;
+    fell: for how many requests of a hundred; moved: median, percent of the plan; edited: mean F of the edited model,
+    and over AlphaEdit's, the median over requests with its quartiles ("gain", "gain_low", "gain_high");
     generalization: MetaKE minus AlphaEdit, points; paraphrase: the same of log p after paraphrases, nats, with its
-    interval;
-    realized: of β̂ over all layers against Stage I's plan, with its interval; ordering, figure4: "yes", "no" or "open".
+    interval; realized: of β̂ over all layers against Stage I's plan, with its interval.
     """
     rows = []
     for name in names(records, part):
-        compared, realized = differences(records, part, name, draws), gains(records, part, name, draws)
-        says = {
-            "ordering": WORDS[ordering(compared).holds], "figure4": WORDS[realized_residual.decide(realized).holds]
-        }
+        compared = differences(records, part, name, draws, {NO_REFINEMENT: "metake"})
+        realized = gains(records, part, name, draws)
         own = records[(records.part == part) & (records.reading == name) & (records.method == "metake")]
         for dataset, group in own.groupby("dataset", sort=False):
-            against = compared[(compared.dataset == dataset) & (compared.method == NO_REFINEMENT)].set_index("metric")
+            against = compared[compared.dataset == dataset].set_index("metric")
             share = realized[
                 (realized.dataset == dataset) & (realized.reading == realized_residual.READINGS["whole_initial"])
             ].iloc[0]
             rows.append({"reading": name, "factor": READINGS[name].factor, "dataset": dataset,
-            "requests": len(group)} | _outer(group) | {
+            "requests": len(group)} | _outer(group) | _edited(group, of(records, part, name)) | {
                 "generalization": against.difference["generalization"],
                 **_interval("paraphrase", against.loc["log_p_paraphrase"]), **_interval("realized", share),
-            } | says)  # fmt: skip
+            })  # fmt: skip
     return comparison.labelled(pd.DataFrame(rows), records)
 
 
@@ -188,34 +189,28 @@ def _outer(group: pd.DataFrame) -> dict[str, float]:
     ratio = by_seed.outer_after / by_seed.outer_before
     return mean.to_dict() | {
         "change": mean.outer_after / mean.outer_before, "change_low": ratio.min(), "change_high": ratio.max(),
-        "moved": 100 * group.moved.median()
+        "fell": 100 * (group.outer_after < group.outer_before).mean(), "moved": 100 * group.moved.median()
     }
+
+
+def _edited(group: pd.DataFrame, beside: pd.DataFrame) -> dict[str, float]:
+    plain = beside[(beside.method == NO_REFINEMENT) & (beside.dataset == group.dataset.iloc[0])]
+    ratio = group.set_index(["seed", "id"]).edited / plain.set_index(["seed", "id"]).edited
+    low, middle, high = ratio.quantile([0.25, 0.5, 0.75])
+    return {"edited": group.edited.mean(), "gain": middle, "gain_low": low, "gain_high": high}
 
 
 def _interval(name: str, row: pd.Series) -> dict[str, float]:
     return {name: row.difference, f"{name}_low": row.low, f"{name}_high": row.high}
 
 
-def best(records: pd.DataFrame) -> str:
-    """The reading to be tested: by the records for choosing alone, the one that reproduces most.
-
-    A claim counts 1 if it is reproduced, 0 if open, −1 if contradicted; of equal ones, the largest gain in the
-    log-probability after paraphrases over AlphaEdit, mean over data sets.
-    """
-    found = summary(records).assign(
-        score=lambda s: sum(s[c].map({"yes": 1, "open": 0, "no": -1}) for c in ("ordering", "figure4"))
-    )
-    by_reading = found.groupby("reading", sort=False)[["score", "paraphrase"]].mean()
-    return str(by_reading.sort_values(["score", "paraphrase"], ascending=False, kind="stable").index[0])
-
-
 def winner(records: pd.DataFrame) -> str:
-    """The reading that was tested beside the literal default: `best`, as the records tell it."""
+    """The reading that was tested beside the literal reading: `best`, as the records tell it."""
     return next((name for name in names(records, "testing") if name != LITERAL), LITERAL)
 
 
-def against_default(records: pd.DataFrame) -> pd.DataFrame:
-    """The winner minus the literal default on the records for testing: shares in points, log-probabilities in nats,
+def against_literal(records: pd.DataFrame) -> pd.DataFrame:
+    """The winner minus the literal reading on the records for testing: shares in points, log-probabilities in nats,
     with intervals of 95 % together."""
     own = records[(records.part == "testing") & (records.method == "metake")].assign(method=lambda r: r.reading)
     return _together(
@@ -225,7 +220,7 @@ def against_default(records: pd.DataFrame) -> pd.DataFrame:
 
 def beats(found: pd.DataFrame) -> bool | None:
     """True if some interval of efficacy or generalization, or of their log-probabilities, lies above zero and none, nor
-    that of specificity, below; False if one lies below; None otherwise. found: what `against_default` returns."""
+    that of specificity, below; False if one lies below; None otherwise. found: what `against_literal` returns."""
     if (found.high < 0).any():
         return False
     return True if (found[found.metric != "specificity"].low > 0).any() else None
@@ -235,35 +230,35 @@ def effects(records: pd.DataFrame) -> pd.DataFrame:
     """Which factor matters: each one's mean effect in the factorial design of `LEVELS`, over all other combinations.
 
     Per data set and factor, second level minus first: of log₂ of the outer loss's change (1: twice as high), of the
-    percent that the plan moves, of log p after paraphrases (nats) and of the realized share.
+    percent that the plan moves, of log₂ of the edited model's F over AlphaEdit's, of log p after paraphrases (nats).
     Empty if the records do not hold all combinations.
     """
     found = summary(records, draws=1)
     table = pd.DataFrame([READINGS[name].settings for name in found.reading], index=found.index)
     literal = READINGS[LITERAL].settings
     inside = np.logical_and.reduce([table[k].isin(LEVELS[k]) if k in LEVELS else table[k] == literal[k] for k in table])
-    found, table, rows = found[inside].assign(outer=np.log2(found.change[inside])), table[inside], []
+    found = found.assign(outer=np.log2(found.change), edited=np.log2(found.gain))[inside]
+    table, rows = table[inside], []
     for dataset, own in found.groupby("dataset", sort=False):
         if len(own) < np.prod([len(levels) for levels in LEVELS.values()]):
             continue
         for factor, (first, second) in LEVELS.items():
-            means = own.groupby(table[factor])[["outer", "moved", "paraphrase", "realized"]].mean()
+            means = own.groupby(table[factor])[["outer", "moved", "edited", "paraphrase"]].mean()
             rows.append(
                 {"dataset": dataset, "factor": factor.replace("_", " "), "from": str(first), "to": str(second)}
                 | (means.loc[second] - means.loc[first]).to_dict()
             )
-    columns = ["dataset", "factor", "from", "to", "outer", "moved", "paraphrase", "realized"]
+    columns = ["dataset", "factor", "from", "to", "outer", "moved", "edited", "paraphrase"]
     return comparison.labelled(pd.DataFrame(rows, columns=columns), records)
 
 
 def answers(records: pd.DataFrame) -> pd.DataFrame:
-    """The three questions, a row each: what the winner and the literal default say on either part of the records."""
-    name, parts = winner(records), ("choosing", "testing")
+    """The two claims, a row each: what the winner and the literal reading say on the records for testing."""
     rows = {"Table 2's ordering": {}, "Figure 4's direction": {}}
-    for part, reading in product(parts, dict.fromkeys((name, LITERAL))):
-        column = f"{reading}, {part}"
-        rows["Table 2's ordering"][column] = WORDS[ordering(differences(records, part, reading)).holds]
-        rows["Figure 4's direction"][column] = WORDS[realized_residual.decide(gains(records, part, reading)).holds]
+    for reading in dict.fromkeys((winner(records), LITERAL)):
+        rows["Table 2's ordering"][reading] = WORDS[ordering(differences(records, "testing", reading)).holds]
+        direction = realized_residual.decide(gains(records, "testing", reading))
+        rows["Figure 4's direction"][reading] = WORDS[direction.holds]
     frame = pd.DataFrame([{"reproduced": question} | found for question, found in rows.items()])
     return comparison.labelled(frame, records)
 
@@ -271,7 +266,7 @@ def answers(records: pd.DataFrame) -> pd.DataFrame:
 def judge(records: pd.DataFrame) -> dict[str, Any]:
     """The claim, a reading reproduces Table 2's ordering and Figure 4's direction: holds if the winner does both on the
     records for testing; does not hold if it contradicts one there; inconclusive otherwise. Also said:
-    whether it beats the literal default there."""
+    how it does beside the literal reading there."""
     name = winner(records)
     compared, realized = differences(records, "testing", name), gains(records, "testing", name)
     order, direction = ordering(compared), realized_residual.decide(realized)
@@ -287,12 +282,11 @@ def judge(records: pd.DataFrame) -> dict[str, Any]:
 
 
 def consequence(records: pd.DataFrame) -> str:
-    """What follows for the default, in words."""
+    """How the chosen reading does beside the literal one, in words."""
     if winner(records) == LITERAL:
-        return "the literal default is itself the best: it stays"
-    wins = beats(against_default(records))
+        return "the literal reading is itself the chosen one"
+    wins = beats(against_literal(records))
     return {
-        True: "it beats the literal default there, and is a candidate for the default",
-        False: "it is below the literal default in some metric there: the default stays",
-        None: "it is not told apart from the literal default there: the default stays",
+        True: "it beats the literal reading there", False: "it is below the literal reading in some metric there",
+        None: "it is not told apart from the literal reading there",
     }[wins]

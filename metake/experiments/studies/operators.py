@@ -42,7 +42,7 @@ def _outer(run: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
     where = {k: run[k] for k in ("dataset", "method", "seed")}
     for edit in open_run(folder)[1] if run["method"] in PAIRS.values() else ():
         for id, told in edit.record.trace.items():
-            first, last = (sum(told["refine"][step].values()) for step in (0, -1))
+            first, last = (told["refined"][end] for end in ("before", "after"))
             yield where | {"id": id, "outer_first": first, "outer_last": last}
 
 

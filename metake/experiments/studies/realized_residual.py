@@ -10,7 +10,14 @@ import pandas as pd
 
 from metake import methods
 from metake.experiments.decision import (
-    Decision, all_of, any_of, at_least, for_and_against, interval, opposite, with_interval
+    Decision,
+    all_of,
+    any_of,
+    at_least,
+    for_and_against,
+    interval,
+    opposite,
+    with_interval,
 )
 from metake.experiments.studies.comparison import PRIMARY, labelled
 from metake.experiments.studies.study import study

@@ -42,7 +42,7 @@ def sensitivity(
     wanted = _settings(full, steps, adam, plain)
     editors = dict.fromkeys(wanted.values())
     names = {editor: name(editor) for editor in editors}
-    found = study(model, {names[editor]: editor for editor in editors}, outer=True, **settings)
+    found = study(model, {names[editor]: editor for editor in editors}, **settings)
     parts = []
     for (sweep, value), editor in wanted.items():
         own = found[found.method == names[editor]]

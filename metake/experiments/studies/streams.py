@@ -18,7 +18,8 @@ import pandas as pd
 from metake import methods as known
 from metake.algebra.geometry import KeyStatistics
 from metake.data.requests import EditCase
-from metake.editing.editor import Editor, EditorState
+from metake.editing.editor import Editor
+from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.experiments.decision import all_of, interval, undecided
 from metake.experiments.runs import edit_sequence, read_cases

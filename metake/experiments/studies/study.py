@@ -18,9 +18,10 @@ from torch import Tensor
 from metake.algebra.solve import association, attenuation
 from metake.algebra.update import Edit
 from metake.data.requests import Cases, EditRequest
-from metake.editing.bilevel import outer_objective
-from metake.editing.editor import Editor, EditorState
+from metake.editing.editor import Editor
+from metake.editing.outer import edited_losses
 from metake.editing.record import describe
+from metake.editing.state import EditorState
 from metake.editing.statistics import Statistics, statistics
 from metake.editing.targets import Targets
 from metake.experiments.kept import kept
@@ -85,7 +86,6 @@ def study(
     seeds: Sequence[int] = (0,),
     text: str = "embedded",
     text_tokens: int | None = None,
-    outer: bool = False,
     out: str | Path | None = None,
 ) -> pd.DataFrame:
     """Every editor on the same batch of `edits` requests of each data set, for each seed, which draws the requests.
@@ -101,8 +101,9 @@ def study(
     beta_initial     ⟨Δ k, r⟩ / ‖r‖² with r the share that v_init would have left to this layer
     whole, whole_initial   ⟨h_after − h, v − h⟩ / ‖v − h‖², all layers' work, against the plan and against v_init
 
-    outer: also the outer objective of an editor that refines, at Stage I's plan ("outer_before") and at the refined one
-    ("outer_after", of it the anchor's part "anchor_after"), per request under the editor's own weights (eqs 79–81).
+    edited           L_edit + L_loc of the edited model (F of eq. 84 without its anchor), the same measure for all
+    outer_before, outer_after   of an editor that refines: its own outer objective, under its own weights, at Stage I's
+    plan and at the one that was kept; of the latter the anchor's part "anchor_after"; else NaN
     out: a folder that keeps what every finished editor gave; None: nothing is kept.
 
     Editors that plan alike share Stage I. The model is restored after each edit.
@@ -118,7 +119,7 @@ def study(
             for method, editor in editors.items():
                 rows += [
                     {"dataset": name, "seed": seed, "method": method} | row
-                    for row in one(batch, editor, outer=outer, out=out)
+                    for row in one(batch, editor, out=out)
                 ]
     frame = pd.DataFrame(rows)
     frame.attrs["settings"] = {"edits": edits, "seeds": list(seeds)}
@@ -126,23 +127,23 @@ def study(
 
 
 def one(
-    batch: Batch, editor: Editor, state: EditorState | None = None, outer: bool = False, out: str | Path | None = None
+    batch: Batch, editor: Editor, state: EditorState | None = None, out: str | Path | None = None
 ) -> list[dict[str, Any]]:
     """What one editor does to a batch, a row a request, as `study` says; state: of `Editor.init`, if it is at hand."""
     state = state or editor.init(batch.lm, batch.statistics)
     told = (
         describe(editor), state.contexts, state.statistics_digest, batch.lm.base(),
-        batch.lm.digest(batch.lm.write_path(0)), batch.cases.digest, outer
+        batch.lm.digest(batch.lm.write_path(0)), batch.cases.digest
     )
-    return kept(out, told, lambda: _measured(batch, editor, state, outer))
+    return kept(out, told, lambda: _measured(batch, editor, state))
 
 
-def _measured(batch: Batch, editor: Editor, state: EditorState, outer: bool) -> list[dict[str, Any]]:
+def _measured(batch: Batch, editor: Editor, state: EditorState) -> list[dict[str, Any]]:
     lm, plan = batch.lm, batch.plan(editor, state)
     edit, _ = editor.step(lm, batch.requests, state, planned=plan)
     columns = _realized(lm, editor, state, batch.requests, edit, plan)
-    if outer and editor.refine:
-        columns |= _outer(lm, editor, state, batch.requests, edit, plan)
+    columns["edited"] = edited_losses(lm, batch.requests, state.contexts, edit).sum(1)
+    columns |= _outer(editor, list(edit.record.trace.values()))
     with edit.applied(lm):
         found = evaluate(lm, batch.cases, before=batch.before)
     values = zip(*(column.tolist() for column in columns.values()), strict=True)
@@ -167,22 +168,15 @@ def likelihood(case: CaseScore) -> dict[str, float]:
     return found | {"log_odds": fmean(against) if against else float("nan")}
 
 
-def _outer(
-    lm: LanguageModel, editor: Editor, state: EditorState, requests: Sequence[EditRequest], edit: Edit, plan: Targets
-) -> dict[str, Tensor]:
-    """The outer objective of each request at both ends of the refinement; the trace ends one step before the last."""
-    rule, layer = editor.refine, editor.layers[-1]
-    weights = torch.tensor((rule.edit_weight, rule.locality_weight, rule.anchor_weight), dtype=torch.float64)
-    reader = editor.reading.reader(lm, Rows.of(lm.tokenizer, requests, state.contexts), layer)
-    tokens = min(rule.tokens, lm.room(lm.depth - layer, gradients=True))
-    objective = outer_objective(
-        lm, requests, state.contexts, plan, editor._frozen_gate(reader, state, layer), replace(rule, tokens=tokens)
-    )
-    before, after = (
-        (objective.losses(value.to(objective.initial).clone().requires_grad_()).cpu().double() * weights)
-        for value in (plan.value, refined(edit, editor, plan))
-    )
-    return {"outer_before": before.sum(1), "outer_after": after.sum(1), "anchor_after": after[:, 2]}
+def _outer(editor: Editor, traces: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The outer objective of each request at both ends of its refinement, as the edit's record has it."""
+    names = ("outer_before", "outer_after", "anchor_after")
+    if not editor.refine or not editor.refine.steps:
+        return dict.fromkeys(names, torch.full((len(traces),), torch.nan))
+    ends = [trace["refined"] for trace in traces]
+    pulls = [t["refine"][end["kept"]]["anchor"] for t, end in zip(traces, ends, strict=True)]
+    found = ([e["before"] for e in ends], [e["after"] for e in ends], [editor.refine.anchor_weight * p for p in pulls])
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in zip(names, found, strict=True)}
 
 
 def refined(edit: Edit, editor: Editor, plan: Targets) -> Tensor:

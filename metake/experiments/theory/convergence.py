@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from metake.editing.bilevel import OuterObjective, Refinement, refine
+from metake.editing.bilevel import refine
+from metake.editing.outer import OuterObjective, Refinement
 from metake.experiments.decision import EPS, all_of, at_least, at_most
 from metake.experiments.theory.adversary import climb
 from metake.experiments.theory.landscapes import READINGS

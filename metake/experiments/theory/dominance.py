@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.linalg import matrix_norm
 
 from metake.algebra.solve import gate
-from metake.editing.bilevel import Refinement
+from metake.editing.outer import Refinement
 from metake.experiments.decision import all_of
 from metake.experiments.theory.comparisons import LONG, least, rounding, same
 from metake.experiments.theory.dominance_search import dominance_search
@@ -178,10 +178,8 @@ def theorem_on_model(layer: RealLayer) -> pd.DataFrame:
         found = whole.gradients(value)
         leaf = value.clone().requires_grad_()
         written, states = whole.write(leaf)
-        residual, (_, slopes) = written[-1][0], whole._slopes(states)
-        shared = torch.autograd.grad([t for t in states if t is not None], residual, slopes, retain_graph=True)[
-            0
-        ].flatten()
+        residual, (_, tensors, slopes) = written[-1][0], whole.slopes(states)
+        shared = torch.autograd.grad(tensors, residual, slopes, retain_graph=True)[0].flatten()
         jacobian = torch.stack([torch.autograd.grad(x, leaf, retain_graph=True)[0][0] for x in residual[0]])
         gap = matrix_norm(jacobian - torch.eye(len(jacobian), dtype=jacobian.dtype), 2).item()
         for name, last, proxy in (

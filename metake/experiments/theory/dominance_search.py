@@ -14,7 +14,14 @@ from torch.linalg import matrix_norm
 from metake.experiments.theory.adversary import ascend
 from metake.experiments.theory.comparisons import rounding
 from metake.experiments.theory.gate_lemmas import (
-    BOUNDS, SLACK, Layer, _metric, _pair, lemma3, lemma3_rounding, lemma4_rounding
+    BOUNDS,
+    SLACK,
+    Layer,
+    _metric,
+    _pair,
+    lemma3,
+    lemma3_rounding,
+    lemma4_rounding,
 )
 
 WIDTH = 3  # d of the instances

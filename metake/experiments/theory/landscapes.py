@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from metake.editing.bilevel import CHOICES
+from metake.editing.outer import CHOICES
 from metake.experiments.decision import EPS
 from metake.experiments.theory.adversary import ascend
 

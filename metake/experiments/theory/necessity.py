@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 from torch.func import grad, hessian
 
-from metake.editing.bilevel import Refinement
+from metake.editing.outer import Refinement
 from metake.experiments.decision import EPS, Decision, all_of
 from metake.experiments.theory.adversary import Found, climb
 from metake.experiments.theory.comparisons import least, rounding, same
 from metake.experiments.theory.inner import (
-    KINDS, KNOBS, Problem, amplification, coupling, edit_problem, rounding_of, slope, smooth_problem, total
+    KINDS,
+    KNOBS,
+    Problem,
+    amplification,
+    coupling,
+    edit_problem,
+    rounding_of,
+    slope,
+    smooth_problem,
+    total,
 )
 from metake.experiments.theory.real_layer import RealLayer
 
@@ -142,7 +151,7 @@ def corollary_on_model(layer: RealLayer, anchors: tuple[str, ...] = ("sum", "rel
             found = whole.gradients(v)
             c, step = found.down, 1e-3
             unit = c / c.norm()
-            fall = (whole.losses(v - step * unit).sum() - whole.losses(v + step * unit).sum()) / (2 * step) / -c.norm()
+            fall = (whole.after(v - step * unit).sum() - whole.losses(v + step * unit).sum()) / (2 * step) / -c.norm()
             row = {
                 "id": request.id, "anchor": anchor, "isolated": found.pull.norm().item(), "coupling": c.norm().item(),
                 "slope": fall.item(), "before": found.losses.sum().item()
@@ -151,7 +160,7 @@ def corollary_on_model(layer: RealLayer, anchors: tuple[str, ...] = ("sum", "rel
                 layer.lm.width, torch.finfo(layer.lm.dtype).eps / EPS
             )
             rows += [
-                row | {"eta": eta, "after": whole.losses(v - eta * c).sum().item()}
+                row | {"eta": eta, "after": whole.after(v - eta * c).sum().item()}
                 for eta in (2.0**k for k in range(-2, 9))
             ]
     return pd.DataFrame(rows)
@@ -171,7 +180,7 @@ def plane(layer: RealLayer, anchor: str = "relative", points: int = 15) -> pd.Da
     spots = [reach * (2 * i / (points - 1) - 1) for i in range(points)]
     return pd.DataFrame(
         [
-            {"down": x, "along": y, "loss": whole.losses(v + x * ways[0] + y * ways[1]).sum().item()}
+            {"down": x, "along": y, "loss": whole.after(v + x * ways[0] + y * ways[1]).sum().item()}
             for y in spots
             for x in spots
         ]

@@ -16,9 +16,10 @@ from torch import Tensor
 from metake import methods
 from metake.data.requests import EditRequest
 from metake.editing.bilevel import refine
-from metake.editing.editor import Editor, EditorState
-from metake.editing.hypergradient import Downstream, Fidelity
+from metake.editing.editor import Editor
+from metake.editing.hypergradient import Fidelity, Hypergradient
 from metake.editing.record import describe, digest_of
+from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
 from metake.experiments.decision import all_of, interval, opposite
@@ -51,7 +52,7 @@ def proxy_fidelity(
     smaller reductions than this say nothing.
     out: a folder that keeps finished edits, ten at a time.
     """
-    lm, editor = load(model), methods.metake(model, seed=seed)
+    lm, editor = load(model), methods.method("metake/literal", model, seed=seed)
     source = read_cases(data)
     requests = [case.request for case in select(lm, source, edits, seed)]
     state = editor.init(lm, statistics(lm, text, layers=editor.layers, tokens=text_tokens))
@@ -76,7 +77,7 @@ def _edits(lm: LanguageModel, editor: Editor, state: EditorState, requests: list
     rows = []
     for i, request in enumerate(requests):
         initial = Targets(planned.layer, planned.anchor[i : i + 1], planned.planned[i : i + 1])
-        downstream = Downstream(lm, [request], editor, state, initial)
+        downstream = Hypergradient(lm, [request], editor, state, initial)
         key_only = downstream.frozen_gate("key_only")
         for point, optimizer in POINTS.items():
             rule = replace(editor.refine, optimizer=optimizer) if optimizer else replace(editor.refine, steps=0)
@@ -86,7 +87,7 @@ def _edits(lm: LanguageModel, editor: Editor, state: EditorState, requests: list
     return rows
 
 
-def _measured(downstream: Downstream, value: Tensor, key_only: Tensor, step: float) -> dict[str, Any]:
+def _measured(downstream: Hypergradient, value: Tensor, key_only: Tensor, step: float) -> dict[str, Any]:
     found = downstream.gradients(value)
     whole = {
         "exact": found.exact, "proxy": found.proxy, "key_only": found.through(key_only),
@@ -95,7 +96,7 @@ def _measured(downstream: Downstream, value: Tensor, key_only: Tensor, step: flo
     whole |= {
         f"equal_{name}": whole[name] * (found.exact.norm() / whole[name].norm()) for name in ("proxy", "key_only")
     }
-    after = {name: downstream.losses(value - step * u).sum().item() for name, u in whole.items()}
+    after = {name: downstream.after(value - step * u).sum().item() for name, u in whole.items()}
     row = dict(zip(("edit", "locality", "anchor"), found.losses[0].tolist(), strict=True))
     row |= (
         frame(Fidelity(*(q[None] for q in found.fidelity())), found.exact, found.proxy, found.proxy_down)

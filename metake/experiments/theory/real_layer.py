@@ -11,10 +11,11 @@ from metake import methods
 from metake.algebra.solve import gate
 from metake.data.facts import facts
 from metake.data.requests import EditRequest
-from metake.editing.bilevel import OuterObjective, Refinement, outer_objective
-from metake.editing.editor import Editor, EditorState
-from metake.editing.hypergradient import Downstream
+from metake.editing.editor import Editor
+from metake.editing.hypergradient import Hypergradient
 from metake.editing.keys import KeyReader
+from metake.editing.outer import LastLayer, OuterObjective, Refinement
+from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
 from metake.language.model import LanguageModel, load
@@ -42,21 +43,21 @@ class RealLayer(NamedTuple):
 
     def outer(self, rule: Refinement) -> OuterObjective:
         """The look-ahead objective F_VL of the batch."""
-        return outer_objective(self.lm, self.requests, self.state.contexts, self.targets, self.gate, rule)
+        return LastLayer(self.lm, self.requests, self.state.contexts, self.targets, self.gate, rule)
 
     def layer_keys(self) -> dict[int, Tensor]:
         """K of every edited layer on the live model, (n, d_in) each."""
         reader = KeyReader(self.lm, self.requests, self.state.contexts, self.layer)
         return {i: reader.read(i).keys for i in self.editor.layers}
 
-    def downstream(self, rule: Refinement, index: int | None = None) -> tuple[Downstream, Tensor]:
+    def downstream(self, rule: Refinement, index: int | None = None) -> tuple[Hypergradient, Tensor]:
         """F through the whole edit of all layers, and V_init: of one request alone, or of the batch."""
         own = slice(None) if index is None else slice(index, index + 1)
         targets = replace(
             self.targets, anchor=self.targets.anchor[own], planned=self.targets.planned[own],
             trace=self.targets.trace[own]
         )
-        return Downstream(
+        return Hypergradient(
             self.lm, self.requests[own], replace(self.editor, refine=rule), self.state, targets
         ), targets.value
 

@@ -14,7 +14,6 @@ from metake.algebra.solve import attenuation, gate, solve
 from metake.experiments.theory.comparisons import foretold
 from metake.experiments.theory.one_request import SLACK, Request, random_request
 
-
 EDGES = {
     "as stated": "none", "noise 0: the write interpolates": "some", "another request in the batch": "some",
     "written at one key, read at another": "some", "β = 0: no plan succeeds": "none",

@@ -24,8 +24,9 @@ from metake.algebra.solve import gate
 from metake.algebra.update import LayerUpdate, total
 from metake.data.facts import facts
 from metake.data.requests import EditRequest
-from metake.editing.editor import Editor, EditorState
+from metake.editing.editor import Editor
 from metake.editing.keys import KeyReader
+from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
 from metake.experiments.decision import KINDS, Decision, all_of, undecided

@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.linalg import cond
 
 from metake.algebra.geometry import (
-    Isotropic, KeyStatistics, Metric, NullSpace, condition, inverse_covariance, null_space
+    Isotropic,
+    KeyStatistics,
+    Metric,
+    NullSpace,
+    condition,
+    inverse_covariance,
+    null_space,
 )
 from metake.algebra.postprocess import PostProcess, cap_spectrum, keep_largest, soften_principal
 from metake.algebra.solve import gate

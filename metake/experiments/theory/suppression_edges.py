@@ -14,7 +14,6 @@ from metake.experiments.theory.comparisons import foretold, rounding
 from metake.experiments.theory.spectral_suppression import amplified, layer, suppression_bound
 from metake.support.errors import StatisticsError
 
-
 EDGES = {
     "all energy in H, ideal bound": "none", "energy outside H, judged by the ideal bound": "some",
     "a small eigenvalue counted into H": "some",

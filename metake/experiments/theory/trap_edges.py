@@ -14,7 +14,14 @@ from metake.editing.keys import KeyReader
 from metake.editing.statistics import statistics
 from metake.experiments.theory.comparisons import foretold, rounding
 from metake.experiments.theory.static_trap import (
-    SLACK, STEP, Trap, displacement, radii, random_operator, strengths, uniform
+    SLACK,
+    STEP,
+    Trap,
+    displacement,
+    radii,
+    random_operator,
+    strengths,
+    uniform,
 )
 from metake.language.model import load
 

@@ -1,4 +1,4 @@
-"""The drawing of the open readings: what each does to its own outer loss, to paraphrases, and to the realized share."""
+"""The drawing of the open readings: what each does to its own outer loss, to the edited model's, and to paraphrases."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from metake.report.shown import texts
 from metake.report.style import style
 
 PANELS = {
-    "change": "Outer loss,\nafter / before", "paraphrase": "Paraphrases: log p\nover AlphaEdit, nats",
-    "realized": "Realized share β̂\nover AlphaEdit"
+    "change": "Its own outer loss,\nafter / before", "gain": "F of the edited model,\nover AlphaEdit's",
+    "paraphrase": "Paraphrases: log p\nover AlphaEdit, nats",
 }
+RATIOS = ("change", "gain")
 MARKS = ("o", "s", "^", "D")  # one a data set
 # to either side of zero: a difference in the third decimal must not look large
-LEAST = {"paraphrase": 0.02, "realized": 0.02}
+LEAST = {"paraphrase": 0.02}
 
 
 def reading_dots(summary: pd.DataFrame, model: str | None = None, name: str = "open_readings") -> Figure:
-    """A row per reading, grouped by the factor in which it differs from the literal default, the dashed lines.
+    """A row per reading, grouped by the factor in which it differs from the literal one, the dashed lines.
 
     summary: what `experiments.open_readings.summary` returns. Left: the outer loss at the refined plan over that at
-    Stage I's, the whisker from the lowest to the highest seed; middle and right: with 95 % intervals. A filled mark:
-    the whisker leaves out 1, or 0.
+    Stage I's, the whisker from the lowest to the highest seed; middle: the median over requests of F of the edited
+    model over AlphaEdit's, between quartiles; right: with 95 % intervals. A filled mark: whiskers without 1, or 0.
     """
     _require(
         summary, "reading", "factor", "dataset", "outer_before", "outer_after",
@@ -35,14 +36,14 @@ def reading_dots(summary: pd.DataFrame, model: str | None = None, name: str = "o
     readings, datasets = list(dict.fromkeys(summary.reading)), list(dict.fromkeys(summary.dataset))
     fell = summary[summary.change < 1]
     told = "; ".join(
-        f"{r.reading}, {r.dataset}: {r.change:.2f} times, {r.paraphrase:+.3f} nats, {r.realized:+.3f}"
+        f"{r.reading}, {r.dataset}: {r.change:.2f} times, edited model {r.gain:.2f} times, {r.paraphrase:+.3f} nats"
         for r in summary.itertuples()
     )
-    alt = f"""Per reading: outer loss after over before the refinement, difference of the paraphrases' log-probability
-        and of the realized share to AlphaEdit.
+    alt = f"""Per reading: outer loss after over before the refinement, F of the edited model over AlphaEdit's, and
+        difference of the paraphrases' log-probability to AlphaEdit.
         The outer loss falls for {len(fell)} of {len(summary)}. {told}."""
-    numbers = ["outer_before", "outer_after", "moved", "paraphrase", "realized"]
-    shown = summary[["reading", "dataset", "requests", *numbers, "ordering", "figure4"]]
+    numbers = ["outer_before", "outer_after", "fell", "moved", "edited", "paraphrase"]
+    shown = summary[["reading", "dataset", "requests", *numbers]]
     size = (8.4, 1.3 + (0.2 + 0.08 * len(datasets)) * len(readings))
     return Figure(
         lambda axes: _draw(axes, summary, readings, datasets), summary, name, alt, model, shown, size,
@@ -53,7 +54,7 @@ def reading_dots(summary: pd.DataFrame, model: str | None = None, name: str = "o
 def _draw(axes: Any, summary: pd.DataFrame, readings: list[str], datasets: list[str]) -> None:
     factors = summary.drop_duplicates("reading").set_index("reading").factor
     for panel, quantity in zip(axes[0], PANELS, strict=True):
-        neutral = 1 if quantity == "change" else 0
+        neutral = 1 if quantity in RATIOS else 0
         panel.axvline(neutral, color=_soft(0.8), linewidth=1, zorder=1)
         dashed = {"linewidth": 1, "linestyle": (0, (3, 3)), "alpha": 0.8, "zorder": 1}
         for k, dataset in enumerate(datasets):
@@ -87,7 +88,7 @@ def _dress(panel: Any, quantity: str, readings: list[str], factors: pd.Series) -
     panel.set(
         title=PANELS[quantity], ylim=(len(readings) - 0.4, -0.6), yticks=range(len(readings)), yticklabels=readings
     )
-    if quantity == "change":
+    if quantity in RATIOS:
         panel.set_xscale("log")
         panel.update_datalim([(0.5, 0), (2, 0)])
         panel.autoscale_view(scaley=False)

@@ -1,0 +1,42 @@
+"""What one batch of edits hands to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from metake.algebra.geometry import Metric, condition
+from metake.algebra.update import Edit, LayerUpdate
+
+
+@dataclass(frozen=True)
+class EditorState:
+    """What one batch hands to the next: a metric per layer, and the context templates. A value, never changed in place.
+
+    keys: of the latest batch, if the metrics remember them; original, totals: weights before the first edit and the sum
+    of all updates since, if a post-process acts on the whole sequence.
+    """
+
+    metrics: Mapping[int, Metric] = field(repr=False)
+    contexts: tuple[str, ...]
+    statistics_digest: str = ""
+    edits: int = 0
+    keys: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
+    original: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    totals: Mapping[str, LayerUpdate] = field(default_factory=dict, repr=False)
+
+    def after(self, edit: Edit, keys: Mapping[int, Tensor], count: int) -> EditorState:
+        """The state once an edit of `count` requests is applied; keys: those to remember, per layer."""
+        if not count:
+            return self
+        metrics = {i: condition(m, keys[i]) if i in keys else m for i, m in self.metrics.items()}
+        totals = {
+            u.module: self.totals[u.module] + u if u.module in self.totals else u
+            for u in edit.updates
+            if u.module in self.original
+        }
+        return replace(
+            self, metrics=metrics, keys=keys or self.keys, totals={**self.totals, **totals}, edits=self.edits + count
+        )
