@@ -134,7 +134,7 @@ def _record(args: argparse.Namespace) -> None:
 
     for line in record.record(
         args.model, args.counterfact, args.zsre, args.text, args.edits, args.batch, args.seeds, args.only,
-        tasks=args.tasks
+        tasks=args.tasks, methods=args.methods
     ):
         print(line)
 

@@ -153,6 +153,10 @@ def record_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="make these recordings again; default: those that are missing"
     )
+    parser.add_argument(
+        "--methods", type=lambda text: text.split(","), metavar="A,B",
+        help="of these recordings, make only these methods' rows again, and keep the others"
+    )
 
 
 def bench_options(parser: argparse.ArgumentParser) -> None:

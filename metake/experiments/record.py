@@ -19,7 +19,7 @@ from metake.experiments.runs import read_cases
 from metake.experiments.speed.run_time import PLAIN, run_time
 from metake.experiments.studies.ablation import ablation
 from metake.experiments.studies.case_study import case_study
-from metake.experiments.studies.comparison import comparison
+from metake.experiments.studies.comparison import PRIMARY, comparison
 from metake.experiments.studies.dispersion import association_dispersion
 from metake.experiments.studies.gamma_beforehand import gamma_beforehand
 from metake.experiments.studies.general_ability import general_ability
@@ -34,7 +34,7 @@ from metake.experiments.studies.sensitivity import sensitivity
 from metake.experiments.studies.streams import streams
 from metake.experiments.theory.proxy_fidelity import proxy_fidelity
 from metake.language.model import load
-from metake.methods import METHODS
+from metake.methods import METHODS, named
 from metake.support.errors import ParameterError, near_misses
 from metake.support.machine import default_device, versions
 
@@ -42,6 +42,10 @@ LONG = ("streams",)  # hours on a CPU: only if `only` names them
 TASKED = "general_ability"  # only if there is task data
 STUDIED = ("memit", "alphaedit", "metake", "sphere", "blue", "rect", "prune", "pmet", "rome")
 STREAMED = ("alphaedit", "metake", "memit", "blue", "sphere", "memit_seq", "prune", "rect")
+OF_METHODS = (
+    "comparison", "hidden_states", "gamma", "bench", "case_study", "general_ability", "streams", "realized",
+    "kl_strength"
+)
 COMPARED = STREAMED[:5]  # MetaKE and whom the paper compares it with: on a real model the others would be hours more
 
 
@@ -56,8 +60,10 @@ def record(
     only: Sequence[str] | None = None,
     tokens: int | None = 100_000,
     tasks: str | None = None,
+    methods: Sequence[str] | None = None,
 ) -> Iterator[str]:
-    """Make the recordings of `model` that are missing, and say which; `only` makes the named ones again.
+    """Make the recordings of `model` that are missing, and say which; `only` makes the named ones again, and with
+    `methods` only these methods' rows of them: the others stay as they are recorded, each with its own provenance.
 
     counterfact, zsre: files of records (default: the embedded facts); text, tokens: of the key statistics; edits:
     cases of a run, and a tenth of a stream's;
@@ -67,9 +73,10 @@ def record(
     common: dict[str, Any] = {"model": model, "text": text, "text_tokens": tokens}
     # of one folder: what one part has run, the other reads
     runs = report.project_root() / "runs" / f"record-{Path(model).name}"
-    parts = _parts(common, data, edits, batch, seeds, runs, tasks or "")
+    parts = _parts(common, data, edits, batch, seeds, runs, tasks or "", list(methods or ()))
     if unknown := [name for name in only or () if name not in parts]:
         raise ParameterError(near_misses(unknown[0], parts, "recording"))
+    _check_methods(methods, only)
     if TASKED in (only or ()) and not tasks:
         raise ParameterError(f"the recording {TASKED!r} needs task data; name a folder of it: --tasks DIR")
     for name, make in parts.items():
@@ -77,7 +84,8 @@ def record(
         there = (report.project_root() / "results" / f"{target}.jsonl").is_file()
         if name in only if only else not (there or name in LONG or (name == TASKED and not tasks)):
             start, origin = time.perf_counter(), _provenance(model, data, text, tokens)
-            report.write_recorded(target, frame := make(), origin | _settings(frame, time.perf_counter() - start))
+            write = report.merge_recorded if methods and there else report.write_recorded
+            write(target, frame := make(), origin | _settings(frame, time.perf_counter() - start))
             yield f"wrote results/{target}.jsonl"
         else:
             yield f"{'kept' if there else 'left out'} results/{target}.jsonl" + (
@@ -85,50 +93,67 @@ def record(
             )
 
 
+def _check_methods(methods: Sequence[str] | None, only: Sequence[str] | None) -> None:
+    """Raises ParameterError for methods that nobody knows, or of recordings that do not compare methods."""
+    if not methods:
+        return
+    if unknown := [name for name in methods if name not in (known := named())]:
+        raise ParameterError(near_misses(unknown[0], known, "method"))
+    if wrong := [name for name in only or ("every recording",) if name not in OF_METHODS]:
+        raise ParameterError(
+            f"only recordings that compare methods can be made again for some of them: --only {' '.join(OF_METHODS)}; "
+            f"found {wrong[0]}"
+        )
+
+
 def _parts(
-    common: dict[str, Any], data: dict[str, str], edits: int, batch: int, seeds: Sequence[int], runs: Path, tasks: str
+    common: dict[str, Any], data: dict[str, str], edits: int, batch: int, seeds: Sequence[int], runs: Path, tasks: str,
+    own: Sequence[str] = ()
 ) -> dict[str, Callable[[], pd.DataFrame]]:
-    """Every recording by name; runs: folder of what is finished."""
+    """Every recording by name; runs: folder of what is finished; own: the methods to compare, if not the usual ones."""
     sequences = common | {"data": data, "edits": edits, "batch": batch, "seeds": seeds, "out": runs}
     return {
         "quickstart": lambda: quickstart(**common),
         "dispersion": lambda: association_dispersion(**common, requests=700, data=data),
         # without fluency and consistency: sampling costs several times the edits on a CPU
-        "comparison": lambda: comparison(**sequences, methods=list(METHODS)),
+        "comparison": lambda: comparison(**sequences, methods=own or list(METHODS)),
         "operators": lambda: operators(**sequences),
         "hidden_states": lambda: hidden_states(
-            **common, data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0], out=runs
+            **common, methods_=own or tuple(METHODS), data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0],
+            out=runs
         ),
-        "gamma": lambda: gamma_beforehand(**sequences),
+        "gamma": lambda: gamma_beforehand(**sequences, methods_=own or PRIMARY),
         # MEMIT's batch is AlphaEdit's but for the solve
         "bench": lambda: run_time(
-            **common, methods_=("alphaedit", "metake", PLAIN), data=data["CounterFact"], edits=100, literal=3
+            **common, methods_=own or ("alphaedit", "metake", PLAIN), data=data["CounterFact"], edits=100, literal=3
         ),
         "case_study": lambda: case_study(
-            **common, methods=STUDIED, data=data["CounterFact"], edits=20, length=100, out=runs / "case_study"
+            **common, methods=own or STUDIED, data=data["CounterFact"], edits=20, length=100, out=runs / "case_study"
         ),
-        **_studies(common, data, edits, seeds, runs),
+        **_studies(common, data, edits, seeds, runs, own),
         # half an hour of one core: a third of it for seven times 300 questions, the rest for Stage I
         TASKED: lambda: general_ability(
-            **common, edits=120, batch=60, every=60, tasks=tasks, tests=50, data=data["CounterFact"], seed=seeds[0],
-            out=runs / TASKED
+            **common, methods=own or PRIMARY, edits=120, batch=60, every=60, tasks=tasks, tests=50,
+            data=data["CounterFact"], seed=seeds[0], out=runs / TASKED
         ),
         "proxy": lambda: proxy_fidelity(**common, edits=100, data=data["CounterFact"], out=runs / "proxy"),
         "streams": lambda: streams(
-            **common, methods=STREAMED if common["model"] == "tiny" else COMPARED, **_stream(edits),
+            **common, methods=own or (STREAMED if common["model"] == "tiny" else COMPARED), **_stream(edits),
             data=data["CounterFact"], seed=seeds[0], out=runs / "streams"
         ),
     }
 
 
 def _studies(
-    common: dict[str, Any], data: dict[str, str], edits: int, seeds: Sequence[int], runs: Path
+    common: dict[str, Any], data: dict[str, str], edits: int, seeds: Sequence[int], runs: Path, own: Sequence[str]
 ) -> dict[str, Callable[[], pd.DataFrame]]:
     """Those of one batch by several editors, which share what is finished."""
     asked, kept = common | {"seeds": seeds}, runs / "study"
     return {
         "ablation": lambda: ablation(**asked, edits=min(edits, 50), data=data, out=kept),
-        "realized": lambda: realized_residual(**asked, edits=edits, data={"ZsRE": data["ZsRE"]}, out=kept),
+        "realized": lambda: realized_residual(
+            **asked, methods_=own or PRIMARY, edits=edits, data={"ZsRE": data["ZsRE"]}, out=kept
+        ),
         # an hour of one core on a real model: some twenty refinements a request for choosing, two for testing
         "open_readings": lambda: open_readings(
             **common, readings=SETS["all" if common["model"] == "tiny" else "words"], edits=8, test_edits=12,
@@ -136,7 +161,9 @@ def _studies(
             out=runs / "open_readings"
         ),
         # 7 λ_KL, each another Stage I: of 100 requests a fifth in each group, half an hour on two cores
-        "kl_strength": lambda: kl_strength(**asked, pool=edits, data={"ZsRE": data["ZsRE"]}, out=kept),
+        "kl_strength": lambda: kl_strength(
+            **asked, methods_=own or PRIMARY, pool=edits, data={"ZsRE": data["ZsRE"]}, out=kept
+        ),
         # 11 refinements
         "sensitivity": lambda: sensitivity(**asked, edits=min(edits, 30), data=data, out=kept),
     }

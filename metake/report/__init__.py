@@ -9,7 +9,15 @@ reported in the paper. A frame says by `.attrs["label"]` and `.attrs["provenance
 """
 
 from metake.report.figure import Figure
-from metake.report.files import artifact_name, figures_dir, paper, project_root, recorded, write_recorded
+from metake.report.files import (
+    artifact_name,
+    figures_dir,
+    merge_recorded,
+    paper,
+    project_root,
+    recorded,
+    write_recorded,
+)
 from metake.report.plots import attenuation_curve, before_after, dispersion, stage_bars
 from metake.report.shown import Verdict, provenance, table, verdict
 from metake.report.studies.ability import ability_curves
@@ -34,7 +42,8 @@ __all__ = [
     "ball_and_ellipsoid", "before_after", "beta_plane", "beta_to_drag", "comparison_dots", "comparison_table",
     "coupling_step", "descent", "dispersion",
     "feasible_plans", "figures_dir", "forest", "gamma_auroc", "gamma_calibration", "generations", "if_recorded",
-    "kl_curves", "last_layer", "option_effects", "paper", "project_root", "provenance", "proxy_certificates",
+    "kl_curves", "last_layer", "merge_recorded", "option_effects", "paper", "project_root", "provenance",
+    "proxy_certificates",
     "proxy_cosines", "proxy_descent", "reading_dots", "real_plans", "realized_curves", "recorded", "recorded_or",
     "refined_minus_base", "sensitivity_curves", "source", "stage_bars", "state_distances", "state_maps",
     "stream_curves", "style", "suppression", "table",

@@ -91,6 +91,37 @@ def write_recorded(
     return path
 
 
+SAME = ("model", "model_digest", "dataset", "statistics", "dtype", "edits", "batch", "seeds")
+"""Of a recording's provenance: what rows that are compared must have in common."""
+
+
+def merge_recorded(name: str, records: pd.DataFrame, provenance: Mapping[str, Any]) -> Path:
+    """Write results/<name>.jsonl with these records in place of the same methods' older ones; the others stay.
+
+    Every row keeps its own provenance: `made` is its place in the list "parts" of the first line.
+    Raises ParameterError if the older ones are of another model, of other records or of other settings.
+    """
+    old, new = recorded(name), portable(provenance)
+    parts = old.attrs.get("parts", [old.attrs["provenance"]])
+    for key in SAME:
+        if key in parts[0] and parts[0][key] != new.get(key):
+            raise ParameterError(
+                f"results/{name}.jsonl has {key} {parts[0][key]!r}, the new rows {new.get(key)!r}: rows of one "
+                "recording are compared with each other. Ask for the same, or leave --methods out to make all again"
+            )
+    kept = old[~old.method.isin(set(records.method))]
+    rows = pd.concat([kept if "made" in kept else kept.assign(made=0), records.assign(made=len(parts))])
+    used = sorted(set(rows.made))
+    rows["made"] = rows.made.map({place: i for i, place in enumerate(used)})
+    parts = [[*parts, new][place] for place in used]
+    joined = parts[0] | {
+        key: "; ".join(dict.fromkeys(str(part.get(key)) for part in parts)) for key in ("date", "commit")
+    }
+    if all("minutes" in part for part in parts):
+        joined["minutes"] = round(sum(part["minutes"] for part in parts), 1)
+    return write_recorded(name, rows, joined | ({"parts": parts} if len(parts) > 1 else {}))
+
+
 def recorded(name: str) -> pd.DataFrame:
     """The records of results/<name>.jsonl, with `.attrs["provenance"]`.
 
@@ -118,8 +149,10 @@ def recorded(name: str) -> pd.DataFrame:
             f"results/{path.name} is damaged ({error}). Restore it from git, or remove it and make it again "
             f"with: {_command(name)}"
         ) from error
-    frame = pd.DataFrame(rows)
-    frame.attrs |= {"provenance": header["provenance"], "label": "recorded"}
+    frame, provenance = pd.DataFrame(rows), dict(header["provenance"])
+    if "parts" in provenance:  # merged: see `merge_recorded`
+        frame.attrs["parts"] = provenance.pop("parts")
+    frame.attrs |= {"provenance": provenance, "label": "recorded"}
     return frame
 
 

@@ -297,11 +297,12 @@ def test_the_gradient_keeps_a_block_s_ends_and_not_its_inside(monkeypatch):
 @pytest.mark.parametrize("kind", ["gpt2", "gptj"])
 def test_a_refinement_lowers_the_loss_of_the_whole_edit(kind: str):
     e = edit(kind, 3)
-    stage, rule = e.editor.stage_two(e.lm, e.downstream.state), replace(EDITOR.refine, steps=4, step_size=0.002)
+    rule = replace(EDITOR.refine, steps=4, step_size=0.5, optimizer="sgd")
+    stage = e.editor.stage_two(e.lm, e.downstream.state)
     with reference.unchanged(e.lm):
         found = refine(e.lm, e.requests, CONTEXTS, e.initial, stage, rule)
     ends = [t["refined"] for t in found.trace]
-    assert all(end["after"] < end["before"] for end in ends)
+    assert sum(end["after"] for end in ends) < sum(end["before"] for end in ends) - 1e-3
     for name, value in (("before", e.initial.value), ("after", found.value)):
         told = sum(end[name] for end in ends)
         assert told == pytest.approx(e.downstream.after(value).sum().item(), rel=1e-9)

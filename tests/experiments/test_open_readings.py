@@ -16,21 +16,33 @@ from same import fingerprint
 import metake as mk
 from metake import report
 from metake.experiments.runs import read_cases, select
+from metake.experiments.studies import choosing
 from metake.experiments.studies import open_readings as module
-from metake.experiments.studies.readings import ALONE, CHANGED, FEW, LEVELS, LITERAL, READINGS, SETS
+from metake.experiments.studies.readings import (
+    ALONE,
+    CHANGED,
+    FEW,
+    LEVELS,
+    LITERAL,
+    READINGS,
+    SETS,
+    around,
+    departures,
+)
 from metake.experiments.studies.study import Batch, one
-from metake.methods import ABLATIONS, metake
+from metake.methods import ABLATIONS, metake, method
 from metake.support.errors import ParameterError
 
+ROOT = report.project_root()
 SETTINGS = {
     "readings": ("plain gradient",), "edits": 2, "seeds": (0,), "test_edits": 2, "test_seeds": (1,),
-    "text_tokens": 3000
+    "text_tokens": 3000, "data": {"ZsRE format": "facts-zsre"},
 }
 
 
-def test_the_literal_reading_is_the_default_and_no_two_are_the_same():
-    literal = metake("tiny").refine
-    assert READINGS[LITERAL].settings == {name: getattr(literal, name) for name in CHANGED}
+def test_the_literal_reading_is_the_named_one_and_no_two_are_the_same():
+    literal = method("metake/literal", "tiny").refine
+    assert READINGS[LITERAL].rule("tiny") == replace(literal, keep="best")
     told = [tuple(reading.settings.items()) for reading in READINGS.values()]
     assert len(set(told)) == len(told) and set(FEW) < set(READINGS) and SETS["few"][0] == SETS["all"][0] == LITERAL
     assert {field for reading in READINGS.values() for field in reading.changes} == set(CHANGED)
@@ -75,41 +87,49 @@ def records(lm):
 
 
 def test_rows_are_what_each_editor_gives_alone(lm, records):
-    assert (
-        module.names(records, "choosing") == [LITERAL, "plain gradient"]
-        and module.names(records, "testing")[0] == LITERAL
-    )
+    asked = {LITERAL, "plain gradient"}
+    best = choosing.best(records[records.reading.isin({*asked, module.SHARED})])
+    assert set(choosing.names(records, "choosing")) == asked | set(around(best))
+    assert set(choosing.names(records, "testing")) == {LITERAL, choosing.best(records)}
     ids = [set(records.id[records.part == part]) for part in ("choosing", "testing")]
     assert len(ids[0]) == len(ids[1]) == 2 and not ids[0] & ids[1]
     full = metake("tiny")
     given = mk.statistics(lm, layers=full.layers, tokens=3000)
     batch = Batch.of(lm, given, select(lm, module.part_of(read_cases("facts-zsre"), "choosing"), 2, 0))
-    plain = replace(full, refine=replace(full.refine, optimizer="sgd"))
-    for method, editor in (("metake", plain), (module.KEY_ONLY, ABLATIONS[module.KEY_ONLY](plain))):
-        own = records[(records.part == "choosing") & (records.reading == "plain gradient") & (records.method == method)]
-        expected = pd.DataFrame(one(batch, editor, outer=True))
-        pd.testing.assert_frame_equal(own[list(expected)].reset_index(drop=True), expected, rtol=1e-9)
+    plain = replace(full, refine=READINGS["plain gradient"].rule("tiny"))
+    own = records[(records.part == "choosing") & (records.reading == "plain gradient") & (records.method == "metake")]
+    expected = pd.DataFrame(one(batch, plain))
+    pd.testing.assert_frame_equal(own[list(expected)].reset_index(drop=True), expected, rtol=1e-9)
+    batch = Batch.of(lm, given, select(lm, module.part_of(read_cases("facts-zsre"), "testing"), 2, 1))
+    literal = ABLATIONS[module.KEY_ONLY](replace(full, refine=READINGS[LITERAL].rule("tiny")))
+    own = records[(records.part == "testing") & (records.reading == LITERAL) & (records.method == module.KEY_ONLY)]
+    expected = pd.DataFrame(one(batch, literal))
+    pd.testing.assert_frame_equal(own[list(expected)].reset_index(drop=True), expected, rtol=1e-9)
 
 
 def test_what_every_reading_shares_does_not_depend_on_it(lm, records):
     """A stopped gradient leaves the anchor's alone, zero where it starts: no optimizer, step size or norm moves the
     plan.
     """
-    shared = records[(records.part == "choosing") & (records.reading == module.SHARED)]
+    shared = records[(records.part == "testing") & (records.reading == module.SHARED)]
     assert set(shared.method) == {module.NO_REFINEMENT, module.STOPPED} and (shared.moved < 1e-12).all()
     full = metake("tiny")
     batch = Batch.of(
         lm, mk.statistics(lm, layers=full.layers, tokens=3000),
-        select(lm, module.part_of(read_cases("facts-zsre"), "choosing"), 2, 0)
+        select(lm, module.part_of(read_cases("facts-zsre"), "testing"), 2, 1)
     )
-    for name in ("plain 1, relative", "anchor, half"):
-        stopped = ABLATIONS[module.STOPPED](replace(full, refine=replace(full.refine, **READINGS[name].changes)))
+    for name in ("plain 1, relative", "Adam 0.5, mean, eq. 98"):
+        stopped = ABLATIONS[module.STOPPED](replace(full, refine=READINGS[name].rule("tiny")))
         assert np.allclose(pd.DataFrame(one(batch, stopped)).log_p, shared.log_p[shared.method == module.NO_REFINEMENT])
 
 
 def test_the_page_can_be_computed_from_what_the_experiment_returns(records):
     found = module.summary(records)
-    assert list(found.reading) == [LITERAL, "plain gradient"] and (found.requests == 2).all()
+    assert set(found.reading) == set(choosing.names(records, "choosing")) and (found.requests == 2).all()
+    own = records[(records.part == "choosing") & (records.reading == LITERAL)].set_index("id").edited
+    plain = records[(records.part == "choosing") & (records.method == module.NO_REFINEMENT)].set_index("id").edited
+    row = found[found.reading == LITERAL].iloc[0]
+    assert row.edited == pytest.approx(own.mean()) and row.gain == pytest.approx((own / plain).median())
     assert found.change.to_numpy() == pytest.approx((found.outer_after / found.outer_before).to_numpy())
     assert module.effects(records).empty, "two readings are no factorial design"
     assert len(module.answers(records)) == 2 and module.judge(records)["holds"] in (True, False, None)
@@ -137,7 +157,7 @@ def made(
             where = {"part": part, "dataset": dataset, "seed": seed, "id": f"{i}"}
             flat = {
                 "efficacy": 1.0, "generalization": 0.5, "specificity": 0.5, "log_p": -1.0, "log_p_paraphrase": -2.0,
-                "moved": 0.1, "outer_before": 2.0, "anchor_after": 0.1
+                "moved": 0.1, "outer_before": 2.0, "anchor_after": 0.1, "edited": 1.0
             }
             flat |= dict.fromkeys(module.realized_residual.READINGS, 0.8)
             rows += [
@@ -176,30 +196,79 @@ def test_a_share_below_an_ablation_contradicts_the_ordering_and_specificity_does
         assert module.ordering(module.differences(spoiled, "choosing", LITERAL)).holds is says
 
 
-@pytest.mark.parametrize("readings, chosen", [
-    ({LITERAL: NONE, "plain gradient": BOTH}, "plain gradient"),
-    # one claim and one open, against one and one contradicted
-    ({LITERAL: (0.0, 0.1, 0.1, 0.0, 2.2), "plain gradient": BELOW}, LITERAL),
-    # of equal ones the larger gain
-    ({LITERAL: BOTH, "anchor, relative": (0.2, 0.9, 0.1, 0.0, 1.0)}, "anchor, relative"),
-    ({LITERAL: (0.2, 0.9, 0.0, 0.0, 1.0), "anchor, relative": BOTH}, "anchor, relative"),
+def with_loss(records: pd.DataFrame, edited: dict[str, float], fell: dict[str, float] | None = None) -> pd.DataFrame:
+    """`made` with other losses of the edited model, and other shares of requests whose own loss fell."""
+    own = records.assign(edited=records.reading.map(edited).fillna(1.0))
+    for name, share in (fell or {}).items():
+        rows = own.index[(own.reading == name) & (own.method == "metake") & (own.part == "choosing")]
+        own.loc[rows[round(share * len(rows)) :], "outer_after"] = 2.5
+    return own
+
+
+@pytest.mark.parametrize("edited, fell, chosen", [
+    ({LITERAL: 0.5, "plain gradient": 0.6}, {LITERAL: 0.9}, "plain gradient"),  # what raises its own loss is out
+    ({LITERAL: 0.5, "plain gradient": 0.6}, {LITERAL: 0.95}, LITERAL),
+    ({LITERAL: 0.5, "plain gradient": 0.4}, {}, "plain gradient"),  # the lowest of the edited model
+    ({LITERAL: 0.5, "plain gradient": 0.497, "edit loss, plain prompt": 0.501}, {}, "edit loss, plain prompt"),
+    ({LITERAL: 0.5, "plain gradient": 0.497, "edit loss, plain prompt": 0.51}, {}, "plain gradient"),
+    ({LITERAL: 0.5, "plain gradient": 0.4}, {LITERAL: 0.0, "plain gradient": 0.5}, LITERAL),  # none descends
 ])  # fmt: skip
-def test_the_choice_counts_claims_then_gains(readings, chosen):
-    assert module.best(made(readings)) == chosen
+def test_the_rule_asks_for_descent_then_for_the_edited_model_then_for_the_words(edited, fell, chosen):
+    records = with_loss(made(dict.fromkeys(edited, BOTH), {n: BELOW for n in edited}), edited, fell)
+    assert choosing.best(records) == chosen
+    table = choosing.choice(records).set_index("reading")
+    assert table.chosen.sum() == 1 and table.index[0] == chosen
+    for name, share in fell.items():
+        assert table.fell[name] == pytest.approx(100 * share) and table.descends[name] == (share >= 0.95)
 
 
-def test_the_choice_does_not_see_the_records_for_testing():
-    readings = {LITERAL: NONE, "plain gradient": BOTH}
-    assert module.best(made(readings, {LITERAL: BOTH, "plain gradient": BELOW})) == "plain gradient"
+def test_every_model_and_format_counts():
+    """A reading that fails on one is out; the loss is a geometric mean; what one frame lacks is not chosen."""
+    names = (LITERAL, "plain gradient", "anchor, relative")
+    one_, two = (made(dict.fromkeys(names, BOTH), datasets=("F", "G")) for _ in range(2))
+    one_ = with_loss(one_, {LITERAL: 4.0, "plain gradient": 1.0, "anchor, relative": 0.1})
+    two = with_loss(two, {LITERAL: 0.1, "plain gradient": 1.0, "anchor, relative": 1.0}, {"anchor, relative": 0.9})
+    assert choosing.best(one_) == "anchor, relative" and choosing.best(one_, two) == LITERAL
+    table = choosing.choice(one_, two).set_index("reading")
+    assert table.edited[LITERAL] == pytest.approx(0.4**0.5) and not table.descends["anchor, relative"]
+    assert choosing.best(one_, two[two.reading != LITERAL]) == "plain gradient"
+
+
+def test_no_metric_enters_the_choice():
+    records = with_loss(made({LITERAL: BOTH, "plain gradient": BELOW}), {LITERAL: 0.5, "plain gradient": 0.4})
+    spoiled = records.assign(**dict.fromkeys((*module.SHARES, *module.CLAIMED), 0.0))
+    assert choosing.best(records) == choosing.best(spoiled) == "plain gradient"
+
+
+def test_nearness_to_the_words_counts_what_departs_from_them():
+    found = {name: departures(name) for name in READINGS}
+    assert found[LITERAL] == 3 and found["edit loss, plain prompt"] == found["literal, eq. 98"] + 1 == 2
+    assert found["literal, plain prompt, eq. 98"] == 0 and found["anchor, relative"] == 4
+    assert found["plain gradient"] == found["step size 0.5"] == found[LITERAL], "left open: no departure"
+
+
+def test_what_stands_around_a_reading_differs_in_prompts_and_drift_alone():
+    for name in SETS["words"]:
+        near = around(name)
+        assert len(near) == 3 and name not in near
+        changed = {k for n in near for k, v in READINGS[n].settings.items() if v != READINGS[name].settings[k]}
+        assert changed == {"prompts", "locality_direction", "locality_position"}
+
+
+def test_the_library_takes_the_reading_that_the_recordings_choose():
+    """Of the models that are recorded, all at once: the fields of `metake` are those of the chosen one."""
+    frames = [report.recorded(path.stem) for path in sorted((ROOT / "results").glob("open_readings-*.jsonl"))]
+    assert {frame.attrs["provenance"]["model"] for frame in frames} == {"tiny", "smollm2-135m"}
+    assert READINGS[choosing.best(*frames)].rule("gpt2-xl") == metake("gpt2-xl").refine
 
 
 @pytest.mark.parametrize("tested, holds, words", [
-    (BOTH, True, "candidate for the default"),
-    (BELOW, False, "default stays"),
-    ((0.2, 0.3, 0.0, 0.0, 1.0), False, "candidate"),  # the share does not rise
+    (BOTH, True, "beats the literal reading"),
+    (BELOW, False, "below the literal reading"),
+    ((0.2, 0.3, 0.0, 0.0, 1.0), False, "beats"),  # the share does not rise
     (NONE, False, "not told apart"),
-    ((0.2, 0.0, 0.1, 0.0, 1.0), None, "candidate"),
-    ((0.2, 0.3, 0.1, -0.3, 1.0), True, "below the literal default"),  # pays with specificity
+    ((0.2, 0.0, 0.1, 0.0, 1.0), None, "beats"),
+    ((0.2, 0.3, 0.1, -0.3, 1.0), True, "below the literal reading"),  # pays with specificity
 ])  # fmt: skip
 def test_the_verdict_is_on_held_out_records(tested, holds, words):
     found = module.judge(made({LITERAL: NONE, "plain gradient": BOTH}, {LITERAL: NONE, "plain gradient": tested}))
@@ -223,10 +292,10 @@ def test_a_literal_winner_is_said_to_be_one():
     records = made({LITERAL: BOTH}, {LITERAL: BOTH})
     assert (
         module.winner(records) == LITERAL
-        and "itself the best" in module.consequence(records)
+        and "itself the chosen one" in module.consequence(records)
         and module.judge(records)["holds"] is True
     )
-    assert (module.against_default(records).difference == 0).all()
+    assert (module.against_literal(records).difference == 0).all()
 
 
 def test_a_claim_must_hold_on_every_data_set():

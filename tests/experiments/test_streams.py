@@ -353,3 +353,34 @@ def test_the_recording_is_made_where_it_is_named(monkeypatch, tmp_path):
     )
     assert {"memit", "alphaedit", "blue", "sphere", "metake"} <= set(asked["methods"]) and "streams" in record.LONG
     assert streams.differences(found).method.unique().tolist() == ["memit"]
+
+
+def test_some_methods_are_recorded_again_and_merged(monkeypatch, tmp_path):
+    (tmp_path / "_config.yml").touch()
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def short(**settings):
+        asked.append(tuple(settings["methods"]))
+        frame = curves(dict.fromkeys(settings["methods"], 0.2 * len(asked)))
+        frame.attrs["settings"] = {"edits": settings["edits"], "dataset": "facts sha256:0"}
+        return frame
+
+    monkeypatch.setattr(record, "streams", short)
+    monkeypatch.setattr(record, "_provenance", lambda *_: {"model": "tiny", "dataset": "facts, facts-zsre"})
+    list(record.record("tiny", only=["streams"], methods=["memit", "metake"]))
+    first = report.recorded("streams-tiny")
+    list(record.record("tiny", only=["streams"], methods=["metake/whole", "metake"]))
+    found = report.recorded("streams-tiny")
+    assert asked == [("memit", "metake"), ("metake/whole", "metake")]
+    assert set(found.method) == {"memit", "metake", "metake/whole"} and len(found.attrs["parts"]) == 2
+    kept = found[found.method == "memit"].drop(columns="made").reset_index(drop=True)
+    assert kept.equals(first[first.method == "memit"].reset_index(drop=True))
+
+
+def test_what_cannot_be_recorded_for_some_methods_is_refused():
+    with pytest.raises(ParameterError, match="unknown method 'metake/hole'. Did you mean 'metake/whole'"):
+        next(record.record("tiny", only=["streams"], methods=["metake/hole"]))
+    for only, found in ((["proxy"], "proxy"), (None, "every recording")):
+        with pytest.raises(ParameterError, match=f"for some of them: --only comparison .*; found {found}"):
+            next(record.record("tiny", only=only, methods=["metake"]))

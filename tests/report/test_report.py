@@ -275,7 +275,7 @@ def test_every_method_has_a_look_and_its_place():
     from metake import methods
 
     assert methods.named().keys() | {"pre-edit"} == report.METHOD_STYLE.keys()
-    assert list(report.METHOD_STYLE)[0] == "pre-edit" and set(list(report.METHOD_STYLE)[1:13]) == set(
+    assert list(report.METHOD_STYLE)[0] == "pre-edit" and set(list(report.METHOD_STYLE)[1 : 1 + len(methods.METHODS)]) == set(
         methods.METHODS
     ), "the methods first, then what derives from them"
 
@@ -517,6 +517,35 @@ def test_recorded_gives_back_what_was_written(project):
     with pytest.raises(ParameterError, match="JSON lines"):
         report.write_recorded("quickstart-smollm2-135m", records.assign(after=np.inf), FACTS)
     pd.testing.assert_frame_equal(report.recorded("quickstart-smollm2-135m"), records, check_exact=True)
+
+
+def compared(*methods: str, value: float = 1.0) -> pd.DataFrame:
+    return pd.DataFrame([{"method": m, "id": f"{i}", "efficacy": value} for m in methods for i in range(3)])
+
+
+def test_some_methods_rows_are_made_again_and_the_others_stay(project):
+    """Each row with its own provenance; a part of which nothing is left goes."""
+    report.write_recorded("comparison-x", compared("memit", "metake"), FACTS | {"commit": "old", "minutes": 3.0})
+    report.merge_recorded("comparison-x", compared("metake", "sphere", value=0.5), FACTS | {"commit": "new", "minutes": 2.0})
+    found = report.recorded("comparison-x")
+    assert found.groupby("method").efficacy.mean().to_dict() == {"memit": 1.0, "metake": 0.5, "sphere": 0.5}
+    told = found.method.groupby(found.made).unique().map(list).to_dict()
+    assert told == {0: ["memit"], 1: ["metake", "sphere"]}
+    assert [part["commit"] for part in found.attrs["parts"]] == ["old", "new"]
+    assert found.attrs["provenance"]["commit"] == "old; new" and found.attrs["provenance"]["minutes"] == 5.0
+    assert found.attrs["label"] == "recorded" and "parts" not in found.attrs["provenance"]
+    report.merge_recorded("comparison-x", compared("memit", value=0.0), FACTS | {"commit": "newest", "minutes": 1.0})
+    found = report.recorded("comparison-x")
+    assert [part["commit"] for part in found.attrs["parts"]] == ["new", "newest"] and len(found) == 9
+    assert set(found.made[found.method == "memit"]) == {1} and set(found.made[found.method == "metake"]) == {0}
+
+
+def test_rows_of_other_records_are_not_merged(project):
+    path = report.write_recorded("comparison-x", compared("memit"), FACTS | {"edits": 100})
+    before = path.read_bytes()
+    with pytest.raises(ParameterError, match="has edits 100, the new rows 50: rows of one recording are compared"):
+        report.merge_recorded("comparison-x", compared("metake"), FACTS | {"edits": 50})
+    assert path.read_bytes() == before
 
 
 def test_a_missing_recording_names_the_command(project):

@@ -67,7 +67,8 @@ def planned(editor: Editor) -> dict[str, str]:
     )
     refined = None
     if rule := editor.refine:
-        refined = f"{rule.steps} look-ahead steps of {rule.step_size:g} through the gate"
+        through = {"last": "the last layer's gate", "whole": "the whole edit"}[rule.look_ahead]
+        refined = f"{rule.steps} look-ahead steps of {rule.step_size:g} through {through}"
     share = "all" if len(layers) == 1 else SHARES.get(editor.allocation, editor.allocation.__name__)
     return {"layers": ", ".join(layers), "target": target, "refined by": refined, "share of the residual": share}
 
