@@ -1,6 +1,7 @@
 """MetaKE's outer level: refine the planned targets by looking ahead at the edit they will become (v3 Algorithm 1).
 
     repeat T times    V ← V − η · optimizer(∇_V F)                       eqs 7, 9, 82
+    keep              the best V of those that were tried
 
 F is the objective of `outer`: virtually edited at the last layer through its frozen gate, or, in `downstream`, at all.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -39,7 +41,7 @@ def refine(
     requests: or their rows, if they are made; targets: Stage I's, planted at layer L; through: (n, d_in) frozen M of
     layer L on the live model, or the `StageTwo` that the whole look-ahead passes through.
     Returns Targets with the same anchor and the refined plan; `trace` gains under "refine" the outer losses of V_init
-    and of every iterate, under "refined" F before and after (weighted) and the number of the iterate that was kept.
+    and of every plan that was tried, under "refined" F before and after (weighted) and which of them was kept.
     Logs a warning if F fell for less than half of the requests.
     Raises NumericalError if a loss is not finite. The model is not changed.
     Cost: `steps` + 1 forwards and `steps` backwards of the objective: see `LastLayer` and `Downstream`.
@@ -55,23 +57,41 @@ def refine(
 
 
 def _descend(outer: OuterObjective, targets: Targets) -> Targets:
-    """`steps` updates of V from the initial plan, and the plan that is kept."""
-    rule, initial = outer.rule, outer.initial
-    value = initial.clone().requires_grad_()
+    """From the initial plan down; the plan that is kept."""
+    rule, value = outer.rule, outer.initial.clone().requires_grad_()
+    history: list[Tensor] = []
+    best, kept, least = outer.initial, 0, torch.inf
+
+    def tried() -> Tensor:
+        """F of V as it stands, which is noted; its gradient, where gradients are on."""
+        nonlocal best, kept, least
+        if len(history) > rule.steps:
+            raise _Enough
+        value.grad = None
+        history.append(outer.losses(value))
+        _check_finite(history[-1], len(history) - 1)
+        total = (history[-1] @ outer.weights).sum()
+        if rule.keep == "last" or total < least:
+            best, kept, least = value.detach().clone(), len(history) - 1, total
+        return total
+
     optimizer = CHOICES["optimizer"][rule.optimizer]([value], lr=rule.step_size)
-    history, best, kept = [], initial, 0
-    for step in progress(range(rule.steps + 1), "refine"):
-        optimizer.zero_grad()
-        with torch.set_grad_enabled(step < rule.steps):  # the last plan is scored, not descended from
-            history.append(outer.losses(value))
-        _check_finite(history[-1], step)
-        totals = [(losses @ outer.weights).sum() for losses in (history[-1], history[kept])]
-        if rule.keep == "last" or totals[0] < totals[1]:
-            best, kept = value.detach().clone(), step
-        if step < rule.steps:
-            optimizer.step()
-    planned = targets.planned + (best - initial).double()
+    if rule.optimizer == "lbfgs":  # a line search tries as many plans as it needs: it is ended from inside
+        many = 100 * rule.steps
+        optimizer.param_groups[0].update(max_iter=many, max_eval=many, line_search_fn="strong_wolfe")
+        with suppress(_Enough):
+            optimizer.step(tried)
+    else:
+        for _ in progress(range(rule.steps), "refine"):
+            optimizer.step(tried)
+        with torch.no_grad():
+            tried()
+    planned = targets.planned + (best - outer.initial).double()
     return replace(targets, planned=planned, trace=_traced(targets, torch.stack(history), outer.weights, kept))
+
+
+class _Enough(Exception):
+    """As many plans as were asked for have been tried; never leaves this module."""
 
 
 def _check_finite(losses: Tensor, step: int) -> None:

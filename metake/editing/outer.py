@@ -28,7 +28,7 @@ from metake.language.tokens import Row, Rows
 from metake.support.errors import ParameterError, near_misses
 
 CHOICES = {
-    "optimizer": {"adam": torch.optim.Adam, "sgd": torch.optim.SGD},
+    "optimizer": {"adam": torch.optim.Adam, "sgd": torch.optim.SGD, "lbfgs": torch.optim.LBFGS},
     "anchor_norm": {"sum": 0, "mean": 1, "relative": 2},
     "locality_direction": {"post_pre": 0, "pre_post": 1},
     "locality_position": {"subject": 0, "final": 1},
@@ -44,7 +44,8 @@ CHOICES = {
 class Refinement:
     """How the outer level refines V. Steps and unit coefficients are the paper's; what it leaves open is a field.
 
-    optimizer:          "adam" (first version of the paper) or "sgd" ("gradient descent", v3 eq. 82)
+    optimizer:          "adam" (first version of the paper), "sgd" ("gradient descent", v3 eq. 82), or "lbfgs", which
+                        searches along its directions (strong Wolfe): `steps` then counts every plan that it tries
     step_size:          η; the paper's value did not survive
     anchor_norm:        L_reg = ‖v − v_init‖²: "sum" (literal), "mean" over d, "relative" to ‖v_init‖²
     locality_direction: KL of L_loc: "post_pre" as in Stage I, or "pre_post" (literal reading of v3 eq. 98)

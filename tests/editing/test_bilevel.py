@@ -20,7 +20,7 @@ from metake.algebra.solve import gate
 from metake.editing.bilevel import refine
 from metake.editing.editor import Editor
 from metake.editing.keys import KeyReader
-from metake.editing.outer import Refinement
+from metake.editing.outer import LastLayer, Refinement
 from metake.editing.targets import TargetRule, Targets, optimize_targets
 from metake.language.model import LanguageModel
 from metake.support.errors import NumericalError, ParameterError
@@ -235,6 +235,25 @@ def test_the_best_plan_that_was_tried_is_kept_or_the_last(step_size: float, best
         assert said == [] if fell == 3 else f"lowered the outer loss for {fell} of 3 requests only" in said[0]
     lost = refine(s.lm, BATCH, CONTEXTS, s.targets, s.gate, replace(RULE, step_size=30.0, keep="best"))
     assert torch.equal(lost.planned, s.targets.planned)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 9])
+def test_the_line_search_tries_so_many_plans_and_ends_at_the_lowest(steps: int):
+    s = start("llama")
+    rule = Refinement(steps=steps, step_size=1.0, optimizer="lbfgs", anchor_norm="relative")
+    found = refine(s.lm, BATCH, CONTEXTS, s.targets, s.gate, rule)
+    totals = [sum(sum(step.values()) for step in at) for at in zip(*(t["refine"] for t in found.trace), strict=True)]
+    kept = found.trace[0]["refined"]["kept"]
+    assert len(totals) == steps + 1 and kept > 0 and totals[kept] == min(totals) < totals[0]
+    again = LastLayer(s.lm, BATCH, CONTEXTS, s.targets, s.gate, rule).evaluate(found.value)[0]
+    assert again.item() == pytest.approx(totals[kept], rel=1e-10)
+
+
+def test_a_plan_at_rest_is_left_there():
+    s = start("gpt2")
+    rule = Refinement(steps=4, step_size=1.0, optimizer="lbfgs", edit_weight=0.0, locality_weight=0.0)
+    found = refine(s.lm, BATCH, CONTEXTS, s.targets, s.gate, rule)
+    assert torch.equal(found.planned, s.targets.planned) and len(found.trace[0]["refine"]) == 1
 
 
 @pytest.mark.parametrize("change", [{"steps": -1}, {"step_size": 0}, {"tokens": 0}], ids=str)

@@ -133,7 +133,8 @@ def editor(name: str) -> Editor:
             else inverse_covariance(0.05, 0.01 if name == "metake_v1" else 0.0)
         )
         changes["metric"] = found.metric if name == "alphaedit/paper" else metric
-    refine = found.refine and replace(LOOK_AHEAD, look_ahead=found.refine.look_ahead, keep=found.refine.keep)
+    own = found.refine and {"look_ahead": found.refine.look_ahead, "keep": found.refine.keep}
+    refine = found.refine and replace(LOOK_AHEAD, **own)
     return replace(method(name, "tiny", **changes), refine=refine)
 
 

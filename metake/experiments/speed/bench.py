@@ -183,7 +183,9 @@ def _operations(job: _Job) -> dict[str, slow.Work]:
         reader = editor.reading.reader(lm, Rows.of(lm.tokenizer, asked, contexts), layers[-1])
         targets, through = plan(1), editor.through(lm, job.state, reader, layers[-1])
         found["refinement"] = slow.flops(
-            lambda steps: refine(lm, asked, contexts, targets, through, replace(rule, steps=steps)), rule.steps
+            # a line search tries as many plans, each at the same cost
+            lambda steps: refine(lm, asked, contexts, targets, through, replace(rule, steps=steps, optimizer="sgd")),
+            rule.steps
         )
     return found
 
