@@ -116,7 +116,7 @@ WHOLE = {
     "look_ahead": "whole", "optimizer": "lbfgs", "step_size": 1.0, "anchor_norm": "relative", "prompts": "contexts",
     "locality_direction": "post_pre", "locality_position": "subject",
 }  # fmt: skip
-"""The outer level of `metake/whole`: what lowered F of the edit fastest, by the clock, in our trials on smollm2-135m."""
+"""The outer level of `metake/whole`: what lowered F of the edit fastest, by the clock, on smollm2-135m."""
 
 METHODS: dict[str, Callable[..., Editor]] = {
     "rome": rome, "memit": memit, "memit_seq": memit_seq, "emmet": emmet, "pmet": pmet, "prune": prune, "rect": rect,
@@ -170,7 +170,7 @@ DIFFERENCES: dict[str, Difference] = {
             model, **{"refine": replace(metake(model).refine, **LITERAL), **changes}
         ),
         "the anchor is the sum of squares as eq. 80 writes it, and the last of the plans is taken, whatever its loss",
-        "no code was released; the reading that a rule fixed beforehand chose (page on what the paper leaves open), "
+        "the reading that a rule fixed beforehand chose (no code was released; page on what the paper leaves open), "
             "and the best of the plans by its own loss", "ours",
     ),
     "prune/added-twice": Difference(

@@ -23,7 +23,7 @@ SWEPT = {"steps": (1, 15), "adam": (1e-3, 0.1), "plain": (0.01, 0.1, 0.5)}
 
 @pytest.fixture(scope="module")
 def full():
-    return methods.metake("tiny", target=RULE, contexts=CONTEXTS)
+    return methods.method("metake/literal", "tiny", target=RULE, contexts=CONTEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_one_number_changes_at_a_time(full, monkeypatch):
     )
     found = module.sensitivity("tiny", edits=7)
     assert len(asked) == 11 and len(found) == 12, "the default stands in two sweeps and is computed once"
-    rule = methods.metake("tiny").refine
+    rule = methods.method("metake/literal", "tiny").refine
     assert asked["Adam η = 0.1, T = 15"].refine == rule and asked["Adam η = 0.1, T = 5"].refine == replace(
         rule, steps=5
     )

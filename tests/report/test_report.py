@@ -275,9 +275,10 @@ def test_every_method_has_a_look_and_its_place():
     from metake import methods
 
     assert methods.named().keys() | {"pre-edit"} == report.METHOD_STYLE.keys()
-    assert list(report.METHOD_STYLE)[0] == "pre-edit" and set(list(report.METHOD_STYLE)[1 : 1 + len(methods.METHODS)]) == set(
-        methods.METHODS
-    ), "the methods first, then what derives from them"
+    first, *others = report.METHOD_STYLE
+    assert first == "pre-edit" and set(others[: len(methods.METHODS)]) == set(methods.METHODS), (
+        "the methods first, then what derives from them"
+    )
 
 
 def test_a_color_chosen_before_drawing_follows_the_theme():
@@ -526,7 +527,8 @@ def compared(*methods: str, value: float = 1.0) -> pd.DataFrame:
 def test_some_methods_rows_are_made_again_and_the_others_stay(project):
     """Each row with its own provenance; a part of which nothing is left goes."""
     report.write_recorded("comparison-x", compared("memit", "metake"), FACTS | {"commit": "old", "minutes": 3.0})
-    report.merge_recorded("comparison-x", compared("metake", "sphere", value=0.5), FACTS | {"commit": "new", "minutes": 2.0})
+    again = compared("metake", "sphere", value=0.5)
+    report.merge_recorded("comparison-x", again, FACTS | {"commit": "new", "minutes": 2.0})
     found = report.recorded("comparison-x")
     assert found.groupby("method").efficacy.mean().to_dict() == {"memit": 1.0, "metake": 0.5, "sphere": 0.5}
     told = found.method.groupby(found.made).unique().map(list).to_dict()

@@ -30,8 +30,8 @@ def default_of(option: str) -> str:
 
 
 def table(model: str = "tiny") -> pd.DataFrame:
-    """One row per named difference: option (the name to type), paper, code, default ("paper" or "code"), and the parts
-    of the default's editor for `model` that the option changes, as name: default → option."""
+    """One row per named difference: option (the name to type), paper, code, default ("paper", "code" or "ours"), and the
+    parts of the default's editor for `model` that the option changes, as name: default → option."""
     rows = []
     for option, found in methods.DIFFERENCES.items():
         parts = [dict(_flat(describe(methods.method(name, model)))) for name in (default_of(option), option)]
@@ -166,10 +166,11 @@ def ceiling(model: str = "tiny", data: str = "facts-zsre") -> pd.DataFrame:
 
 def judge(changes: pd.DataFrame) -> dict[str, Any]:
     """Whether taking the other side of a difference writes another update: holds if every option is further than
-    `MATTERS` from its default, does not hold if none is, inconclusive if some are."""
+    `MATTERS` from its default, does not hold if none is, inconclusive if some are. Only where code was released."""
+    released = changes[[methods.DIFFERENCES[option].default != "ours" for option in changes.option]]
     others = [
-        opposite(equal(row.option, row.change, MATTERS))._replace(error="resolution") for row in changes.itertuples()
+        opposite(equal(row.option, row.change, MATTERS))._replace(error="resolution") for row in released.itertuples()
     ]
-    told = ", ".join(f"{row.option} {100 * row.change:.0f} %" for row in changes.itertuples())
+    told = ", ".join(f"{row.option} {100 * row.change:.0f} %" for row in released.itertuples())
     found = for_and_against(all_of(others), all_of(map(opposite, others)))
     return found.verdict(f"relative change of the update: {told}")

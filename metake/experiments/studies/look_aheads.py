@@ -39,8 +39,8 @@ def look_aheads(model: str = "tiny", **settings: Any) -> pd.DataFrame:
 
 
 def summary(records: pd.DataFrame) -> pd.DataFrame:
-    """Per data set and look-ahead: `own`: its own outer loss, after over before; edited: F of the edited model, mean over
-    requests; fell: requests whose F lies below AlphaEdit's, of a hundred; moved: of the plan, in percent; the metrics.
+    """Per data set and look-ahead: `own`: its own outer loss, after over before; edited: F of the edited model, mean
+    over requests; fell: requests whose F lies below AlphaEdit's, of a hundred; moved: of the plan, in percent; metrics.
     """
     rows = []
     for (dataset, method), own in records.groupby(["dataset", "method"], sort=False):

@@ -27,8 +27,8 @@ def sensitivity(
     model: str = "tiny", steps: Sequence[int] = STEPS, adam: Sequence[float] = ADAM, plain: Sequence[float] = PLAIN,
     **settings: Any
 ) -> pd.DataFrame:
-    """MetaKE with one number of its outer level changed at a time, on one batch from the same unedited model;
-    settings: see `study`.
+    """MetaKE, read literally, with one number of its outer level changed at a time, on one batch from the same unedited
+    model; settings: see `study`.
 
     steps: T, with Adam at the recipe's η; adam: η of Adam, at the recipe's T; plain: η of plain gradient descent
     (v3 eq. 82), at the recipe's T, with an anchor relative to ‖v_init‖²: with the literal one, η near 1 would throw v
@@ -38,7 +38,7 @@ def sensitivity(
     this row); a setting that stands in two sweeps is computed once. Raises ParameterError for a sweep without its
     default.
     """
-    full = methods.metake(model)
+    full = methods.method("metake/literal", model)
     wanted = _settings(full, steps, adam, plain)
     editors = dict.fromkeys(wanted.values())
     names = {editor: name(editor) for editor in editors}

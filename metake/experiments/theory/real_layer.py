@@ -63,7 +63,7 @@ class RealLayer(NamedTuple):
 
 
 def prepare(
-    model: str, count: int, method: str = "metake", text: str = "embedded", text_tokens: int | None = None
+    model: str, count: int, method: str = "metake/literal", text: str = "embedded", text_tokens: int | None = None
 ) -> RealLayer:
     """The first embedded facts on `model`, up to where the outer level starts; keys of the plain prompt alone."""
     lm = load(model)
