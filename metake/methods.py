@@ -96,8 +96,7 @@ def sphere(model: str, **changes: Any) -> Editor:
 
 def metake(model: str, base: Callable[..., Editor] = alphaedit, **changes: Any) -> Editor:
     """MetaKE (arXiv 2603.12677, §4, Algorithm 1): `base` with its targets refined through the frozen gate."""
-    numbers = recipe(model)
-    return base(model, **{"refine": Refinement(numbers.refine_steps, numbers.refine_step_size)} | changes)
+    return base(model, **{"refine": Refinement(recipe(model).refine_steps, **CHOSEN)} | changes)
 
 
 def metake_whole(model: str, base: Callable[..., Editor] = alphaedit, **changes: Any) -> Editor:
@@ -111,6 +110,12 @@ def metake_v1(model: str, **changes: Any) -> Editor:
     numbers = recipe(model)
     return metake(model, memit, **{"metric": inverse_covariance(numbers.covariance_weight, numbers.v1_ridge)} | changes)
 
+
+CHOSEN = {
+    "step_size": 0.01, "optimizer": "adam", "anchor_norm": "relative", "prompts": "plain",
+    "locality_direction": "post_pre", "locality_position": "subject",
+}  # fmt: skip
+"""The reading of MetaKE's outer level that a rule fixed beforehand chose: `experiments.studies.choosing`."""
 
 WHOLE = {
     "look_ahead": "whole", "optimizer": "lbfgs", "step_size": 1.0, "anchor_norm": "relative", "prompts": "contexts",

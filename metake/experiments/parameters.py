@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Collection, MutableMapping, Sequence
 from types import ModuleType
@@ -40,6 +41,7 @@ def accept(
         if name not in given:
             raise ParameterError(f"parameter {name!r} is not set")
         _check(name, given[name], rule)
+    logging.getLogger("metake.editing").setLevel(logging.ERROR)  # a page's tables say what a warning would
     os.environ["METAKE_RUN"] = hashlib.sha256(repr(sorted(given.items())).encode()).hexdigest()[:8]
     return given
 

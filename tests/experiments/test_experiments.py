@@ -356,7 +356,7 @@ def test_operators_bring_the_outer_loss_of_every_refined_request(tmp_path):
     told = [Edit.load(f).record.trace for f in sorted((tmp_path / "facts-metake-memit-0" / "batches").iterdir())]
     first = {id: sum(t["refine"][0].values()) for batch in told for id, t in batch.items()}
     own = found[found.method == "metake/memit"].set_index("id")
-    assert own.outer_first.to_dict() == first
+    assert own.outer_first.to_dict() == pytest.approx(first)
     told = operators.look_ahead(found)
     assert (
         list(told.method) == ["metake/memit"]
@@ -393,10 +393,11 @@ def test_the_code_in_the_documents_runs(page, monkeypatch, tmp_path):
 
 def test_the_methods_page_names_what_there_is():
     text = (ROOT / "book" / "methods.md").read_text("utf-8")
-    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) and set(
-        re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
-    ) == set(mk.METHODS)
-    assert set(re.findall(r"^\| `(\w+/[\w-]+)` \|", text, re.MULTILINE)) == set(mk.methods.DIFFERENCES)
+    first, others = text.split("## Names with a slash")
+    assert re.findall(r"^\| `([\w/]+)` \|", first, re.MULTILINE) == list(mk.METHODS)
+    assert re.findall(r"^\| `([\w/-]+)` \|", others, re.MULTILINE)[: len(mk.methods.DIFFERENCES)] == list(
+        mk.methods.DIFFERENCES
+    )
     readme = (ROOT / "README.md").read_text("utf-8")
     assert all(f"`{name}`" in readme for name in (*mk.METHODS, *mk.methods.OPERATORS)) and all(
         f"`{name}`" in text for name in mk.methods.OPERATORS

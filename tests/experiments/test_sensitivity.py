@@ -30,7 +30,7 @@ def full():
 def records(full):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "load", stand_in)
-        patch.setattr(module.methods, "metake", lambda model: full)
+        patch.setattr(module.methods, "method", lambda name, model: full)
         return module.sensitivity("tiny", **SWEPT, data={"Z": "facts-zsre"}, edits=3)
 
 

@@ -30,8 +30,8 @@ def default_of(option: str) -> str:
 
 
 def table(model: str = "tiny") -> pd.DataFrame:
-    """One row per named difference: option (the name to type), paper, code, default ("paper", "code" or "ours"), and the
-    parts of the default's editor for `model` that the option changes, as name: default → option."""
+    """One row per named difference: option (the name to type), paper, code, default ("paper", "code" or "ours"), and
+    the parts of the default's editor for `model` that the option changes, as name: default → option."""
     rows = []
     for option, found in methods.DIFFERENCES.items():
         parts = [dict(_flat(describe(methods.method(name, model)))) for name in (default_of(option), option)]

@@ -51,7 +51,7 @@ def summary(records: pd.DataFrame) -> pd.DataFrame:
                 "dataset": dataset, "look-ahead": method, "requests": len(own),
                 "own": own.outer_after.mean() / own.outer_before.mean(), "edited": own.edited.mean(),
                 "fell": 100 * (there.edited < plain).mean() if method != NONE else float("nan"),
-                "moved": 100 * own.moved.median(),
+                "moved": round(100 * own.moved.median(), 9),  # below it is rounding
             }
             | {name: 100 * own[name].mean() for name in METRICS}
         )

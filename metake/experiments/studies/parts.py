@@ -68,7 +68,8 @@ def planned(editor: Editor) -> dict[str, str]:
     refined = None
     if rule := editor.refine:
         through = {"last": "the last layer's gate", "whole": "the whole edit"}[rule.look_ahead]
-        refined = f"{rule.steps} look-ahead steps of {rule.step_size:g} through {through}"
+        steps = f"look-ahead steps of {rule.step_size:g}" if rule.optimizer != "lbfgs" else "plans of a line search"
+        refined = f"{rule.steps} {steps} through {through}"
     share = "all" if len(layers) == 1 else SHARES.get(editor.allocation, editor.allocation.__name__)
     return {"layers": ", ".join(layers), "target": target, "refined by": refined, "share of the residual": share}
 

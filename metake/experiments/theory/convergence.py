@@ -257,7 +257,8 @@ def with_adam(layer: RealLayer, anchor: str = "sum") -> pd.DataFrame:
         outer_rule(anchor, own.steps, own.step_size, "adam")
     )
     traces = [[sum(step.values()) for step in trace["refine"]] for trace in found.trace]
-    return pd.DataFrame({"step": range(own.steps), "loss": [sum(losses) for losses in zip(*traces, strict=True)]})
+    losses = [sum(step) for step in zip(*traces, strict=True)]
+    return pd.DataFrame({"step": range(len(losses)), "loss": losses})
 
 
 def judge(
