@@ -34,7 +34,7 @@ from metake.experiments.studies.sensitivity import sensitivity
 from metake.experiments.studies.streams import streams
 from metake.experiments.theory.proxy_fidelity import proxy_fidelity
 from metake.language.model import load
-from metake.methods import METHODS, named
+from metake.methods import CHOSEN, METHODS, named
 from metake.support.errors import ParameterError, near_misses
 from metake.support.machine import default_device, versions
 
@@ -197,6 +197,7 @@ def _provenance(model: str, data: dict[str, str], text: str, tokens: int | None)
     return {
         "model": model, "model_origin": lm.origin, "model_digest": lm.digest(lm.write_path(lm.depth - 1)),
         "dataset": ", ".join(digests.values()),
+        "metake": ", ".join(f"{k} {v}" for k, v in CHOSEN.items()),
         "statistics": f"{Path(text).name}, {tokens} tokens", "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "device": str(default_device()), "dtype": str(lm.dtype).removeprefix("torch."), "versions": versions(),

@@ -117,6 +117,8 @@ def merge_recorded(name: str, records: pd.DataFrame, provenance: Mapping[str, An
     joined = parts[0] | {
         key: "; ".join(dict.fromkeys(str(part.get(key)) for part in parts)) for key in ("date", "commit")
     }
+    if "metake" in set(records.method) and "metake" in new:
+        joined["metake"] = new["metake"]
     if all("minutes" in part for part in parts):
         joined["minutes"] = round(sum(part["minutes"] for part in parts), 1)
     return write_recorded(name, rows, joined | ({"parts": parts} if len(parts) > 1 else {}))

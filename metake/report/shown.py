@@ -43,6 +43,10 @@ class Shown:
         return self.text
 
 
+STAMPED = ("model", "dataset", "date", "commit")
+LITERAL = "read literally"
+
+
 def texts(column: pd.Series, digits: int) -> list[str]:
     """One column as text: `digits` decimals, or significant digits if they would hide some of it."""
     column = column.infer_objects()
@@ -84,16 +88,18 @@ def plain(frame: pd.DataFrame, digits: int) -> str:
 
 
 def badge(label: str, provenance: Mapping[str, Any] | None = None) -> str:
-    """Markup of a label; of a recording also its model, data set, date, commit and device."""
+    """Markup of a label; of a recording also its model, data set, date, commit and device, and what was MetaKE then."""
     if label not in LABELS:
         raise ParameterError(near_misses(str(label), LABELS, "label"))
     known = portable(
-        {k: provenance[k] for k in ("model", "dataset", "date", "commit", "device") if (provenance or {}).get(k)}
+        {k: provenance[k] for k in (*STAMPED, "device") if (provenance or {}).get(k)}
     )
     if "commit" in known:
         known["commit"] = str(known["commit"])[:10]
     if "dataset" in known:
         known["dataset"] = re.sub(r" sha256:\w+", "", str(known["dataset"]))  # digests stand in the provenance
+    if (provenance or {}).get("metake") == LITERAL:  # made before its default was chosen
+        known["metake"] = f"MetaKE {LITERAL}"
     source = f" ({escape(', '.join(map(str, known.values())))})" if label == "recorded" and known else ""
     return f'<span class="label label-{label}">{LABELS[label]}</span>{source}'
 

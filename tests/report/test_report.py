@@ -520,6 +520,18 @@ def test_recorded_gives_back_what_was_written(project):
     pd.testing.assert_frame_equal(report.recorded("quickstart-smollm2-135m"), records, check_exact=True)
 
 
+def test_a_recording_of_another_metake_says_so(project):
+    """Made before its reading was chosen: whoever sees a row of it is told."""
+    for told, shown in (("read literally", True), ("step_size 0.01", False)):
+        report.write_recorded("comparison-x", compared("memit", "metake"), FACTS | {"metake": told})
+        found = report.recorded("comparison-x")
+        made = report.table(found[["method", "efficacy"]], "Scores", source=found)
+        assert ("MetaKE read literally" in made.html) == shown
+    report.write_recorded("comparison-x", compared("memit", "metake"), FACTS | {"metake": "read literally"})
+    report.merge_recorded("comparison-x", compared("metake"), FACTS | {"metake": "step_size 0.01"})
+    assert report.recorded("comparison-x").attrs["provenance"]["metake"] == "step_size 0.01"
+
+
 def compared(*methods: str, value: float = 1.0) -> pd.DataFrame:
     return pd.DataFrame([{"method": m, "id": f"{i}", "efficacy": value} for m in methods for i in range(3)])
 

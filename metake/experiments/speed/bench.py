@@ -55,7 +55,7 @@ def bench(
     model: str = "tiny", method: str = "alphaedit", edits: int = 100, data: str = "facts", steps: int = 25,
     literal: int = 0, random_weights: bool = False, rounds: int = 1,
     evaluate: bool = True, text: str = "embedded", text_tokens: int | None = None, dtype: str | None = None,
-    device: str | None = None, seed: int = 0, prompts: str = "contexts",
+    device: str | None = None, seed: int = 0, prompts: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds of one batch of `edits` requests by stage (MetaKE v3 Tables 5, 6), medians over `rounds`, once warm.
 
@@ -64,7 +64,8 @@ def bench(
     Stage I makes exactly `steps` steps, without early stop. literal: also time the literal path on the first so many of
     the requests, in alternating order with the accelerated one, and multiply up (`literal.parts` says how);
     only in a checkout.
-    random_weights: a model of this size (`sizes.random_model`), random key statistics. prompts: of the refinement.
+    random_weights: a model of this size (`sizes.random_model`), random key statistics. prompts: of the refinement,
+    default the method's own.
     Returns plain data: "stages" (a row per stage: seconds, flops, literal_*, ratio), "total", "stage_one",
     "peak_memory" in bytes (the process's highest until the end of the first batch), "counts", and where they come from.
     Raises ParameterError for unknown names and values out of range, before a model is loaded where it can.
@@ -91,7 +92,7 @@ def bench(
     one, spent = work["targets"], rounded["targets", "accelerated"]
     settings = {
         "steps": steps, "literal_requests": literal, "rounds": rounds, "seed": seed,
-        "prompts": prompts if job.editor.refine else ""
+        "prompts": job.editor.refine.prompts if job.editor.refine else ""
     }
     return {
         "model": job.lm.name, "method": method, "dataset": Path(job.cases.source).name, "edits": edits, **settings,
@@ -109,7 +110,7 @@ def _job(
     name = size_of(model) if random else model
     editor = methods.method(method, name, seed=seed)
     editor = replace(editor, target=replace(editor.target, steps=steps, stop_below=0.0))
-    if editor.refine:
+    if editor.refine and prompts:
         editor = replace(editor, refine=replace(editor.refine, prompts=prompts))
     cases = read_cases(data)
     if random:

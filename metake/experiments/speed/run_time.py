@@ -18,13 +18,15 @@ from metake.experiments.speed.bench import bench
 from metake.language.model import load
 from metake.report.style import style
 
-PLAIN = "MetaKE, plain prompts"  # L_edit on the plain prompt alone: the literal reading of v3 eq. 97
+PLAIN = "MetaKE, plain prompts"  # L_edit on the plain prompt alone: v3 eq. 97, and what `metake` takes
+VARIANTS = {PLAIN: {"method": "metake", "prompts": "plain"}, "metake": {"method": "metake", "prompts": "contexts"}}
 PRIMARY = ("memit", "alphaedit", "metake", PLAIN)
 EDIT = ("targets", "refinement", "keys", "solve", "write")  # stages of an edit; the evaluation comes after it
 
 
 def run_time(model: str = "tiny", methods_: Sequence[str] = PRIMARY, **settings: Any) -> pd.DataFrame:
-    """`bench` of each method, one after the other in this process. settings: bench's, such as edits, steps, data.
+    """`bench` of each method, one after the other in this process; "metake": with Stage I's contexts, more rows than
+    `PLAIN` has. settings: bench's, such as edits, steps, data.
 
     One row per method, stage and path ("accelerated", "literal"): seconds of the batch (literal: measured on
     `literal_requests` and multiplied up), seconds_per_edit, flops; share of the machine's matrix product that Stage I
@@ -33,7 +35,7 @@ def run_time(model: str = "tiny", methods_: Sequence[str] = PRIMARY, **settings:
     """
     rows, found = [], {}
     for place, label in enumerate(methods_):
-        changes = {"method": "metake", "prompts": "plain"} if label == PLAIN else {"method": label}
+        changes = VARIANTS.get(label, {"method": label})
         found = bench(model, **settings | changes, evaluate=settings.get("evaluate", not place))
         common = {"share": found["stage_one"]["share"], "peak_gib": found["peak_memory"] / 2**30}
         for stage in found["stages"]:
