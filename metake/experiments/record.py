@@ -122,7 +122,7 @@ def _parts(
             **common, methods_=own or tuple(METHODS), data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0],
             out=runs
         ),
-        "gamma": lambda: gamma_beforehand(**sequences, methods_=own or PRIMARY),
+        "gamma": lambda: gamma_beforehand(**sequences, **({"methods_": own} if own else {})),
         # MEMIT's batch is AlphaEdit's but for the solve
         "bench": lambda: run_time(
             **common, methods_=own or ("alphaedit", "metake", PLAIN), data=data["CounterFact"], edits=100, literal=3

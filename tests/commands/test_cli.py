@@ -234,11 +234,15 @@ def test_error_of_several_lines_is_told_in_one(metake, monkeypatch):
 def test_record_hands_everything_on(metake, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        record, "record", lambda *words, tasks: asked.append((*words, tasks)) or ["wrote one", "kept other"]
+        record, "record", lambda *words, **more: asked.append((*words, more)) or ["wrote one", "kept other"]
     )
-    words = "--model m --counterfact c --zsre z --text t --edits 4 --batch 2 --seeds 1 2 --only quickstart --tasks d"
+    words = (
+        "--model m --counterfact c --zsre z --text t --edits 4 --batch 2 --seeds 1 2 --only streams --tasks d "
+        "--methods memit,metake/whole"
+    )
     assert metake("record", *words.split()) == (0, "wrote one\nkept other\n", "")
-    assert asked == [("m", "c", "z", "t", 4, 2, [1, 2], ["quickstart"], "d")]
+    own = {"tasks": "d", "methods": ["memit", "metake/whole"]}
+    assert asked == [("m", "c", "z", "t", 4, 2, [1, 2], ["streams"], own)]
 
 
 def test_every_option_is_explained(metake):

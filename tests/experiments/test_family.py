@@ -22,7 +22,7 @@ from metake.experiments.studies import differences, parts
 from metake.experiments.theory import one_formula, sequential, solves
 from metake.support.errors import ParameterError
 
-REMEMBER = ("memit_seq", "alphaedit", "blue", "metake")  # and do nothing afterwards
+REMEMBER = ("memit_seq", "alphaedit", "blue", "metake", "metake/whole")  # and do nothing afterwards
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_every_method_equals_its_published_forms():
 
 def test_named_differences_equal_their_published_forms_too():
     found = one_formula.formula_check(trials=6, names=tuple(methods.DIFFERENCES))
-    assert len(found) == 6 * (1 + 1 + 3 + 3 + 1) and found.ratio.max() < 0.5
+    assert len(found) == 6 * (1 + 1 + 1 + 3 + 3 + 1) and found.ratio.max() < 0.5
 
 
 def test_the_published_post_processes_bite():
@@ -174,7 +174,7 @@ def test_one_by_one_is_the_batch_with_memory_and_the_residual_read_again():
     found = sequential.sequential_check(trials=5)
     assert (
         sequential.judge(found)["holds"] is True
-        and "0 of 20 with it planned once" in sequential.judge(found)["decided_by"]
+        and "0 of 25 with it planned once" in sequential.judge(found)["decided_by"]
     )
     table = sequential.by_method(found).set_index("method")
     assert set(table.index[table["read again"] < sequential.SAME]) == set(REMEMBER)
@@ -230,7 +230,7 @@ def test_parts_say_what_the_editors_are():
         for m in plan.index
     }
     assert (
-        set(plan.index[plan["refined by"].notna()]) == {"metake", "metake_v1"}
+        set(plan.index[plan["refined by"].notna()]) == {"metake", "metake/whole", "metake_v1"}
         and plan.target["blue"].endswith("each layer's own")
         and plan.layers["blue"] == "0, 2"
     )
@@ -303,8 +303,8 @@ def test_effects_are_those_of_whole_runs(tmp_path):
 
 @pytest.mark.parametrize(("change", "holds"), [((0.2, 0.02), True), ((0.2, 0.0), None), ((0.0, 1e-12), False)])
 def test_differences_are_judged_by_the_updates(change, holds):
-    verdict = differences.judge(pd.DataFrame({"option": ["a/x", "b/y"], "change": change}))
-    assert verdict["holds"] is holds and "a/x" in verdict["decided_by"]
+    verdict = differences.judge(pd.DataFrame({"option": ["rect/original", "sphere/stored"], "change": change}))
+    assert verdict["holds"] is holds and "rect/original" in verdict["decided_by"]
 
 
 def test_both_readings_of_specificity_are_shown():

@@ -373,7 +373,7 @@ def test_some_methods_are_recorded_again_and_merged(monkeypatch, tmp_path):
     list(record.record("tiny", only=["streams"], methods=["metake/whole", "metake"]))
     found = report.recorded("streams-tiny")
     assert asked == [("memit", "metake"), ("metake/whole", "metake")]
-    assert set(found.method) == {"memit", "metake", "metake/whole"} and len(found.attrs["parts"]) == 2
+    assert set(found.method) == {"memit", "metake", "metake/whole", "pre-edit"} and len(found.attrs["parts"]) == 2
     kept = found[found.method == "memit"].drop(columns="made").reset_index(drop=True)
     assert kept.equals(first[first.method == "memit"].reset_index(drop=True))
 

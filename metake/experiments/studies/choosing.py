@@ -15,6 +15,7 @@ import pandas as pd
 
 from metake.experiments.studies import comparison
 from metake.experiments.studies.readings import LITERAL, READINGS, departures
+from metake.report.files import recorded
 
 DESCENDS, TIE = 0.95, 0.01
 
@@ -45,6 +46,11 @@ def choice(*frames: pd.DataFrame) -> pd.DataFrame:
     table["chosen"] = table.reading == (near.reading.iloc[0] if len(near) else LITERAL)
     ordered = table.sort_values(["chosen", "descends", "edited"], ascending=[False, False, True], kind="stable")
     return comparison.labelled(ordered.reset_index(drop=True), frames[0])
+
+
+def of_all(records: pd.DataFrame) -> pd.DataFrame:
+    """What the rule sees of a recording and of the embedded model's together."""
+    return choice(records, recorded("open_readings-tiny"))
 
 
 def best(*frames: pd.DataFrame) -> str:
