@@ -13,7 +13,7 @@ from metake.report.shown import texts
 from metake.report.style import style
 
 PANELS = {
-    "change": "Its own outer loss,\nafter / before", "gain": "F of the edited model,\nover AlphaEdit's",
+    "change": "Its own outer loss,\nafter / before", "gain": "Edited model's F,\nover AlphaEdit's",
     "paraphrase": "Paraphrases: log p\nover AlphaEdit, nats",
 }
 RATIOS = ("change", "gain")
