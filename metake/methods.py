@@ -101,8 +101,7 @@ def metake(model: str, base: Callable[..., Editor] = alphaedit, **changes: Any) 
 
 def metake_whole(model: str, base: Callable[..., Editor] = alphaedit, **changes: Any) -> Editor:
     """MetaKE looking ahead through all edited layers (arXiv 2603.12677, eq. 84): `metake` descending F of its edit."""
-    own = metake(model, base)
-    return replace(own, **{"refine": replace(own.refine, **WHOLE)} | changes)
+    return metake(model, base, **{"refine": replace(metake(model).refine, **WHOLE)} | changes)
 
 
 def metake_v1(model: str, **changes: Any) -> Editor:
@@ -167,7 +166,7 @@ LITERAL = {
     "step_size": 0.1, "optimizer": "adam", "anchor_norm": "sum", "locality_direction": "post_pre",
     "locality_position": "subject", "prompts": "contexts", "keep": "last",
 }  # fmt: skip
-"""The reading of MetaKE's outer level nearest to its words, among those that its texts agree on."""
+"""Eqs 79–82 as they are written, with the prompts and the drift of Stage I: what `metake` took at first."""
 
 DIFFERENCES: dict[str, Difference] = {
     "metake/literal": Difference(

@@ -218,8 +218,9 @@ def test_an_unknown_name_or_part_is_answered_with_the_near_ones():
     ):
         with pytest.raises(ParameterError, match=f"unknown method '{wrong}'. Did you mean .*'{near}'"):
             method(wrong, "tiny")
-    with pytest.raises(ParameterError, match="unknown part of an editor 'postprocess'.*'post'"):
-        method("rect", "tiny", postprocess=())
+    for name in ("rect", "metake", "metake/whole", "metake/literal"):
+        with pytest.raises(ParameterError, match="unknown part of an editor 'postprocess'.*'post'"):
+            method(name, "tiny", postprocess=())
     with pytest.raises(ParameterError, match="unknown model of a recipe 'gpt2-xxl'.*'gpt2-xl'"):
         method("rome", "gpt2-xxl")
     assert named().keys() == {*METHODS, *OPERATORS, *DIFFERENCES} and methods.METHODS is mk.METHODS

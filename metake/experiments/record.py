@@ -42,9 +42,9 @@ LONG = ("streams",)  # hours on a CPU: only if `only` names them
 TASKED = "general_ability"  # only if there is task data
 STUDIED = ("memit", "alphaedit", "metake", "sphere", "blue", "rect", "prune", "pmet", "rome")
 STREAMED = ("alphaedit", "metake", "memit", "blue", "sphere", "memit_seq", "prune", "rect")
+# not hidden_states: its maps place the states of all methods together
 OF_METHODS = (
-    "comparison", "hidden_states", "gamma", "bench", "case_study", "general_ability", "streams", "realized",
-    "kl_strength"
+    "comparison", "gamma", "bench", "case_study", "general_ability", "streams", "realized", "kl_strength"
 )
 COMPARED = STREAMED[:5]  # MetaKE and whom the paper compares it with: on a real model the others would be hours more
 
@@ -119,8 +119,7 @@ def _parts(
         "comparison": lambda: comparison(**sequences, methods=own or list(METHODS)),
         "operators": lambda: operators(**sequences),
         "hidden_states": lambda: hidden_states(
-            **common, methods_=own or tuple(METHODS), data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0],
-            out=runs
+            **common, data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0], out=runs
         ),
         "gamma": lambda: gamma_beforehand(**sequences, **({"methods_": own} if own else {})),
         # MEMIT's batch is AlphaEdit's but for the solve

@@ -381,6 +381,6 @@ def test_some_methods_are_recorded_again_and_merged(monkeypatch, tmp_path):
 def test_what_cannot_be_recorded_for_some_methods_is_refused():
     with pytest.raises(ParameterError, match="unknown method 'metake/hole'. Did you mean 'metake/whole'"):
         next(record.record("tiny", only=["streams"], methods=["metake/hole"]))
-    for only, found in ((["proxy"], "proxy"), (None, "every recording")):
+    for only, found in ((["proxy"], "proxy"), (["hidden_states"], "hidden_states"), (None, "every recording")):
         with pytest.raises(ParameterError, match=f"for some of them: --only comparison .*; found {found}"):
             next(record.record("tiny", only=only, methods=["metake"]))

@@ -26,8 +26,8 @@ def operators(
 ) -> pd.DataFrame:
     """`comparison` of every base with its refined twin; the rows of a refined method gain its request's outer losses.
 
-    outer_first, outer_last: L_edit + L_loc + L_reg (v3 eq. 7) of the request at the initial targets and at the last
-    step, at the last edited layer. settings: as for `comparison`.
+    outer_first, outer_last: L_edit + L_loc + L_reg (v3 eq. 7) of the request at the initial targets and at the plan
+    that was kept, at the last edited layer. settings: as for `comparison`.
     """
     methods_ = [method for base in bases for method in (base, PAIRS[base])]
     with tempfile.TemporaryDirectory() as scratch:
@@ -60,7 +60,7 @@ def differences(records: pd.DataFrame, **bootstrap: Any) -> pd.DataFrame:
 def look_ahead(records: pd.DataFrame) -> pd.DataFrame:
     """Did the refinement lower what it minimizes? Per refined method and data set, the outer loss of its requests.
 
-    before, after: mean at the initial targets, and at the last step; fell_for: of how many requests it is lower there.
+    before, after: mean at the initial targets, and at the plan kept; fell_for: of how many requests it is lower there.
     """
     found = records.dropna(subset="outer_first") if "outer_first" in records else records[:0]
     if found.empty:
