@@ -13,7 +13,7 @@ import argparse
 from statistics import harmonic_mean
 
 import metake as mk
-from metake.experiments.runs import read_cases, select
+from metake.experiments.cases import read_cases, select
 
 
 def sweep(

@@ -99,7 +99,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _diagnose(args: argparse.Namespace) -> None:
-    from metake.experiments.runs import read_cases, select
+    from metake.experiments.cases import read_cases, select
 
     lm = mk.load(args.model, args.dtype, args.device)
     editor = mk.methods.method(args.method, args.model, seed=args.seed)

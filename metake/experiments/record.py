@@ -15,10 +15,11 @@ from typing import Any
 import pandas as pd
 
 from metake import report
-from metake.experiments.runs import read_cases
+from metake.experiments.cases import read_cases
 from metake.experiments.speed.run_time import PLAIN, run_time
 from metake.experiments.studies.ablation import ablation
 from metake.experiments.studies.case_study import case_study
+from metake.experiments.studies.choosing import descending
 from metake.experiments.studies.comparison import PRIMARY, comparison
 from metake.experiments.studies.dispersion import association_dispersion
 from metake.experiments.studies.gamma_beforehand import gamma_beforehand
@@ -38,13 +39,15 @@ from metake.methods import CHOSEN, METHODS, named
 from metake.support.errors import ParameterError, near_misses
 from metake.support.machine import default_device, versions
 
-LONG = ("streams",)  # hours on a CPU: only if `only` names them
+LONG = ("streams", "sequences")  # hours on a CPU: only if `only` names them
+GROWS = "sequences"  # hours a seed: each is added to what is recorded
+HELD_OUT = ("alphaedit", "metake", "metake/literal", "metake/whole")
 TASKED = "general_ability"  # only if there is task data
 STUDIED = ("memit", "alphaedit", "metake", "sphere", "blue", "rect", "prune", "pmet", "rome")
 STREAMED = ("alphaedit", "metake", "memit", "blue", "sphere", "memit_seq", "prune", "rect")
 # not hidden_states: its maps place the states of all methods together
 OF_METHODS = (
-    "comparison", "gamma", "bench", "case_study", "general_ability", "streams", "realized", "kl_strength"
+    "comparison", "sequences", "gamma", "bench", "case_study", "general_ability", "streams", "realized", "kl_strength"
 )
 COMPARED = STREAMED[:5]  # MetaKE and whom the paper compares it with: on a real model the others would be hours more
 
@@ -84,7 +87,7 @@ def record(
         there = (report.project_root() / "results" / f"{target}.jsonl").is_file()
         if name in only if only else not (there or name in LONG or (name == TASKED and not tasks)):
             start, origin = time.perf_counter(), _provenance(model, data, text, tokens)
-            write = report.merge_recorded if methods and there else report.write_recorded
+            write = report.merge_recorded if there and (methods or name == GROWS) else report.write_recorded
             write(target, frame := make(), origin | _settings(frame, time.perf_counter() - start))
             yield f"wrote results/{target}.jsonl"
         else:
@@ -117,6 +120,10 @@ def _parts(
         "dispersion": lambda: association_dispersion(**common, requests=700, data=data),
         # without fluency and consistency: sampling costs several times the edits on a CPU
         "comparison": lambda: comparison(**sequences, methods=own or list(METHODS)),
+        # on the subjects on which nothing was chosen
+        "sequences": lambda: comparison(
+            **sequences | {"edits": 2 * batch}, methods=own or HELD_OUT, part="testing"
+        ),
         "operators": lambda: operators(**sequences),
         "hidden_states": lambda: hidden_states(
             **common, data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0], out=runs
@@ -148,15 +155,16 @@ def _studies(
 ) -> dict[str, Callable[[], pd.DataFrame]]:
     """Those of one batch by several editors, which share what is finished."""
     asked, kept = common | {"seeds": seeds}, runs / "study"
+    others = _of_other_models("open_readings", common["model"])
     return {
         "ablation": lambda: ablation(**asked, edits=min(edits, 50), data=data, out=kept),
         "realized": lambda: realized_residual(
             **asked, methods_=own or PRIMARY, edits=edits, data={"ZsRE": data["ZsRE"]}, out=kept
         ),
-        # an hour of one core on a real model: some twenty refinements a request for choosing, two for testing
+        # a share of 95 % of them needs 20 at least; a refinement a reading, two for testing: a real model's take hours
         "open_readings": lambda: open_readings(
-            **common, readings=SETS["all" if common["model"] == "tiny" else "words"], edits=8, test_edits=12,
-            test_seeds=(2,), data=data, beside=_of_other_models("open_readings", common["model"]),
+            **common, readings=SETS["all"] if common["model"] == "tiny" else descending(*others),
+            edits=40 if common["model"] == "tiny" else 20, test_edits=20, test_seeds=(2,), data=data, beside=others,
             out=runs / "open_readings"
         ),
         # 7 λ_KL, each another Stage I: of 100 requests a fifth in each group, half an hour on two cores

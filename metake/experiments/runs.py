@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,18 +22,16 @@ from typing import Any
 from metake import methods
 from metake.algebra.geometry import KeyStatistics
 from metake.algebra.update import Edit, EditRecord
-from metake.data.facts import facts
-from metake.data.files import counterfact, zsre
 from metake.data.requests import Cases, EditRequest, batches
 from metake.editing.editor import Editor
 from metake.editing.record import digest_of
 from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
+from metake.experiments.cases import PARTS, part_of, read_cases, select
 from metake.language.model import LanguageModel, load
-from metake.language.tokens import locate
 from metake.scoring.evaluation import Evaluation, evaluate, require_prompts
-from metake.support.errors import ParameterError, ProvenanceError, RequestError, near_misses
+from metake.support.errors import ParameterError, ProvenanceError, near_misses
 from metake.support.machine import peak_memory, versions
 from metake.support.progress import progress
 from metake.support.storage import atomic_path, load_tensors, save_tensors, write_file
@@ -57,55 +54,14 @@ class RunConfig:
     dtype: str | None = None
     generate: bool = False
     changes: dict[str, Any] = field(default_factory=dict)  # parts of the editor to replace
+    part: str = "all"  # of the data's subjects: see `part_of`
 
     def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise ParameterError(near_misses(self.part, PARTS, "part of the subjects"))
         for name in ("edits", "batch"):
             if getattr(self, name) < 1:
                 raise ParameterError(f"{name} must be at least 1; found {getattr(self, name)}")
-
-
-def read_cases(data: str) -> Cases:
-    """Cases by name or path: the embedded facts in either format, or a file whose format its records tell."""
-    if data in ("facts", "facts-zsre"):
-        return facts(format="zsre" if data == "facts-zsre" else "counterfact")
-    if not Path(data).is_file():
-        raise ParameterError(
-            f"{near_misses(data, ('facts', 'facts-zsre'), 'data set')} Or the path of a CounterFact or ZsRE file."
-        )
-    try:
-        return counterfact(data)
-    except RequestError as not_counterfact:
-        try:
-            return zsre(data)
-        except RequestError as not_zsre:
-            raise (not_zsre if "a ZsRE file" in str(not_counterfact) else not_counterfact) from None
-
-
-def select(lm: LanguageModel, cases: Cases, edits: int, seed: int) -> Cases:
-    """`edits` cases in an order drawn by `seed`; those that this model's tokenizer cannot locate, and second requests
-    about the same prompt and subject, are passed over and counted in `.skipped`."""
-    order, chosen, seen, skipped = list(range(len(cases))), [], set(), dict(cases.skipped)
-    random.Random(seed).shuffle(order)
-    for i in order:
-        if len(chosen) == edits:
-            break
-        request = cases[i].request
-        try:
-            locate(lm.tokenizer, request.prompt, request.subject)
-            reason = "second request about the same prompt and subject" if request.text in seen else None
-        except RequestError:
-            reason = "subject ends inside a token"
-        if reason:
-            skipped[reason] = skipped.get(reason, 0) + 1
-            continue
-        seen.add(request.text)
-        chosen.append(i)
-    if len(chosen) < edits:
-        raise ParameterError(
-            f"{edits} edits were asked for, but the data has only {len(chosen)} usable cases for this model; "
-            f"skipped: {skipped or 'none'}"
-        )
-    return Cases([cases[i] for i in chosen], cases.format, cases.source, skipped, cases.skipped_ids)
 
 
 def edit_sequence(
@@ -151,7 +107,7 @@ def run(config: RunConfig, out: str | Path, device: str | None = None, shared: U
     editor = methods.method(config.method, config.model, seed=config.seed, **config.changes)
     resumes = holds(out, config)
     lm = load(config.model, config.dtype, device)
-    cases = select(lm, read_cases(config.data), config.edits, config.seed)
+    cases = select(lm, part_of(read_cases(config.data), config.part), config.edits, config.seed)
     if config.generate:
         require_prompts(cases)
     state = editor.init(lm, statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens))
@@ -192,12 +148,10 @@ def holds(out: Path, config: RunConfig) -> bool:
 def _read_config(out: Path) -> dict[str, Any]:
     """The settings in a run's folder. Raises ProvenanceError if the file is damaged."""
     try:
-        found = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        RunConfig(**found)
+        return asdict(RunConfig(**json.loads((out / "config.json").read_text(encoding="utf-8"))))
     except (ValueError, TypeError) as error:
         told = f"{out / 'config.json'} is damaged, or of another version ({error})"
         raise ProvenanceError(f"{told}; choose another folder, or remove this one") from error
-    return found
 
 
 def _resume(
@@ -309,7 +263,7 @@ def reevaluate(folder: str | Path, device: str | None = None) -> Evaluation:
     """Evaluate a finished run again, from its saved edits on a freshly loaded base."""
     config, edits = open_run(folder)
     lm = load(config.model, config.dtype, device)
-    cases = select(lm, read_cases(config.data), config.edits, config.seed)
+    cases = select(lm, part_of(read_cases(config.data), config.part), config.edits, config.seed)
     done = [id for record in edits.records() for id in record.requests]
     if done != [c.request.id for c in cases[: len(done)]]:
         raise ProvenanceError(f"{folder} holds edits of other cases than {config.data} gives now: the data has changed")

@@ -92,24 +92,26 @@ def write_recorded(
 
 
 SAME = ("model", "model_digest", "dataset", "statistics", "dtype", "edits", "batch", "seeds")
-"""Of a recording's provenance: what rows that are compared must have in common."""
+"""Of a recording's provenance: what compared rows must have in common; "seeds" where rows have none of their own."""
 
 
 def merge_recorded(name: str, records: pd.DataFrame, provenance: Mapping[str, Any]) -> Path:
-    """Write results/<name>.jsonl with these records in place of the same methods' older ones; the others stay.
+    """Write results/<name>.jsonl with these records in place of the older ones of the same methods (of the same seeds,
+    where every row has its own); the others stay.
 
     Every row keeps its own provenance: `made` is its place in the list "parts" of the first line.
     Raises ParameterError if the older ones are of another model, of other records or of other settings.
     """
     old, new = recorded(name), portable(provenance)
     parts = old.attrs.get("parts", [old.attrs["provenance"]])
+    own = [name for name in ("method", "seed") if name in old and name in records]
     for key in SAME:
-        if key in parts[0] and parts[0][key] != new.get(key):
+        if key in parts[0] and not (key == "seeds" and "seed" in own) and parts[0][key] != new.get(key):
             raise ParameterError(
                 f"results/{name}.jsonl has {key} {parts[0][key]!r}, the new rows {new.get(key)!r}: rows of one "
                 "recording are compared with each other. Ask for the same, or leave --methods out to make all again"
             )
-    kept = old[~old.method.isin(set(records.method))]
+    kept = old[~pd.MultiIndex.from_frame(old[own]).isin(pd.MultiIndex.from_frame(records[own]))]
     rows = pd.concat([kept if "made" in kept else kept.assign(made=0), records.assign(made=len(parts))])
     used = sorted(set(rows.made))
     rows["made"] = rows.made.map({place: i for i, place in enumerate(used)})
@@ -117,6 +119,8 @@ def merge_recorded(name: str, records: pd.DataFrame, provenance: Mapping[str, An
     joined = parts[0] | {
         key: "; ".join(dict.fromkeys(str(part.get(key)) for part in parts)) for key in ("date", "commit")
     }
+    if "seed" in own and "seeds" in joined:
+        joined["seeds"] = sorted({int(seed) for seed in rows.seed})
     if "metake" in set(records.method) and "metake" in new:
         joined["metake"] = new["metake"]
     if all("minutes" in part for part in parts):

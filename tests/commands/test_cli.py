@@ -17,6 +17,7 @@ from metake.commands import cli
 from metake.commands.cli import main
 from metake.data.requests import EditRequest
 from metake.experiments import record, runs
+from metake.experiments.cases import select
 from metake.language import assets
 from metake.language.assets import Source
 
@@ -190,7 +191,7 @@ def test_diagnose_has_a_line_a_request(metake):
     code, out, err = metake("diagnose", *QUICK, "--edits", "4", "--seed", "3")
     assert code == 0 and not err and len(out.splitlines()) == 5
     lm, editor = mk.load("tiny"), mk.methods.memit("tiny", seed=3)
-    requests = [c.request for c in runs.select(lm, mk.facts(), 4, 3)]
+    requests = [c.request for c in select(lm, mk.facts(), 4, 3)]
     statistics = mk.statistics(lm, layers=editor.layers, tokens=3000)
     assert out == f"{mk.diagnose(lm, requests, editor, statistics)}\n"
     assert (

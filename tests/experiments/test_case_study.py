@@ -16,6 +16,7 @@ from metake import report
 from metake.algebra.update import Edit, LayerUpdate
 from metake.editing.targets import optimize_targets
 from metake.experiments import runs
+from metake.experiments.cases import select
 from metake.experiments.studies import case_study
 from metake.report.studies.generations import whole_words
 from metake.support.errors import ParameterError
@@ -45,7 +46,7 @@ def test_every_method_starts_from_the_unedited_model(lm):
 
 def test_rows_are_what_the_edited_model_gives(lm):
     found = case_study.case_study(**SETTINGS)
-    cases = runs.select(lm, mk.facts(), 3, 0)
+    cases = select(lm, mk.facts(), 3, 0)
     editor = mk.methods.memit("tiny", seed=0)
     edit = editor.edit(lm, [c.request for c in cases], mk.statistics(lm, layers=editor.layers, tokens=3000))
     with edit.applied(lm):

@@ -18,6 +18,7 @@ from metake.data.facts import facts
 from metake.editing.editor import Editor
 from metake.editing.statistics import statistics
 from metake.experiments import runs
+from metake.experiments.cases import select
 from metake.experiments.studies import comparison, dispersion, operators, quickstart
 from metake.experiments.theory import attenuation
 from metake.support.errors import ParameterError
@@ -101,7 +102,7 @@ def test_dispersion_is_the_diagnosis_of_every_request():
         (d, m): 5 for d in ("CounterFact format", "ZsRE format") for m in ("memit", "alphaedit")
     }
     lm, editor = stand_in(), mk.methods.memit("tiny", seed=0)
-    cases = runs.select(lm, mk.facts(format="zsre"), 5, 0)
+    cases = select(lm, mk.facts(format="zsre"), 5, 0)
     expected = mk.diagnose(lm, [c.request for c in cases], editor, statistics(lm, layers=editor.layers, tokens=3000))
     rows = found[(found.dataset == "ZsRE format") & (found.method == "memit")]
     assert rows.gamma.tolist() == [d.association for d in expected] and rows.request.tolist() == [
@@ -186,7 +187,7 @@ def test_comparison_has_every_case_of_every_method_and_of_none(compared):
     for (dataset, seed), group in found.groupby(["dataset", "seed"]):
         ids = [list(rows.id) for _, rows in group.groupby("method")]
         assert ids[0] == ids[1] == ids[2] and len(set(ids[0])) == 3
-        cases = runs.select(stand_in(), mk.facts(format="zsre" if "ZsRE" in dataset else "counterfact"), 3, seed)
+        cases = select(stand_in(), mk.facts(format="zsre" if "ZsRE" in dataset else "counterfact"), 3, seed)
         assert group[group.method == "pre-edit"].specificity.tolist() == [
             r["specificity"] for r in mk.evaluate(stand_in(), cases).records()
         ]

@@ -16,6 +16,7 @@ import metake as mk
 from metake import report
 from metake.editing.statistics import statistics
 from metake.experiments import record, runs
+from metake.experiments.cases import select
 from metake.experiments.studies import comparison, finished, predictors
 from metake.experiments.studies import gamma_beforehand as module
 from metake.language.tokens import continuation, encode
@@ -55,7 +56,7 @@ def run(tmp_path_factory, session_cache, model):
 def test_what_is_read_is_the_diagnosis_before_and_the_evaluation_after(run, model):
     found, out = run
     assert found.groupby("method").size().to_dict() == {"memit": 5, "alphaedit": 5} and set(found.dataset) == {"F"}
-    cases = runs.select(model, mk.facts(), 5, 0)
+    cases = select(model, mk.facts(), 5, 0)
     for method in SETTINGS["methods_"]:
         own, editor = found[found.method == method], mk.methods.method(method, "tiny", seed=0)
         given = statistics(model, layers=editor.layers, tokens=3000)
@@ -76,7 +77,7 @@ def test_what_is_read_is_the_diagnosis_before_and_the_evaluation_after(run, mode
 def test_the_simple_baselines_are_what_they_say(run, model):
     found, _ = run
     own = found[found.method == "memit"].set_index("id")
-    for case in runs.select(model, mk.facts(), 5, 0):
+    for case in select(model, mk.facts(), 5, 0):
         prompt, target = encode(model.tokenizer, case.request.text), continuation(model.tokenizer, case.request.target)
         with torch.no_grad():
             log_p = torch.log_softmax(model.model(torch.tensor([prompt + target])).logits[0], -1)

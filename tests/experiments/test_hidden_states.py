@@ -13,6 +13,7 @@ from scipy.linalg import sqrtm
 from metake import report
 from metake.algebra.update import Edit
 from metake.experiments import record, runs
+from metake.experiments.cases import read_cases
 from metake.experiments.studies import comparison, finished, hidden_states
 from metake.language.tokens import locate
 from metake.support.errors import ParameterError, ProvenanceError
@@ -189,7 +190,7 @@ def test_states_are_the_models_before_and_after_the_runs_edit(run, model):
     states = hidden_states.read_states(folders, 4)
     layer = hidden_states.methods.method("metake", "tiny").layers[-1]
     assert layer < model.depth - 1, "transformers norms the last block's"
-    known = {c.request.id: c.request for c in runs.read_cases("facts")}
+    known = {c.request.id: c.request for c in read_cases("facts")}
     requests = [known[i] for i in states.ids]
     assert [r.id for r in requests[:3]] == list(
         Edit.load(folders[0] / "batches" / "0000").record.requests
@@ -235,7 +236,7 @@ def test_a_run_of_other_data_or_another_model_is_refused(run, monkeypatch):
     folder = out / "facts-metake-0"
     config, lm, cases, edit = finished.finished(folder)
     assert (config.method, len(cases), edit.record.requests) == ("metake", 3, tuple(c.request.id for c in cases))
-    monkeypatch.setattr(finished, "read_cases", lambda name: runs.read_cases(name)[5:])
+    monkeypatch.setattr(finished, "read_cases", lambda name: read_cases(name)[5:])
     with pytest.raises(ProvenanceError, match="holds 3 edits, not those of the 3 cases"):
         finished.finished(folder)
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from metake import methods, report
 from metake.editing.diagnosis import diagnose
 from metake.editing.targets import TargetRule
 from metake.experiments import runs
-from metake.experiments.runs import read_cases, select
+from metake.experiments.cases import read_cases, select
 from metake.experiments.studies import kl_claims, study
 from metake.experiments.studies import kl_strength as kl
 from metake.support.errors import ParameterError

@@ -15,7 +15,7 @@ from same import fingerprint
 
 import metake as mk
 from metake import report
-from metake.experiments.runs import read_cases, select
+from metake.experiments.cases import part_of, read_cases, select
 from metake.experiments.studies import choosing
 from metake.experiments.studies import open_readings as module
 from metake.experiments.studies.readings import (
@@ -63,11 +63,11 @@ def test_one_thing_is_changed_at_a_time_and_the_small_factorial_is_complete():
 @pytest.mark.parametrize("source", ["facts", "facts-zsre"])
 def test_no_subject_is_in_both_parts(source):
     cases = read_cases(source)
-    parts = {part: module.part_of(cases, part) for part in ("choosing", "testing")}
+    parts = {part: part_of(cases, part) for part in ("choosing", "testing")}
     subjects = [{c.request.subject for c in own} for own in parts.values()]
     assert not subjects[0] & subjects[1] and sum(map(len, parts.values())) == len(cases)
     assert min(map(len, parts.values())) > 0.4 * len(cases)
-    other = module.part_of(read_cases("facts" if source == "facts-zsre" else "facts-zsre"), "testing")
+    other = part_of(read_cases("facts" if source == "facts-zsre" else "facts-zsre"), "testing")
     assert {c.request.subject for c in other} == subjects[1], "a fact has one part, whatever its format"
 
 
@@ -95,12 +95,12 @@ def test_rows_are_what_each_editor_gives_alone(lm, records):
     assert len(ids[0]) == len(ids[1]) == 2 and not ids[0] & ids[1]
     full = metake("tiny")
     given = mk.statistics(lm, layers=full.layers, tokens=3000)
-    batch = Batch.of(lm, given, select(lm, module.part_of(read_cases("facts-zsre"), "choosing"), 2, 0))
+    batch = Batch.of(lm, given, select(lm, part_of(read_cases("facts-zsre"), "choosing"), 2, 0))
     plain = replace(full, refine=READINGS["plain gradient"].rule("tiny"))
     own = records[(records.part == "choosing") & (records.reading == "plain gradient") & (records.method == "metake")]
     expected = pd.DataFrame(one(batch, plain))
     pd.testing.assert_frame_equal(own[list(expected)].reset_index(drop=True), expected, rtol=1e-9)
-    batch = Batch.of(lm, given, select(lm, module.part_of(read_cases("facts-zsre"), "testing"), 2, 1))
+    batch = Batch.of(lm, given, select(lm, part_of(read_cases("facts-zsre"), "testing"), 2, 1))
     literal = ABLATIONS[module.KEY_ONLY](replace(full, refine=READINGS[LITERAL].rule("tiny")))
     own = records[(records.part == "testing") & (records.reading == LITERAL) & (records.method == module.KEY_ONLY)]
     expected = pd.DataFrame(one(batch, literal))
@@ -116,7 +116,7 @@ def test_what_every_reading_shares_does_not_depend_on_it(lm, records):
     full = metake("tiny")
     batch = Batch.of(
         lm, mk.statistics(lm, layers=full.layers, tokens=3000),
-        select(lm, module.part_of(read_cases("facts-zsre"), "testing"), 2, 1)
+        select(lm, part_of(read_cases("facts-zsre"), "testing"), 2, 1)
     )
     for name in ("plain 1, relative", "Adam 0.5, mean, eq. 98"):
         stopped = ABLATIONS[module.STOPPED](replace(full, refine=READINGS[name].rule("tiny")))

@@ -22,7 +22,8 @@ from metake.data.facts import facts_records
 from metake.data.requests import Cases, EditCase, EditRequest, Probe, check_batch
 from metake.editing.editor import Editor
 from metake.experiments import runs
-from metake.experiments.runs import RunConfig, edit_sequence, open_run, read_cases, reevaluate, run, select
+from metake.experiments.cases import read_cases, select
+from metake.experiments.runs import RunConfig, edit_sequence, open_run, reevaluate, run
 from metake.methods import method
 from metake.support.errors import MetakeError, ParameterError, ProvenanceError, RequestError
 

@@ -11,7 +11,7 @@ from models import stand_in
 import metake as mk
 from metake import methods, report
 from metake.editing.targets import TargetRule, optimize_targets
-from metake.experiments.runs import read_cases, select
+from metake.experiments.cases import read_cases, select
 from metake.experiments.studies import sensitivity as module
 from metake.experiments.studies import study
 from metake.support.errors import ParameterError

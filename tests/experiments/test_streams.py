@@ -17,6 +17,7 @@ from metake import report
 from metake.data.requests import check_batch
 from metake.editing.statistics import statistics
 from metake.experiments import record, runs
+from metake.experiments.cases import select
 from metake.experiments.studies import revisions, streams
 from metake.scoring.evaluation import CaseScore, ProbeScore, Reading
 from metake.support.errors import ParameterError, ProvenanceError
@@ -81,7 +82,7 @@ def test_a_stream_goes_on_by_revising_and_leaves_neighbors_and_the_first_batch_a
     stream = revisions.plan(lm, cases, 1000, 20, 0)
     facts = {c.request.text for c in stream}
     assert len(stream) == 1000 and len(facts) == int(0.75 * len(cases)) and len({c.request.id for c in stream}) == 1000
-    assert [c.request for c in stream[: len(facts)]] == [c.request for c in runs.select(lm, cases, len(facts), 0)]
+    assert [c.request for c in stream[: len(facts)]] == [c.request for c in select(lm, cases, len(facts), 0)]
     times = Counter(c.request.text for c in stream)
     assert all(times[c.request.text] == 1 for c in stream[:20]) and all(
         times[c.request.text] >= 2 for c in stream[20 : len(facts)]

@@ -24,7 +24,7 @@ from metake.editing.recipes import recipe
 from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.editing.targets import optimize_targets
-from metake.experiments.runs import read_cases, select
+from metake.experiments.cases import read_cases, select
 from metake.experiments.speed import literal as slow
 from metake.experiments.speed.sizes import random_contexts, random_model, random_statistics, size_of
 from metake.language.kernels import linear

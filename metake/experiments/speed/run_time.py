@@ -12,8 +12,9 @@ import pandas as pd
 from metake import methods
 from metake.algebra.geometry import Dense
 from metake.editing.statistics import statistics
+from metake.experiments.cases import read_cases, select
 from metake.experiments.decision import all_of, at_least, at_most, for_and_against, opposite, undecided
-from metake.experiments.runs import edit_sequence, read_cases, select
+from metake.experiments.runs import edit_sequence
 from metake.experiments.speed.bench import bench
 from metake.language.model import load
 from metake.report.style import style

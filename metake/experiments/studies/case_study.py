@@ -15,9 +15,10 @@ from metake.data.requests import EditCase
 from metake.editing.editor import Editor
 from metake.editing.record import describe, digest_of
 from metake.editing.statistics import statistics
+from metake.experiments.cases import read_cases, select
 from metake.experiments.decision import all_of, apart, undecided
 from metake.experiments.kept import kept
-from metake.experiments.runs import Unedited, read_cases, select
+from metake.experiments.runs import Unedited
 from metake.language.generation import sample
 from metake.language.model import LanguageModel, load
 from metake.language.tokens import encode

@@ -10,6 +10,8 @@ No efficacy, generalization or verdict enters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -26,6 +28,27 @@ def names(records: pd.DataFrame, part: str) -> list[str]:
     return [name for name in READINGS if name in there]
 
 
+def _of_all(frames: Sequence[pd.DataFrame]) -> list[str]:
+    return [name for name in READINGS if all(name in names(frame, "choosing") for frame in frames)]
+
+
+def _cells(frames: Sequence[pd.DataFrame], name: str) -> list[pd.DataFrame]:
+    """A reading's rows for choosing, a frame a model and format."""
+    own = [f[(f.part == "choosing") & (f.reading == name) & (f.method == "metake")] for f in frames]
+    return [cell for frame in own for _, cell in frame.groupby("dataset", sort=False)]
+
+
+def _fell(cells: Sequence[pd.DataFrame]) -> float:
+    """The lowest share of requests whose own loss fell, of any model and format."""
+    return min((cell.outer_after < cell.outer_before).mean() for cell in cells)
+
+
+def descending(*frames: pd.DataFrame) -> list[str]:
+    """The readings that these records leave for a further model to be asked: those of which (i) holds here. All, if
+    there are no records yet."""
+    return [name for name in _of_all(frames) if not frames or _fell(_cells(frames, name)) >= DESCENDS]
+
+
 def choice(*frames: pd.DataFrame) -> pd.DataFrame:
     """What the rule sees, a row a reading that all frames hold, the chosen one first.
 
@@ -33,10 +56,9 @@ def choice(*frames: pd.DataFrame) -> pd.DataFrame:
     of F of the edited model; departs: in so many places from the equations' words; descends: whether (i); chosen.
     """
     rows = []
-    for name in [n for n in READINGS if all(n in names(frame, "choosing") for frame in frames)]:
-        own = [f[(f.part == "choosing") & (f.reading == name) & (f.method == "metake")] for f in frames]
-        cells = [cell for frame in own for _, cell in frame.groupby("dataset", sort=False)]
-        fell = min((cell.outer_after < cell.outer_before).mean() for cell in cells)
+    for name in _of_all(frames):
+        cells = _cells(frames, name)
+        fell = _fell(cells)
         edited = float(np.exp(np.mean([np.log(cell.edited.mean()) for cell in cells])))
         rows.append({"reading": name, "fell": 100 * fell, "edited": edited, "departs": departures(name),
             "descends": bool(fell >= DESCENDS)})  # fmt: skip

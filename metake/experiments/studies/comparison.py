@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from metake.experiments.decision import Decision, interval, one_and_none_against, with_interval
-from metake.experiments.runs import RunConfig, Unedited, holds, run
+from metake.experiments.runs import RunConfig, Unedited, holds, open_run, run
 from metake.support.errors import ParameterError, near_misses
 
 PRIMARY = ("memit", "alphaedit", "metake")
@@ -30,11 +30,14 @@ def comparison(
     text_tokens: int | None = None,
     generate: bool = False,
     out: str | Path | None = None,
+    part: str = "all",
 ) -> pd.DataFrame:
     """Run every (data set, method, seed): sequential batches, all cases evaluated after the last.
 
-    out: folder of the runs, which are resumable; None: a temporary one. One row per case, run and method, and one per
-    case and seed for "pre-edit", measured before the first edit: dataset, method, seed, id, metrics as shares.
+    out: folder of the runs, which are resumable; None: a temporary one; part: of the data's subjects (`part_of`).
+    One row per case, run and method, and one per case and seed for "pre-edit", measured before the first edit:
+    dataset, method, seed, id, metrics as shares; of a method that refines, its own outer loss at Stage I's plan and at
+    the one that was kept, "outer_before" and "outer_after".
     attrs["runs"]: the summary of every run.
     """
     rows, summaries = [], []
@@ -46,20 +49,35 @@ def comparison(
                 for place, method in enumerate(methods):
                     folder = Path(out or scratch) / f"{Path(source).stem}-{method.replace('/', '-')}-{seed}"
                     sampled = generate and "zsre" not in Path(source).stem
-                    config = RunConfig(model, method, source, edits, batch, seed, text, text_tokens, generate=sampled)
+                    config = RunConfig(
+                        model, method, source, edits, batch, seed, text, text_tokens, generate=sampled, part=part
+                    )
                     if not (holds(folder, config) and (folder / "summary.json").is_file()):
                         run(config, folder, shared=shared)
                     summaries.append(
                         {"dataset": name, "method": method, "seed": seed, "folder": folder.name}
                         | json.loads((folder / "summary.json").read_text(encoding="utf-8"))
                     )
+                    outer = _outer_loss(folder)
                     for label, file in ([] if place else [("pre-edit", "before.jsonl")]) + [(method, "cases.jsonl")]:
                         rows += [
-                            {"dataset": name, "method": label, "seed": seed} | row for row in case_rows(folder / file)
+                            {"dataset": name, "method": label, "seed": seed} | row
+                            | (outer.get(row["id"], {}) if label == method else {})
+                            for row in case_rows(folder / file)
                         ]
     frame = pd.DataFrame(rows)
     frame.attrs["runs"] = summaries
     return frame
+
+
+def _outer_loss(folder: Path) -> dict[str, dict[str, float]]:
+    """By case: the outer loss before and after the refinement, as the edits' records tell it; {} without one."""
+    return {
+        id: {f"outer_{end}": trace["refined"][end] for end in ("before", "after")}
+        for record in open_run(folder)[1].records()
+        for id, trace in zip(record.requests, record.trace, strict=True)
+        if "refined" in trace
+    }
 
 
 def case_rows(file: Path) -> list[dict]:
@@ -91,6 +109,8 @@ def paired_differences(
 ) -> pd.DataFrame:
     """`one` minus `other` on the same cases, with a bootstrap interval over cases (default: of 95 %).
 
+    A case that several seeds drew counts once, with its mean: to draw it as if it were two would be too sure.
+
     metrics: columns of the records; those of `METRICS`, shares, in percentage points, others as they are.
     Raises ParameterError if one of the two is not among the records' methods.
     """
@@ -101,7 +121,8 @@ def paired_differences(
     for dataset, group in records.groupby("dataset", sort=False):
         for metric in metrics:
             sides = [group[group.method == m].set_index(["seed", "id"])[metric] for m in (one, other)]
-            difference = (100 if metric in METRICS else 1) * (sides[0] - sides[1]).dropna().to_numpy()
+            paired = (100 if metric in METRICS else 1) * (sides[0] - sides[1]).dropna()
+            difference = paired.groupby("id", sort=False).mean().to_numpy()  # one that several seeds drew counts once
             means = generator.choice(difference, (draws, len(difference))).mean(1)
             low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
             rows.append(

@@ -14,8 +14,9 @@ from metake.data.requests import Cases
 from metake.editing.editor import Editor
 from metake.editing.record import describe
 from metake.editing.statistics import statistics
+from metake.experiments.cases import read_cases, select
 from metake.experiments.decision import all_of, equal, for_and_against, opposite
-from metake.experiments.runs import edit_sequence, read_cases, select
+from metake.experiments.runs import edit_sequence
 from metake.experiments.studies.comparison import paired_differences, summarize
 from metake.language.model import LanguageModel, load
 from metake.language.tokens import continuation

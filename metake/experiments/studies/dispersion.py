@@ -10,8 +10,8 @@ import pandas as pd
 from metake import methods
 from metake.editing.diagnosis import diagnose
 from metake.editing.statistics import statistics
+from metake.experiments.cases import read_cases, select
 from metake.experiments.decision import apart, with_interval
-from metake.experiments.runs import read_cases, select
 from metake.language.model import load
 
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from metake.algebra.update import Edit, total
 from metake.data.requests import Cases
-from metake.experiments.runs import RunConfig, open_run, read_cases, select
+from metake.experiments.cases import read_cases, select
+from metake.experiments.runs import RunConfig, open_run
 from metake.language.model import LanguageModel, load
 from metake.support.errors import ProvenanceError
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from metake.experiments.cases import read_cases
 from metake.experiments.decision import all_of, any_of, for_and_against, interval, opposite, undecided
-from metake.experiments.runs import read_cases
 from metake.experiments.studies.comparison import labelled
 from metake.experiments.studies.revisions import plan
 from metake.experiments.studies.streams import along

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from metake import methods
 from metake.data.requests import Cases, EditRequest
 from metake.editing.keys import KeyReader
+from metake.experiments.cases import read_cases, select
 from metake.experiments.decision import (
     Decision,
     all_of,
@@ -27,7 +28,7 @@ from metake.experiments.decision import (
     undecided,
     with_interval,
 )
-from metake.experiments.runs import RunConfig, open_run, read_cases, select
+from metake.experiments.runs import RunConfig, open_run
 from metake.experiments.studies.comparison import comparison, labelled
 from metake.experiments.studies.finished import finished
 from metake.language.model import LanguageModel, load

@@ -17,7 +17,7 @@ from metake.editing.diagnosis import diagnose
 from metake.editing.editor import Editor
 from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
-from metake.experiments.runs import read_cases, select
+from metake.experiments.cases import read_cases, select
 from metake.experiments.studies.comparison import PRIMARY, labelled
 from metake.experiments.studies.study import Batch, one
 from metake.language.model import load

@@ -4,7 +4,6 @@ whether it reproduces the ordering of v3 Table 2 and the direction of Figure 4. 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,10 @@ import numpy as np
 import pandas as pd
 
 from metake import methods
-from metake.data.requests import Cases
 from metake.editing.editor import Editor
 from metake.editing.statistics import statistics
+from metake.experiments.cases import part_of, read_cases, select
 from metake.experiments.decision import Decision, all_of, any_of, for_and_against, interval, opposite, with_interval
-from metake.experiments.runs import read_cases, select
 from metake.experiments.studies import comparison, realized_residual
 from metake.experiments.studies.choosing import best, names
 from metake.experiments.studies.readings import FEW, LEVELS, LITERAL, READINGS, around
@@ -50,7 +48,7 @@ def open_readings(
     """Every reading on records for choosing; the chosen and the literal one with their ablations on those for testing.
 
     readings: names of `READINGS`; the literal one is always among them, and so are those `around` the best of them.
-    A record belongs to one part by its subject (CRC-32): no subject, in whatever format or relation, is in both.
+    A record belongs to one part by its subject (`part_of`): no subject, in whatever format or relation, is in both.
     edits, seeds: batches of the first part; test_edits, test_seeds: of the second. data: default both formats.
     beside: what this returned for other models, to be chosen by as well. out: see `study`.
 
@@ -90,15 +88,6 @@ def open_readings(
         "edits": edits, "seeds": list(seeds), "test_edits": test_edits, "test_seeds": list(test_seeds)
     }
     return frame
-
-
-def part_of(cases: Cases, part: str) -> Cases:
-    """The cases of one part: "choosing" or "testing", by the subject alone."""
-    place = ("choosing", "testing").index(part)
-    return Cases(
-        [c for c in cases if zlib.crc32(c.request.subject.encode()) % 2 == place], cases.format, cases.source,
-        cases.skipped, cases.skipped_ids
-    )
 
 
 def _editors(full: Editor, model: str, names: Sequence[str], part: str) -> dict[tuple[str, str], Editor]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from metake.data.requests import Cases, EditCase, Probe
-from metake.experiments.runs import select
+from metake.experiments.cases import select
 from metake.language.model import LanguageModel
 from metake.support.errors import ParameterError
 

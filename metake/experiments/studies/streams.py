@@ -21,8 +21,9 @@ from metake.data.requests import EditCase
 from metake.editing.editor import Editor
 from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
+from metake.experiments.cases import read_cases
 from metake.experiments.decision import all_of, interval, undecided
-from metake.experiments.runs import edit_sequence, read_cases
+from metake.experiments.runs import edit_sequence
 from metake.experiments.studies.revisions import plan
 from metake.language.model import LanguageModel, load
 from metake.report.studies.comparison import signed

@@ -24,8 +24,9 @@ from metake.editing.record import describe
 from metake.editing.state import EditorState
 from metake.editing.statistics import Statistics, statistics
 from metake.editing.targets import Targets
+from metake.experiments.cases import read_cases, select
 from metake.experiments.kept import kept
-from metake.experiments.runs import Unedited, read_cases, select
+from metake.experiments.runs import Unedited
 from metake.language.model import LanguageModel, load
 from metake.language.tokens import Rows
 from metake.scoring.evaluation import CaseScore, Evaluation, evaluate

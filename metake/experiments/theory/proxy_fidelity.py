@@ -22,9 +22,9 @@ from metake.editing.record import describe, digest_of
 from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
+from metake.experiments.cases import read_cases, select
 from metake.experiments.decision import all_of, interval, opposite
 from metake.experiments.kept import kept
-from metake.experiments.runs import read_cases, select
 from metake.experiments.theory.comparisons import LONG, agreed, least
 from metake.experiments.theory.proxy_theorem import frame
 from metake.language.model import LanguageModel, load
