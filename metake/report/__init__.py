@@ -21,6 +21,7 @@ from metake.report.files import (
 from metake.report.plots import attenuation_curve, before_after, dispersion, stage_bars
 from metake.report.shown import Verdict, provenance, table, verdict
 from metake.report.studies.ability import ability_curves
+from metake.report.studies.claims import claim_panels
 from metake.report.studies.comparison import comparison_dots, comparison_table, forest, tradeoff
 from metake.report.studies.gamma import gamma_auroc, gamma_calibration
 from metake.report.studies.generations import generations, target_shares
@@ -39,7 +40,8 @@ from metake.report.theory.requirement import ball_and_ellipsoid, feasible_plans,
 
 __all__ = [
     "METHOD_STYLE", "Figure", "Style", "Verdict", "ability_curves", "agreement", "artifact_name", "attenuation_curve",
-    "ball_and_ellipsoid", "before_after", "beta_plane", "beta_to_drag", "comparison_dots", "comparison_table",
+    "ball_and_ellipsoid", "before_after", "beta_plane", "beta_to_drag", "claim_panels", "comparison_dots",
+    "comparison_table",
     "coupling_step", "descent", "dispersion",
     "feasible_plans", "figures_dir", "forest", "gamma_auroc", "gamma_calibration", "generations", "if_recorded",
     "kl_curves", "last_layer", "merge_recorded", "option_effects", "paper", "project_root", "provenance",

@@ -75,7 +75,7 @@ def _outer_loss(folder: Path) -> dict[str, dict[str, float]]:
     return {
         id: {f"outer_{end}": trace["refined"][end] for end in ("before", "after")}
         for record in open_run(folder)[1].records()
-        for id, trace in zip(record.requests, record.trace, strict=True)
+        for id, trace in record.trace.items()
         if "refined" in trace
     }
 

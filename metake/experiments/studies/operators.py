@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from metake import methods
 from metake.experiments.decision import Decision, all_of
-from metake.experiments.runs import open_run
 from metake.experiments.studies import comparison
 from metake.report import style
 from metake.report.studies.comparison import signed
@@ -22,7 +19,7 @@ PAIRS = {"alphaedit": "metake"} | {name.partition("/")[2]: name for name in meth
 
 
 def operators(
-    model: str = "tiny", bases: Sequence[str] = tuple(PAIRS), out: str | Path | None = None, **settings: Any
+    model: str = "tiny", bases: Sequence[str] = tuple(PAIRS), **settings: Any
 ) -> pd.DataFrame:
     """`comparison` of every base with its refined twin; the rows of a refined method gain its request's outer losses.
 
@@ -30,20 +27,10 @@ def operators(
     that was kept, at the last edited layer. settings: as for `comparison`.
     """
     methods_ = [method for base in bases for method in (base, PAIRS[base])]
-    with tempfile.TemporaryDirectory() as scratch:
-        records = comparison.comparison(model, methods_, out=out or scratch, **settings)
-        losses = [row for run in records.attrs["runs"] for row in _outer(run, Path(out or scratch) / run["folder"])]
-    found = records.merge(pd.DataFrame(losses), how="left", on=["dataset", "method", "seed", "id"])
+    records = comparison.comparison(model, methods_, **settings)
+    found = records.rename(columns={"outer_before": "outer_first", "outer_after": "outer_last"})
     found.attrs = records.attrs
     return found
-
-
-def _outer(run: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-    where = {k: run[k] for k in ("dataset", "method", "seed")}
-    for edit in open_run(folder)[1] if run["method"] in PAIRS.values() else ():
-        for id, told in edit.record.trace.items():
-            first, last = (told["refined"][end] for end in ("before", "after"))
-            yield where | {"id": id, "outer_first": first, "outer_last": last}
 
 
 def differences(records: pd.DataFrame, **bootstrap: Any) -> pd.DataFrame:
