@@ -1,6 +1,7 @@
 """Sphinx extension of this book.
 
 * `{{ name }}` in prose takes its text from results/numbers.json; a name that is not there fails the build.
+* ```{finding}``` says in a sentence what the page *Does MetaKE hold?* found;
 * ```{verdicts}``` draws results/verdicts/*.json as a table; a page of a checked part without one, or with a stale one,
 fails the build.
 * Figures and tables of the notebooks get numbers, data and commands, pages their stamp: furniture.py, stamp.py.
@@ -29,6 +30,8 @@ FONTS = "output/chtml/fonts/woff-v2"
 FIELDS = {"page", "title", "claim", "verdict", "decided_by", "label", "margin", "error"}
 VERDICTS = {"holds": "yes", "does not hold": "no", "inconclusive": "open"}
 CHECKED = ("Theory", "Figures and tables")  # parts of _toc.yml whose pages have verdicts
+FINDING = "does_metake_hold"  # the page that the landing page's sentence speaks of
+SAYS = {"holds": "it holds", "does not hold": "it does not hold", "inconclusive": "the records do not tell"}
 LABELS = {"recomputed": "recomputed here", "recorded": "recorded"}
 REPAIRS = (
     ('<div role="list" class="citation-list">', '<div class="citation-list">'),
@@ -169,6 +172,21 @@ class Verdicts(SphinxDirective):
         return found
 
 
+class Finding(SphinxDirective):
+    """What was found, in a sentence: each reading's verdict, and the page that computes it."""
+
+    def run(self) -> list[nodes.Node]:
+        root = Path(self.env.srcdir)
+        said = [v for v in read_verdicts(root) if v["page"] == FINDING]
+        text = ", ".join(f"{v['title'].removeprefix('MetaKE, ')} {SAYS[v['verdict']]}" for v in said)
+        link = addnodes.pending_xref(
+            "", nodes.inline("", "does MetaKE hold?"), refdomain="std", reftype="doc", refexplicit=True, refwarn=True,
+            refdoc=self.env.docname, reftarget=f"/notebooks/{FINDING}"
+        )
+        start = "Whether MetaKE lowers its own loss and edits better than AlphaEdit depends on how its text is read: "
+        return [nodes.paragraph("", "", nodes.strong("", start + text + ". "), nodes.Text("Claim by claim: "), link)]
+
+
 def mathjax(app):
     """Copy the parts of MathJax that the pages use beside them."""
     spec = importlib.util.find_spec("sphinx-mathjax-offline")
@@ -205,6 +223,7 @@ def repair(app, error):
 
 def setup(app):
     app.add_directive("verdicts", Verdicts)
+    app.add_directive("finding", Finding)
     furniture.setup(app)
     app.add_config_value("metake_repository", "", "html", types=[str])
     app.connect("config-inited", numbers, priority=100)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zlib
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -196,6 +197,22 @@ def test_comparison_has_every_case_of_every_method_and_of_none(compared):
     ]
 
 
+def test_runs_on_one_half_of_the_subjects_share_none_with_the_other(tmp_path):
+    """And their folders are not taken for runs on all of them."""
+    settings = {"methods": ("memit",), "edits": 3, "batch": 3, "text_tokens": 3000, "data": {"d": "facts"}}
+    parts = {
+        part: comparison.comparison(**settings, part=part, out=tmp_path / part) for part in ("choosing", "testing")
+    }
+    subjects = {c.request.id: c.request.subject for c in mk.facts()}
+    for part, found in parts.items():
+        places = {zlib.crc32(subjects[id].encode()) % 2 for id in found.id}
+        assert places == {("choosing", "testing").index(part)}
+    with pytest.raises(ParameterError, match="a run with another part"):
+        comparison.comparison(**settings, part="choosing", out=tmp_path / "testing")
+    with pytest.raises(ParameterError, match="part of the subjects"):
+        comparison.comparison(**settings, part="tested", out=tmp_path / "new")
+
+
 def test_summary_is_the_mean_over_cases_then_seeds(compared):
     found = comparison.summarize(compared[1])
     assert list(found.method) == ["pre-edit", "memit", "alphaedit"] * 2
@@ -231,7 +248,7 @@ def paired(differences, noise=0.0, seed=0):
     """Cases of two methods that differ by the given efficacies, in different order."""
     generator = np.random.default_rng(seed)
     rows = [
-        {"dataset": "d", "seed": s, "id": str(i)} | dict.fromkeys(comparison.METRICS[:3], generator.random())
+        {"dataset": "d", "seed": s, "id": f"{s}/{i}"} | dict.fromkeys(comparison.METRICS[:3], generator.random())
         for s in (0, 1)
         for i in range(len(differences))
     ]
@@ -240,7 +257,7 @@ def paired(differences, noise=0.0, seed=0):
         row
         | {"method": "metake"}
         | {
-            m: row[m] + differences[int(row["id"])] + noise * generator.standard_normal()
+            m: row[m] + differences[int(row["id"][2:])] + noise * generator.standard_normal()
             for m in comparison.METRICS[:3]
         }
         for row in rows
@@ -258,6 +275,17 @@ def test_differences_are_paired_by_case():
     one, other = comparison.paired_differences(paired(shares)), comparison.paired_differences(paired(shares))
     pd.testing.assert_frame_equal(one, other, check_exact=True)
     assert one.difference[0] == pytest.approx(15) and 10 < one.low[0] < 15 < one.high[0] < 20
+
+
+def test_a_case_that_two_seeds_drew_counts_once():
+    """Its mean: the interval is as wide as that of the distinct cases."""
+    shares = [0.0, 0.1, 0.2, 0.3] * 5
+    twice = paired(shares)
+    twice["id"] = twice.id.str[2:]
+    found = comparison.paired_differences(twice)
+    assert set(found.cases) == {20}
+    once = comparison.paired_differences(twice[twice.seed == 0])
+    pd.testing.assert_frame_equal(found, once)
 
 
 @pytest.mark.parametrize(("shift", "holds"), [(0.1, True), (-0.1, False), (0.0, None)])

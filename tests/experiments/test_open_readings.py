@@ -154,7 +154,7 @@ def made(
     wobble = noise * draw.standard_normal(20)
     for part, readings in (("choosing", choosing), ("testing", testing or {})):
         for dataset, seed, i in product(datasets, (0, 1), range(10)):
-            where = {"part": part, "dataset": dataset, "seed": seed, "id": f"{i}"}
+            where = {"part": part, "dataset": dataset, "seed": seed, "id": f"{seed}/{i}"}
             flat = {
                 "efficacy": 1.0, "generalization": 0.5, "specificity": 0.5, "log_p": -1.0, "log_p_paraphrase": -2.0,
                 "moved": 0.1, "outer_before": 2.0, "anchor_after": 0.1, "edited": 1.0

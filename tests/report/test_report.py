@@ -554,6 +554,22 @@ def test_some_methods_rows_are_made_again_and_the_others_stay(project):
     assert set(found.made[found.method == "memit"]) == {1} and set(found.made[found.method == "metake"]) == {0}
 
 
+def test_where_rows_have_seeds_each_seed_is_added(project):
+    """A recording of hours is made a seed at a time; the same method's rows of another seed stay."""
+    def of(seed: int, value: float) -> pd.DataFrame:
+        return compared("memit", "metake", value=value).assign(seed=seed)
+
+    report.write_recorded("sequences-x", of(0, 1.0), FACTS | {"seeds": [0], "commit": "old"})
+    report.merge_recorded("sequences-x", of(1, 0.5), FACTS | {"seeds": [1], "commit": "new"})
+    again = of(1, 0.0)
+    report.merge_recorded("sequences-x", again[again.method == "metake"], FACTS | {"seeds": [1], "commit": "newest"})
+    found = report.recorded("sequences-x")
+    assert found.attrs["provenance"]["seeds"] == [0, 1] and len(found) == 12
+    told = found.groupby(["method", "seed"]).efficacy.mean().to_dict()
+    assert told == {("memit", 0): 1.0, ("metake", 0): 1.0, ("memit", 1): 0.5, ("metake", 1): 0.0}
+    assert [part["commit"] for part in found.attrs["parts"]] == ["old", "new", "newest"]
+
+
 def test_rows_of_other_records_are_not_merged(project):
     path = report.write_recorded("comparison-x", compared("memit"), FACTS | {"edits": 100})
     before = path.read_bytes()

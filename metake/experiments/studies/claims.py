@@ -216,12 +216,11 @@ def recording(claim: Claim, model: str) -> pd.DataFrame | None:
     return None
 
 
-def size_of(records: pd.DataFrame, model: str) -> tuple[int, float]:
+def size_of(records: pd.DataFrame) -> tuple[int, float]:
     """How many edits one sequence of the records has, and how many parameters the model."""
     told = records.attrs.get("provenance") or records.attrs["runs"][0]["config"]
-    edits = told.get("edits") or records.id.nunique()
-    lm = None if model in PARAMETERS else load(model)
-    return int(edits), PARAMETERS[model] if lm is None else sum(p.numel() for p in lm.model.parameters())
+    edits, model = told.get("edits") or records.id.nunique(), told["model"]
+    return int(edits), PARAMETERS.get(model) or sum(p.numel() for p in load(model).model.parameters())
 
 
 def tested(claim: Claim, edits: int, parameters: float) -> bool:
@@ -251,7 +250,7 @@ def asked(model: str, records: pd.DataFrame | None = None) -> Iterator[Asked]:
         for reading in READINGS if source is not None else ():
             own = as_metake(source, reading, claim.one)
             if own is not None and (claim.shown is not falls or "outer_after" in own):
-                told, (edits, parameters) = claim.judge(own), size_of(source, model)
+                told, (edits, parameters) = claim.judge(own), size_of(source)
                 word = WORDS[told["holds"]]
                 verdict = word if tested(claim, edits, parameters) else FAR
                 yield Asked(claim, reading, verdict, word, told, claim.shown(own), edits)
@@ -283,7 +282,8 @@ def numbers(model: str, records: pd.DataFrame | None = None) -> pd.DataFrame:
     rows = [
         {
             "claim": one.claim.title, "unit": one.claim.unit, "bound": one.claim.bound, "least": one.claim.least,
-            "method": one.reading, "what": row.what, "difference": row.difference, "low": row.low, "high": row.high, "verdict": one.verdict,
+            "method": one.reading, "what": row.what, "difference": row.difference, "low": row.low, "high": row.high,
+            "verdict": one.verdict,
         }
         for one in asked(model, records)
         for row in one.shown.itertuples()
@@ -299,7 +299,7 @@ def _stamped(frame: pd.DataFrame, model: str, records: pd.DataFrame | None) -> p
     return comparison.labelled(frame, records)
 
 
-def judge(records: pd.DataFrame, reading: str, model: str) -> dict[str, Any]:
+def judge(records: pd.DataFrame, reading: str) -> dict[str, Any]:
     """Does a reading of MetaKE do what it says, and edit better than AlphaEdit? Holds if both, does not hold if one
     does not; inconclusive otherwise, and where the records are not of the paper's scale, or have no such reading."""
     own = as_metake(records, reading)
@@ -308,7 +308,7 @@ def judge(records: pd.DataFrame, reading: str, model: str) -> dict[str, Any]:
     better = comparison.paired_differences(own)
     decisions = [descends(own), comparison.decide(better)]
     told = "; ".join((_falls(own)["decided_by"], comparison.judge(better)["decided_by"]))
-    edits, parameters = size_of(records, model)
+    edits, parameters = size_of(records)
     if not tested(CLAIMS[1], edits, parameters):
         return undecided(f"{FAR}: {edits} edits, {parameters / 1e6:.0f} million parameters").verdict(told)
     return all_of(decisions).quiet().verdict(told)

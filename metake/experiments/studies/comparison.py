@@ -151,6 +151,13 @@ def differences(records: pd.DataFrame, pairs: dict[str, str] | None = None, **bo
     return labelled(found[["dataset", "metric", "method", "cases", "difference", "low", "high"]], records)
 
 
+def over(records: pd.DataFrame, base: str = "alphaedit", **bootstrap: Any) -> pd.DataFrame:
+    """`paired_differences` of every method minus `base`: column `method` says whose. The label goes along."""
+    own = [m for m in records.method.unique() if m not in (base, "pre-edit")]
+    found = [paired_differences(records, one, base, **bootstrap).assign(method=one) for one in own]
+    return labelled(pd.concat(found, ignore_index=True), records)
+
+
 def setting(records: pd.DataFrame) -> pd.DataFrame:
     """What was measured, and how, in one row per question: from the runs, or from a recording's provenance."""
     runs, told = records.attrs.get("runs"), records.attrs.get("provenance", {})

@@ -9,7 +9,7 @@ import pandas as pd
 
 from metake.report.figure import Figure
 from metake.report.plots import _require, _soft
-from metake.report.style import in_order, style
+from metake.report.style import style
 
 APART = 0.24  # of a row: how far the marks of two readings lie apart
 
@@ -23,7 +23,7 @@ def claim_panels(numbers: pd.DataFrame, model: str | None = None, name: str = "d
     """
     _require(numbers, "claim", "unit", "bound", "least", "method", "what", "difference", "low", "high", "verdict")
     parts = [own for _, own in numbers.groupby("claim", sort=False)]
-    methods = in_order(numbers.method)
+    methods = list(dict.fromkeys(numbers.method))  # as the page tells them
     rows = [own.what.nunique() for own in parts]
 
     def draw(axes: Any) -> None:
