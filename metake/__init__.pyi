@@ -16,6 +16,9 @@ from .data.requests import EditCase, EditRequest, Probe, batches
 from .editing.bilevel import refine
 from .editing.diagnosis import diagnose
 from .editing.editor import Editor
+from .editing.gradient.editor import GradientEditor
+from .editing.gradient.rule import GradientRule
+from .editing.gradient.training import Training, train
 from .editing.outer import Refinement
 from .editing.state import EditorState
 from .editing.statistics import Statistics, statistics
@@ -36,11 +39,12 @@ from .support.errors import (
 
 __all__ = [
     "ARCHITECTURES", "METHODS", "Architecture", "ArchitectureError", "Edit", "EditCase", "EditRecord", "EditRequest",
-    "Editor", "EditorState", "Evaluation", "InverseCovariance", "Isotropic", "KeyStatistics", "LanguageModel",
+    "Editor", "EditorState", "Evaluation", "GradientEditor", "GradientRule",
+    "InverseCovariance", "Isotropic", "KeyStatistics", "LanguageModel",
     "LayerUpdate", "MetakeError", "NullSpace", "NumericalError", "ParameterError", "Probe", "ProvenanceError",
-    "Refinement", "RequestError", "Solution", "Statistics", "StatisticsError", "TargetRule", "Targets",
+    "Refinement", "RequestError", "Solution", "Statistics", "StatisticsError", "TargetRule", "Targets", "Training",
     "association", "attenuation", "batches", "condition", "counterfact", "counterfact_cases", "diagnose", "evaluate",
     "facts", "feasible_interval", "gate", "inverse_covariance", "load", "methods", "null_space", "optimize_targets",
-    "realization", "recall", "refine", "solve", "statistics", "zsre", "zsre_cases",
+    "realization", "recall", "refine", "solve", "statistics", "train", "zsre", "zsre_cases",
 ]  # fmt: skip
 __version__: str

@@ -8,11 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
+from importlib.resources import files
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from metake.algebra.geometry import inverse_covariance, isotropic, null_space
 from metake.algebra.postprocess import cap_spectrum, keep_largest, soften_principal
 from metake.editing.editor import Editor, root, whole
+from metake.editing.gradient.editor import GradientEditor
+from metake.editing.gradient.rule import GradientRule
+from metake.editing.gradient.stored import read
+from metake.editing.gradient.training import Training
 from metake.editing.outer import Refinement
 from metake.editing.recipes import Recipe, recipe
 from metake.editing.targets import TargetRule
@@ -109,6 +115,73 @@ def metake_v1(model: str, **changes: Any) -> Editor:
     numbers = recipe(model)
     return metake(model, memit, **{"metric": inverse_covariance(numbers.covariance_weight, numbers.v1_ridge)} | changes)
 
+
+def ultraedit(model: str, **changes: Any) -> GradientEditor:
+    """UltraEdit (Gu et al. 2025): Δ = Dᵀ(KKᵀ + I)⁻¹K, D = −η(k̂·k̂)ĝ, [k̂; ĝ] normalized over all edits; untrained."""
+    rule = GradientRule(
+        coefficient="normalized", living=True, step=recipe(model).ultraedit_step, tokens=recipe(model).gradient_tokens
+    )
+    return replace(GradientEditor(_maps("ultraedit", model), rule), **changes)
+
+
+def malmen(model: str, editor: str | None = None, **changes: Any) -> GradientEditor:
+    """MALMEN (Tan et al. 2024): Δ = Dᵀ(KKᵀ + λI)⁻¹K, D = −η(k·k̃)g̃, [k̃; g̃] and η, λ by a trained network."""
+    return _trained("malmen", model, editor, changes)
+
+
+def mend(model: str, editor: str | None = None, **changes: Any) -> GradientEditor:
+    """MEND (Mitchell et al. 2022): Δ = −Σ η g̃ k̃ᵀ over all tokens, [k̃; g̃] and η by a trained network."""
+    return _trained("mend", model, editor, changes)
+
+
+def smedit(model: str, editor: str | None = None, **changes: Any) -> GradientEditor:
+    """SMEdit (Li et al. 2025): two steps of MALMEN, each from the slopes of the model as the last one left it; ‖Δ‖²."""
+    return _trained("smedit", model, editor, changes)
+
+
+def _maps(name: str, model: str) -> tuple[str, ...]:
+    """The linear maps that a method of the gradient family edits."""
+    found = getattr(recipe(model), f"{name}_modules")
+    return tuple(path.format(i) for path, first, last in found for i in range(first, last + 1))
+
+
+def _trained(name: str, model: str, editor: str | None, changes: dict[str, Any]) -> GradientEditor:
+    """The editor in a folder; by default the one that is shipped. Raises ParameterError if there is none."""
+    folder = Path(editor) if editor else SHIPPED / f"{recipe(model).model}-{name}"
+    if not folder.is_dir():
+        raise ParameterError(
+            f"no trained editor of {name} for {model!r}; make one with: metake train {name} --model {model} --out DIR, "
+            "and pass editor=DIR (--editor DIR)"
+        )
+    return replace(read(folder), **changes)
+
+
+def to_train(name: str, model: str, **changes: Any) -> tuple[GradientRule, tuple[str, ...], Training]:
+    """What the training of a method begins with: its rule, the linear maps that it edits, and how it is trained.
+
+    changes: of the training. Raises ParameterError for a method that is not trained, or a model of which nobody has
+    said which linear maps to edit.
+    """
+    if name not in TRAINED:
+        raise ParameterError(near_misses(name, TRAINED, "method that is trained"))
+    rule, training = TRAINED[name]
+    tokens = "all" if name == "mend" else recipe(model).gradient_tokens
+    if not (maps := _maps(name, model)):
+        raise ParameterError(f"nobody has said which linear maps of {model!r} {name} edits; pass modules=[…]")
+    return replace(rule, tokens=tokens), maps, replace(training, **changes)
+
+
+TRAINED: dict[str, tuple[GradientRule, Training]] = {
+    "malmen": (GradientRule(), Training()),
+    "mend": (GradientRule("sum", inside=True), Training(1, 100, accumulate=10, rate=3e-4)),
+    "smedit": (GradientRule(steps=2, penalty="norm"), Training(keep=1.0)),
+}
+"""The methods that are trained: what tells them apart, and how."""
+SHIPPED = files("metake") / "data" / "editors"
+GRADIENT: dict[str, Callable[..., GradientEditor]] = {
+    "ultraedit": ultraedit, "malmen": malmen, "mend": mend, "smedit": smedit,
+}  # fmt: skip
+"""The gradient family: edits from inputs and output gradients of linear maps, without targets and key statistics."""
 
 CHOSEN = {
     "step_size": 0.01, "optimizer": "adam", "anchor_norm": "relative", "prompts": "plain",
@@ -212,8 +285,8 @@ DIFFERENCES: dict[str, Difference] = {
 
 
 def named() -> dict[str, Callable[..., Editor]]:
-    """Every name that `method` knows: the methods, MetaKE on other operators, and the published differences."""
-    return METHODS | OPERATORS | {name: difference.make for name, difference in DIFFERENCES.items()}
+    """Every name that `method` knows: both families, MetaKE on other operators, and the published differences."""
+    return METHODS | GRADIENT | OPERATORS | {name: difference.make for name, difference in DIFFERENCES.items()}
 
 
 def method(name: str, model: str, **changes: Any) -> Editor:

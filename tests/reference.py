@@ -23,6 +23,7 @@ from torch.nn.functional import kl_div
 from transformers.pytorch_utils import Conv1D
 
 from metake.data.requests import EditCase, EditRequest
+from metake.editing.gradient.editor import GradientEditor
 from metake.language.model import LanguageModel
 
 CONTEXTS = ("{}", "I think that you are there. {}", "Because. {}")
@@ -86,6 +87,11 @@ def emmet(K: Tensor, R: Tensor, C: Tensor, ridge: float) -> Tensor:
     d, n = K.shape
     system = torch.cat([torch.cat([C, -K], 1), torch.cat([K.T, ridge * eye(n)], 1)])
     return solve(system, torch.cat([torch.zeros(d, len(R), dtype=K.dtype), R.T]))[:d].T
+
+
+def malmen(K: Tensor, D: Tensor, ridge: float) -> Tensor:
+    """MALMEN's normal equation in input space, K: (T, d_in), D: (T, d_out): Sᵀ with S = (KᵀK + λI)⁻¹KᵀD."""
+    return torch.linalg.solve(K.T @ K + ridge * eye(K.shape[1]), K.T @ D).T
 
 
 def gate_v1(K: Tensor, C: Tensor, ridge: float) -> Tensor:
@@ -600,3 +606,88 @@ def evaluation(lm: LanguageModel, case: EditCase) -> list[tuple[list[float], lis
             found.append((means, [log_p[row, first + j].argmax().item() == y for j, y in enumerate(ids[0])]))
         row += len(own)
     return found
+
+
+def gradient_steps(lm: LanguageModel, requests: Sequence[EditRequest], editor: GradientEditor) -> dict[str, Tensor]:
+    """An edit of the gradient family, prompt by prompt, token by token: sums of outer products, or MALMEN's equation.
+
+    Slopes by ordinary gradients: inputs by a hook, output gradients by retaining them.
+    """
+    rule, total = editor.rule, {path: torch.zeros_like(lm.weight(path)) for path in editor.modules}
+    with kept_modules(lm, editor.modules):
+        for j in range(rule.steps):
+            rows = {path: [] for path in editor.modules}
+            for request in requests:
+                for path, found in token_slopes(lm, request, editor.modules, rule.tokens).items():
+                    rows[path] += found
+            sizes = list(dict.fromkeys(lm.shape(path) for path in editor.modules))
+            for path in editor.modules:
+                K, g = (torch.stack(part) for part in zip(*rows[path], strict=True))
+                shape = sizes.index(lm.shape(path))
+                alike = [p for p in editor.modules if lm.shape(p) == lm.shape(path)]
+                x = torch.cat([K, g], 1)
+                if rule.living:
+                    seen = torch.cat([torch.cat([torch.stack(part) for part in zip(*rows[p], strict=True)], 1)
+                                      for p in alike])  # fmt: skip
+                    y, eta, ridge = (x - seen.mean(0)) / (seen.std(0) + 1e-7), rule.step, 1.0
+                else:
+                    network, place = editor.networks[j][shape], alike.index(path)
+                    n, mean, squares = network.table
+                    y = (x - mean) / ((squares / (n - 1)).sqrt() + 1e-7)
+                    eta, ridge = network.step[place].item(), network.log_ridge[place].exp().item()
+                    for A, B, c, s, o in zip(network.down, network.up, network.bias, network.scale, network.shift,
+                                             strict=True):  # fmt: skip
+                        inner = (y @ A @ B + c) * s[place] + o[place] if rule.inside else y @ A @ B + c
+                        grown = torch.where(inner > 0, inner, torch.zeros_like(inner))
+                        y = (y + grown if rule.inside else y + s[place] * grown + o[place]).detach()
+                k2, g2 = y[:, : K.shape[1]], y[:, K.shape[1] :]
+                if rule.solve == "sum":
+                    delta = -eta * sum(torch.outer(b, a) for a, b in zip(k2, g2, strict=True))
+                else:
+                    first = K if rule.coefficient == "raw" else k2
+                    D = torch.stack([-eta * (a @ b) * c for a, b, c in zip(first, k2, g2, strict=True)])
+                    delta = malmen(K, D, ridge)
+                total[path] += delta
+            for path in editor.modules:
+                lm.write_weight(path, lm.original[path] + total[path])
+    return total
+
+
+@contextmanager
+def kept_modules(lm: LanguageModel, modules: Sequence[str]) -> Iterator[None]:
+    """The weights of these modules, put back afterwards; meanwhile `lm.original` has them."""
+    lm.original = {path: lm.weight(path).clone() for path in modules}
+    try:
+        yield
+    finally:
+        for path, weight in lm.original.items():
+            lm.write_weight(path, weight)
+        del lm.original
+
+
+def token_slopes(
+    lm: LanguageModel, request: EditRequest, modules: Sequence[str], tokens: str
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """(input, gradient of the mean −log p of the answer at the output) at each token of one prompt and answer."""
+    prompt = lm.tokenizer(request.text)["input_ids"]
+    answer = target_ids(lm, request)
+    ids, seen, handles = torch.tensor([prompt + answer[:-1]]), {}, []
+    for path in modules:
+        def hook(_: Any, args: tuple, out: Tensor, path: str = path) -> Tensor:
+            leaf = out.detach().clone().requires_grad_() if not out.requires_grad else out
+            leaf.retain_grad()
+            seen[path] = (args[0].detach()[0], leaf)
+            return leaf
+
+        handles.append(lm.model.get_submodule(path).register_forward_hook(hook))
+    try:
+        logits = lm.model(ids).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    log_p = torch.log_softmax(logits, -1)
+    first = len(prompt) - 1
+    loss = -sum(log_p[first + i, token] for i, token in enumerate(answer)) / len(answer)
+    loss.backward()
+    places = range(first, first + len(answer)) if tokens == "answer" else range(ids.shape[1])
+    return {path: [(inputs[i], out.grad[0, i]) for i in places] for path, (inputs, out) in seen.items()}

@@ -20,7 +20,7 @@ from metake.algebra.postprocess import cap_spectrum, keep_largest, soften_princi
 from metake.editing.editor import Editor, even, root, whole
 from metake.editing.outer import Refinement
 from metake.editing.recipes import models, recipe, source
-from metake.methods import ABLATIONS, DIFFERENCES, METHODS, OPERATORS, method, named
+from metake.methods import ABLATIONS, DIFFERENCES, GRADIENT, METHODS, OPERATORS, TRAINED, method, named, to_train
 from metake.support.errors import ParameterError
 
 KINDS = {
@@ -62,6 +62,7 @@ HUB = {
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct", "qwen3-4b-thinking": "Qwen/Qwen3-4B-Thinking-2507",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }  # fmt: skip
+CLOSED = [name for name in named() if name not in GRADIENT]
 
 
 def numbers(editor: Editor) -> tuple[float, int, float, float]:
@@ -148,7 +149,7 @@ def test_methods_are_the_combinations_that_their_papers_describe():
 @pytest.mark.parametrize("model", models())
 def test_every_name_builds_on_every_model(model: str):
     assert set(models()) >= {*PUBLISHED, "smollm2-135m", "tiny"}
-    built = {name: method(name, model) for name in named()}
+    built = {name: method(name, model) for name in CLOSED}
     assert all(isinstance(editor, Editor) for editor in built.values())
     same = [(a, b) for a in built for b in built if a < b and built[a] == built[b]]
     allowed = (
@@ -158,7 +159,7 @@ def test_every_name_builds_on_every_model(model: str):
     assert set(same) <= allowed | ({("sphere", "sphere/stored")} if stored_as_used else set()), (
         "two names for one editor"
     )
-    for name in named():
+    for name in CLOSED:
         changed = method(name, model, seed=7, layers=(1,), contexts=("{}", "So. {}"))
         assert changed == replace(built[name], seed=7, layers=(1,), contexts=("{}", "So. {}"))
 
@@ -223,7 +224,29 @@ def test_an_unknown_name_or_part_is_answered_with_the_near_ones():
             method(name, "tiny", postprocess=())
     with pytest.raises(ParameterError, match="unknown model of a recipe 'gpt2-xxl'.*'gpt2-xl'"):
         method("rome", "gpt2-xxl")
-    assert named().keys() == {*METHODS, *OPERATORS, *DIFFERENCES} and methods.METHODS is mk.METHODS
+    assert named().keys() == {*METHODS, *GRADIENT, *OPERATORS, *DIFFERENCES} and methods.METHODS is mk.METHODS
+
+
+def test_the_gradient_family_differs_where_its_papers_do():
+    ultraedit, rules = method("ultraedit", "llama3-8b"), {name: to_train(name, "gpt-j-6b")[0] for name in TRAINED}
+    assert ultraedit.rule.living and ultraedit.rule.coefficient == "normalized" and ultraedit.rule.step == 1e-6
+    assert ultraedit.modules[:5] == tuple(f"model.layers.{i}.mlp.gate_proj" for i in range(11, 16))
+    assert len(ultraedit.modules) == 12 and ultraedit.modules[-1] == "model.layers.24.mlp.up_proj"
+    assert {name: (r.solve, r.tokens, r.steps, r.penalty, r.inside) for name, r in rules.items()} == {
+        "malmen": ("least squares", "answer", 1, "kl", False), "mend": ("sum", "all", 1, "kl", True),
+        "smedit": ("least squares", "answer", 2, "norm", False),
+    }  # fmt: skip
+    assert to_train("malmen", "gpt-j-6b")[1] == tuple(f"transformer.h.{i}.mlp.fc_out" for i in range(22, 28))
+    assert method("ultraedit", "tiny", seed=3).seed == 3
+
+
+def test_what_is_not_trained_or_not_there_is_said():
+    with pytest.raises(ParameterError, match="no trained editor of malmen for 'smollm2-135m'; make one with: metake t"):
+        method("malmen", "smollm2-135m")
+    with pytest.raises(ParameterError, match="unknown method that is trained 'malmem'.*'malmen'"):
+        to_train("malmem", "tiny")
+    with pytest.raises(ParameterError, match="nobody has said which linear maps of 'phi-1.5' mend edits"):
+        to_train("mend", "phi-1.5")
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +257,7 @@ def tiny(session_cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METAKE_CACHE", str(session_cache))
         lm = mk.load("tiny")
-        layers = sorted({layer for name in named() for layer in method(name, "tiny").layers})
+        layers = sorted({layer for name in CLOSED for layer in method(name, "tiny").layers})
         return lm, mk.facts(limit=3), mk.statistics(lm, layers=layers, tokens=3000)
 
 
@@ -244,7 +267,7 @@ def margins(found: mk.Evaluation) -> list[float]:
     return [p.target.log_p - p.rival.log_p for p in probes]
 
 
-@pytest.mark.parametrize("name", named())
+@pytest.mark.parametrize("name", CLOSED)
 def test_known_facts_of_the_tiny_model_really_change(tiny, name: str):
     """All towards the new answer; whether it wins is what the pages measure. How much of a plan is realized differs by
     method.

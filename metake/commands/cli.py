@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 def _methods(_: argparse.Namespace) -> None:
     groups = {
         "Methods": listing.methods(),
+        "Gradient family: no targets, no key statistics": listing.methods("GRADIENT"),
         "MetaKE on the gates of other methods": {
             name: f"`metake` with `{base}` as its base" for name, base in listing.operators().items()
         },
@@ -45,9 +46,10 @@ def _edit(args: argparse.Namespace) -> None:
 
     request = mk.EditRequest(args.prompt, args.subject, args.target, "edit")
     lm = mk.load(args.model, args.dtype, args.device)
-    editor = mk.methods.method(args.method, args.model, seed=args.seed)
+    editor = mk.methods.method(args.method, args.model, seed=args.seed, **_own_editor(args))
     found = mk.statistics(lm, args.text, layers=editor.layers, tokens=args.text_tokens)
-    print(mk.diagnose(lm, [request], editor, found))
+    if editor.layers:  # the gradient family plans nothing that could be diagnosed
+        print(mk.diagnose(lm, [request], editor, found))
     edit = editor.edit(lm, [request], found)
     print(compare(lm, edit, request))
     if args.out:
@@ -55,6 +57,11 @@ def _edit(args: argparse.Namespace) -> None:
         _wrote(args.out)
     if args.peft:
         _wrote(args.peft, edit.to_peft(args.peft, args.rank), args.rank)
+
+
+def _own_editor(args: argparse.Namespace) -> dict[str, str]:
+    """The folder of a trained editor, as a change of the method."""
+    return {"editor": args.editor} if args.editor else {}
 
 
 def _wrote(out: str, lost: Mapping[str, float] = MappingProxyType({}), rank: int | None = None) -> None:
@@ -72,7 +79,7 @@ def _run(args: argparse.Namespace) -> None:
 
     config = RunConfig(
         args.model, args.method, args.data, args.edits, args.batch, args.seed, args.text, args.text_tokens, args.dtype,
-        args.generate
+        args.generate, _own_editor(args)
     )
     _show(run(config, args.out, args.device))
     print(f"wrote {args.out}")
@@ -139,6 +146,21 @@ def _record(args: argparse.Namespace) -> None:
         print(line)
 
 
+def _train(args: argparse.Namespace) -> None:
+    from metake.editing.gradient.training import train
+    from metake.experiments.cases import read_cases, select
+
+    changes = {k: getattr(args, k) for k in ("edits", "steps", "seed") if getattr(args, k) is not None}
+    rule, modules, training = mk.methods.to_train(args.method, args.model, **changes)
+    lm, cases = mk.load(args.model, args.dtype, args.device), read_cases(args.data)
+    kept = [c.request.id for c in select(lm, cases, args.holdout, training.seed)] if args.holdout else []
+    editor = train(lm, cases, rule, modules, training, kept, args.out)
+    first, last = editor.trained["losses"][0], editor.trained["losses"][-1]
+    print(f"−log p of the target after the edits: at first {first['after']:.2f}, in the last step {last['after']:.2f}")
+    print(f"trained on {len(editor.trained['ids'])} cases; {len(kept)} kept for evaluation")
+    _wrote(args.out)
+
+
 def _bench(args: argparse.Namespace) -> None:
     from metake.experiments.speed import bench
 
@@ -161,10 +183,13 @@ def _figure(args: argparse.Namespace) -> None:
     _wrote(os.path.relpath(out))
 
 
+GO_ON = {"run": "finished batch", "record": "finished batch", "train": "checkpoint"}
+"""After what an interrupted command goes on, if it is given again."""
 COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
     ("methods", _methods, lambda parser: None, "list the methods: name, equation, source"),
     ("edit", _edit, options.edit_options, "edit one fact and show what changed"),
     ("run", _run, options.run_options, "edit many facts in sequential batches and evaluate them; resumable"),
+    ("train", _train, options.train_options, "train an editor of the gradient family; goes on where it stopped"),
     ("eval", _eval, options.eval_options, "evaluate a run's saved edits again"),
     ("export", _export, options.export_options, "write a run's total edit as a LoRA adapter or as one edit"),
     (
@@ -223,10 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return _complain(f"error: {where}", 2)
     except KeyboardInterrupt:
-        goes_on = getattr(args, "command", "") in ("run", "record")
-        return _complain(
-            "interrupted" + ("; the same command goes on after the last finished batch" if goes_on else ""), 130
-        )
+        goes_on = GO_ON.get(getattr(args, "command", ""), "")
+        told = f"; the same command goes on after the last {goes_on}" if goes_on else ""
+        return _complain(f"interrupted{told}", 130)
     return 0
 
 

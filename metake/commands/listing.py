@@ -21,10 +21,10 @@ def _table(name: str) -> ast.expr:
     return next(s.value for s in _statements() if isinstance(s, ast.AnnAssign) and ast.unparse(s.target) == name)
 
 
-def methods() -> dict[str, str]:
-    """Every method with its docstring in one line: equation and source."""
+def methods(name: str = "METHODS") -> dict[str, str]:
+    """Every method of a table with its docstring in one line: equation and source."""
     told = {s.name: ast.get_docstring(s) for s in _statements() if isinstance(s, ast.FunctionDef)}
-    table = _table("METHODS")
+    table = _table(name)
     return {
         name.value: " ".join(told[made.id].split()) for name, made in zip(table.keys, table.values, strict=True)
     }
@@ -46,4 +46,4 @@ def differences() -> dict[str, tuple[str, str]]:
 
 def names() -> list[str]:
     """Every name that `--method` takes."""
-    return [*methods(), *operators(), *differences()]
+    return [*methods(), *methods("GRADIENT"), *operators(), *differences()]

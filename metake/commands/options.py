@@ -44,6 +44,31 @@ def model_options(parser: argparse.ArgumentParser, positional: bool = False, met
     device_option(parser)
 
 
+def editor_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--editor", metavar="DIR", help="folder of a trained editor (malmen, mend, smedit); default: the one for tiny"
+    )
+
+
+def train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("method", metavar="METHOD", help="malmen, mend or smedit")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the editor")
+    parser.add_argument("--model", default="tiny", help="tiny, smollm2-135m, a hub name, or a local folder")
+    parser.add_argument(
+        "--data", default="facts", help="facts, facts-zsre, or a CounterFact or ZsRE file; default: %(default)s"
+    )
+    for name, what in (("edits", "facts a step"), ("steps", "steps of training"), ("seed", "of all that is drawn")):
+        kind = _SEED if name == "seed" else _COUNT
+        parser.add_argument(f"--{name}", type=kind, metavar="N", help=f"{what}; default: the method's")
+    parser.add_argument(
+        "--holdout", type=number(int, 0), default=100, metavar="N",
+        help="cases that training must not see, the first that `metake run` with the same seed draws; "
+        "default: %(default)s"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help="as in metake run")
+    device_option(parser)
+
+
 def device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="where to compute, as torch names it; default: the best at hand")
 
@@ -60,6 +85,7 @@ def data_options(parser: argparse.ArgumentParser, edits: int) -> None:
 
 def edit_options(parser: argparse.ArgumentParser) -> None:
     model_options(parser, positional=True)
+    editor_option(parser)
     for name, text in (
         ("prompt", 'with {} for the subject, such as "The capital of {} is"'), ("subject", "such as France"),
         ("target", "what it shall say, such as Rome")
@@ -80,6 +106,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     data_options(parser, 100)
     parser.add_argument("--batch", type=_COUNT, default=20, metavar="N", help="edits a batch; default: %(default)s")
     parser.add_argument("--generate", action="store_true", help="also fluency and consistency (slow)")
+    editor_option(parser)
     model_options(parser)
 
 

@@ -68,6 +68,11 @@ def diagnose(
     realized; epsilon: norm that may stay unrealized; both as shares of ‖h‖ if `relative`, else in the model's units.
     Raises RequestError for requests that cannot be edited, ParameterError if tau or epsilon is not positive.
     """
+    if not editor.layers:
+        raise ParameterError(
+            "γ, β and the feasible interval are of planned residuals, and an editor of the gradient family plans none; "
+            "its edits' records have the spectrum of B and the share of D that is realized"
+        )
     if not (tau > 0 and epsilon > 0):
         raise ParameterError(f"tau and epsilon must be > 0; found tau={tau}, epsilon={epsilon}")
     requests = list(requests)

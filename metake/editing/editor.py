@@ -88,6 +88,10 @@ class Editor:
                 f"together must be at least 1, or None for all requests of a batch; found {self.together}"
             )
 
+    def paths(self, lm: LanguageModel) -> tuple[str, ...]:
+        """The weights that an edit changes."""
+        return tuple(map(lm.write_path, self.layers))
+
     def init(self, lm: LanguageModel, statistics: Mapping[int, KeyStatistics]) -> EditorState:
         """The state before the first batch: a metric per layer, sampled context templates. `lm` is only read.
 
@@ -153,7 +157,7 @@ class Editor:
                 f"these targets are of {len(planned.value)} requests at layer {planned.layer}; this editor "
                 "plans otherwise: leave them out"
             )
-        paths = [lm.write_path(layer) for layer in self.layers]
+        paths = self.paths(lm)
         hashes = {path: lm.digest(path) for path in paths}
         clock = Clock(lm.device)
         rows = Rows.of(lm.tokenizer, requests, state.contexts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -15,11 +16,11 @@ from metake.algebra.update import Edit, LayerUpdate
 class EditorState:
     """What one batch hands to the next: a metric per layer, and the context templates. A value, never changed in place.
 
-    keys: of the latest batch, if the metrics remember them; original, totals: weights before the first edit and the sum
-    of all updates since, if a post-process acts on the whole sequence.
+    keys: of the latest batch, if the metrics remember them (where moments live on, the table of its own); original,
+    totals: weights before the first edit and the sum of all updates since, if a post-process acts on a whole sequence.
     """
 
-    metrics: Mapping[int, Metric] = field(repr=False)
+    metrics: Mapping[int, Metric | Any] = field(repr=False)
     contexts: tuple[str, ...]
     statistics_digest: str = ""
     edits: int = 0
@@ -31,7 +32,7 @@ class EditorState:
         """The state once an edit of `count` requests is applied; keys: those to remember, per layer."""
         if not count:
             return self
-        metrics = {i: condition(m, keys[i]) if i in keys else m for i, m in self.metrics.items()}
+        metrics = {i: _after(m, keys[i]) if i in keys else m for i, m in self.metrics.items()}
         totals = {
             u.module: self.totals[u.module] + u if u.module in self.totals else u
             for u in edit.updates
@@ -40,3 +41,8 @@ class EditorState:
         return replace(
             self, metrics=metrics, keys=keys or self.keys, totals={**self.totals, **totals}, edits=self.edits + count
         )
+
+
+def _after(metric: Any, keys: Tensor) -> Any:
+    """What one layer remembers once a batch is applied: a metric its keys, living moments their own."""
+    return metric.joined(keys) if hasattr(metric, "joined") else condition(metric, keys)

@@ -130,13 +130,14 @@ def statistics(
 
     C_l = E[k kᵀ] over all tokens of the documents              (MEMIT's C₀: uncentred, special tokens included)
 
-    text: see `documents`; layers: default those of the model's recipe; tokens: at most so many (default: all of them),
-    from documents shuffled by `seed` and cut to `context` tokens. Raises StatisticsError if the text is too short to
-    say anything about d_in directions. Cost: one forward pass over the text up to the last layer, and one `eigh` each.
+    text: see `documents`; layers: default those of the model's recipe, () gives none; tokens: at most so many (default:
+    all of them), from documents shuffled by `seed` and cut to `context` tokens. Raises StatisticsError if the text is
+    too short to say anything about d_in directions. Cost: a forward pass over the text up to the last layer, and one
+    `eigh` each.
     """
     layers = sorted({*(layers if layers is not None else recipe(lm.name).layers)})
-    if not layers:
-        raise ParameterError("statistics of no layers were asked for; name at least one")
+    if not layers:  # of a method that needs none, nothing is read
+        return Statistics({})
     rows = _rows(lm, documents(text), tokens, context, seed)
     digest = _digest(lm, rows, layers)
     path = assets.cache_dir() / "statistics" / f"{digest}.safetensors"

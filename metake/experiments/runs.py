@@ -118,7 +118,7 @@ def run(config: RunConfig, out: str | Path, device: str | None = None, shared: U
         shared.before = original
     if not resumes:  # claimed only now: a setting that cannot be carried out leaves nothing behind
         write_file(out / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True) + "\n")
-    with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
+    with lm.scratch(editor.paths(lm)):
         records = _resume(lm, editor, cases, state, config.batch, out, shared)
         first = next(records)
         spent = Counter(first.seconds)

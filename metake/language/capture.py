@@ -80,6 +80,37 @@ def adding(module: nn.Module, vector: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+class Probe(NamedTuple):
+    """What went into a linear map, and a zero added to what came out, whose gradient is the output's."""
+
+    input: Tensor  #  (rows, positions, d_in)
+    leaf: Tensor  #   (rows, positions, d_out)
+
+
+@contextlib.contextmanager
+def probing(modules: dict[Any, nn.Module]) -> Iterator[dict[Any, Probe]]:
+    """Collect, under the given names, what is needed for the gradients at linear maps while the block runs.
+
+    The weights need no gradients: a zero that asks for one is added to each output.
+    """
+    found: dict[Any, Probe] = {}
+
+    def hook(name: Any) -> Callable[..., Tensor]:
+        def add(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            leaf = torch.zeros_like(output, requires_grad=True)
+            found[name] = Probe(args[0].detach(), leaf)
+            return output + leaf
+
+        return add
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextlib.contextmanager
 def resumed(blocks: Sequence[nn.Module], last: int, state: Tensor, arity: int) -> Iterator[None]:
     """Start the forward pass after block `last`: blocks 0..last are not computed, and `state` is what `last` returns.
@@ -122,11 +153,11 @@ class Places(NamedTuple):
 
 
 @contextlib.contextmanager
-def gathered(head: nn.Module, last_mlp: nn.Module, places: Places) -> Iterator[None]:
+def gathered(head: nn.Module, last_mlp: nn.Module | None, places: Places) -> Iterator[None]:
     """Let the model compute logits only at the given places: it then returns them as (places, vocabulary).
 
     The head, its bias and the final norm stay the model's own; only the rows that reach the head are chosen. The last
-    block's MLP acts on each position alone and feeds nothing but the head: it too runs only there.
+    block's MLP acts on each position alone and feeds nothing but the head: it too runs only there, unless it is None.
     """
     shape: list[int] = []
 
@@ -141,10 +172,9 @@ def gathered(head: nn.Module, last_mlp: nn.Module, places: Places) -> Iterator[N
         whole = output.new_zeros(shape[0] * shape[1], output.shape[-1])
         return whole.index_copy(0, places.once, output[0]).unflatten(0, shape)
 
-    handles = (
-        head.register_forward_pre_hook(choose), last_mlp.register_forward_pre_hook(thin),
-        last_mlp.register_forward_hook(spread)
-    )
+    handles = [head.register_forward_pre_hook(choose)]
+    if last_mlp is not None:
+        handles += [last_mlp.register_forward_pre_hook(thin), last_mlp.register_forward_hook(spread)]
     try:
         yield
     finally:

@@ -138,9 +138,14 @@ class LanguageModel:
         """Next-token logits at (row, column) pairs only, (pairs, vocabulary)."""
         return self.logits_at(batch, Places.of(rows, columns, batch.ids.shape[1]), past)
 
-    def logits_at(self, batch: Padded, places: Places, past: DynamicCache | None = None) -> Tensor:
-        """`logits` at places that were worked out before, for who asks again and again."""
-        last = self.model.get_submodule(self.architecture.mlp.format(self.depth - 1))
+    def logits_at(
+        self, batch: Padded, places: Places, past: DynamicCache | None = None, thin: bool = True
+    ) -> Tensor:
+        """`logits` at places that were worked out before, for who asks again and again.
+
+        thin: the last block's MLP runs at these places alone; not for who looks into it.
+        """
+        last = self.model.get_submodule(self.architecture.mlp.format(self.depth - 1)) if thin else None
         with gathered(self.model.get_output_embeddings(), last, places):
             return self.run(batch, past).logits
 

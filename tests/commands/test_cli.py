@@ -59,7 +59,7 @@ def ran(tmp_path_factory, session_cache):
 # What the commands do
 
 
-def test_methods_are_listed_in_three_groups_with_equation_and_source(metake):
+def test_methods_are_listed_in_four_groups_with_equation_and_source(metake):
     code, out, err = metake("methods")
     assert code == 0 and not err
     groups: dict = {}
@@ -71,12 +71,13 @@ def test_methods_are_listed_in_three_groups_with_equation_and_source(metake):
             title = line
             groups[title] = {}
     assert list(map(list, groups.values())) == [
-        list(mk.METHODS), list(mk.methods.OPERATORS), list(mk.methods.DIFFERENCES)
+        list(mk.METHODS), list(mk.methods.GRADIENT), list(mk.methods.OPERATORS), list(mk.methods.DIFFERENCES)
     ]
     assert all(title.endswith(":") for title in groups) and all(
         text for group in groups.values() for text in group.values()
     )
-    methods, operators, differences = groups.values()
+    methods, gradient, operators, differences = groups.values()
+    assert all("Δ" in text or "MALMEN" in text for text in gradient.values())
     assert (
         all("Δ" in text or "`" in text or "20" in text for text in methods.values())
         and "arXiv 2603.12677" in methods["metake"]
@@ -92,11 +93,36 @@ def test_methods_are_listed_in_three_groups_with_equation_and_source(metake):
     )
 
 
-@pytest.mark.parametrize("name", [*mk.METHODS, *mk.methods.OPERATORS, *mk.methods.DIFFERENCES])
+@pytest.mark.parametrize("name", mk.methods.named())
 def test_every_listed_name_is_a_method_of_every_command(metake, monkeypatch, name):
     seen = []
     monkeypatch.setattr(runs, "run", lambda *given: seen.append(given) or mk.Evaluation(()))
     assert metake("run", "--method", name, "--out", "o")[0] == 0 and seen[0][0].method == name
+
+
+def test_an_editor_is_trained_and_then_used(metake):
+    train = ("train", "malmen", "--edits", "3", "--steps", "2", "--holdout", "5", "--out", "made")
+    code, out, err = metake(*train)
+    assert code == 0 and out.splitlines()[-1] == "wrote made" and "5 kept for evaluation" in out
+    told = json.loads(open("made/record.json").read())
+    lm = mk.load("tiny")
+    kept = {c.request.id for c in select(lm, mk.facts(), 5, 0)}
+    assert not kept & set(told["ids"]) and len(told["losses"]) == 2
+    words = ("run", "--method", "malmen", "--editor", "made", "--edits", "5", "--batch", "5", "--out", "r")
+    code, out, err = metake(*words)
+    assert code == 0 and "after" in out
+    assert {c["id"] for c in map(json.loads, open("r/cases.jsonl"))} == kept
+    code, _, err = metake(*train, "--seed", "1")
+    assert code == 2 and "holds an editor with another ids" in err and err.count("\n") == 1
+    code, _, err = metake("train", "memit", "--out", "x")
+    assert code == 2 and "unknown method that is trained 'memit'" in err and not os.path.exists("x")
+
+
+def test_an_editor_that_is_not_there_is_said_in_one_line(metake):
+    code, _, err = metake("run", "--method", "smedit", "--editor", "nowhere", "--out", "r")
+    assert code == 2 and "make one with: metake train smedit" in err and not os.path.exists("r")
+    code, _, err = metake("diagnose", "--method", "ultraedit", "--edits", "2")
+    assert code == 2 and "plans none" in err
 
 
 def test_an_edit_that_is_dense_becomes_an_adapter_of_the_rank_asked_for(metake):
@@ -443,7 +469,7 @@ def test_process_prints_its_result_and_nothing_else():
     out, err = edit.communicate(timeout=120)
     assert (edit.returncode, err) == (0, "") and len(out.splitlines()) == 4 and "\r" not in out and "\x1b" not in out
     out, err = greek.communicate(timeout=120)
-    assert (greek.returncode, err) == (0, "") and len(out.splitlines()) == len(mk.methods.named()) + 3 and "?" in out
+    assert (greek.returncode, err) == (0, "") and len(out.splitlines()) == len(mk.methods.named()) + 4 and "?" in out
 
 
 def interrupted(out, *words):

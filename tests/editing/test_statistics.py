@@ -259,9 +259,13 @@ def test_too_little_text_is_refused(text, empty_cache, changes):
     assert statistics(random_model("llama"), text, [1], tokens=48, cache=False)[1].count == 48
 
 
-def test_layers_must_be_named(text):
-    with pytest.raises(ParameterError, match="no layers"):
-        statistics(random_model("llama"), text, [])
+def test_no_layers_have_no_statistics_and_no_text_is_read(monkeypatch):
+    """Of a method that needs none."""
+    monkeypatch.setattr("metake.editing.statistics.documents", lambda *_: pytest.fail("the text was read"))
+    assert statistics(random_model("llama"), "embedded", []) == {}
+
+
+def test_a_model_without_a_recipe_must_name_its_layers(text):
     with pytest.raises(ParameterError, match="unknown model of a recipe 'random-llama'"):
         statistics(random_model("llama"), text)
 

@@ -77,7 +77,7 @@ def stream(
         for case in cases
     ][:edits]
     rows = []
-    with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
+    with lm.scratch(editor.paths(lm)):
         for edit, state in edit_sequence(lm, editor, requests, statistics(lm, layers=editor.layers), batch):
             spent = {stage: seconds / len(edit.record.requests) for stage, seconds in edit.record.seconds.items()}
             history = "matrix" if isinstance(state.metrics[editor.layers[-1]], Dense) else "thin"

@@ -120,7 +120,7 @@ def visit(
 
     `lm` is restored, bit for bit, when the iteration ends.
     """
-    with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
+    with lm.scratch(editor.paths(lm)):
         for number, (_, state) in enumerate(edit_sequence(lm, editor, [c.request for c in stream], given, batch), 1):
             if (done := min(number * batch, len(stream))) in wanted:
                 with _finished(lm, editor, state):

@@ -1,0 +1,209 @@
+"""The editor of the gradient family: slopes, network, solve, write, J times; the interface of every editor.
+
+Each step reads inputs and output gradients of the edited linear maps on the model as the steps before left it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metake.algebra.solve import Solution, realization
+from metake.algebra.update import Edit, EditRecord, LayerUpdate
+from metake.data.requests import EditRequest, check_batch
+from metake.editing.gradient.network import Moments, Network, shapes
+from metake.editing.gradient.rule import Corrected, GradientRule, factors
+from metake.editing.gradient.slopes import Passes, Slopes
+from metake.editing.record import Clock, SolvedLayer, describe, digest_of, norms
+from metake.editing.state import EditorState
+from metake.language.model import LanguageModel
+from metake.language.tokens import rewriting_rows
+from metake.support.errors import NumericalError, ProvenanceError
+from metake.support.machine import peak_memory, versions
+
+PLAIN = ("{}",)
+
+
+@dataclass(frozen=True)
+class GradientEditor:
+    """An editor that needs one forward and backward pass a step, no key statistics and no contexts.
+
+    modules: paths of the edited linear maps, any `nn.Linear` or `Conv1D`; rule: see `GradientRule`; networks: per step
+    and shape of weight, as `training.train` makes them; none: nothing is trained (UltraEdit). trained: what the
+    networks were trained on, with the digests of the weights that they belong to.
+    """
+
+    modules: tuple[str, ...]
+    rule: GradientRule = GradientRule()
+    networks: tuple[tuple[Network, ...], ...] = field(default=(), repr=False, compare=False)
+    trained: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    seed: int = 0
+
+    needs_statistics = False
+    layers = ()  # whose key statistics it needs
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", tuple(self.modules))
+
+    def paths(self, lm: LanguageModel) -> tuple[str, ...]:
+        """The weights that an edit changes."""
+        return self.modules
+
+    def plan_key(self, state: EditorState) -> None:
+        """It plans nothing that others could share."""
+        return None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the rule, the modules and every network's parameters: what tells one trained editor from
+        another."""
+        found = hashlib.sha256(repr((self.modules, describe(self.rule))).encode())
+        for network in (n for step in self.networks for n in step):
+            for name, tensor in sorted(network.state_dict().items()):
+                found.update(name.encode())
+                found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+    def init(self, lm: LanguageModel, statistics: Any = None) -> EditorState:
+        """The state before the first batch. `lm` is only read; statistics are not needed and not looked at.
+
+        Raises ProvenanceError if the networks were trained on other weights than the model has; ArchitectureError if a
+        module cannot be edited.
+        """
+        found = {path: lm.digest(path) for path in self.modules}
+        for path, expected in self.trained.get("weights", {}).items():
+            if found.get(path) != expected:
+                raise ProvenanceError(
+                    f"this editor was trained on {path} with SHA-256 {expected[:12]}…, but {lm.name!r} has "
+                    f"{found.get(path, 'none')[:12]}…: train one on this model, with metake train"
+                )
+        sizes = self._shapes(lm)
+        begin = {i: Moments.of(torch.zeros(0, sum(size), device=lm.device)) for i, size in enumerate(sizes)}
+        return EditorState(begin if self.rule.living else {}, PLAIN, self.digest)
+
+    def edit(self, lm: LanguageModel, requests: Sequence[EditRequest], statistics: Any = None) -> Edit:
+        """One batch from a fresh state. `lm` is bit-identical on return."""
+        return self.step(lm, requests, self.init(lm, statistics))[0]
+
+    def finish(self, lm: LanguageModel, state: EditorState) -> Edit | None:
+        """Nothing is left to do once all batches are applied."""
+        return None
+
+    def finished(self, lm: LanguageModel, edit: Edit, state: EditorState) -> Edit:
+        return edit
+
+    def step(
+        self, lm: LanguageModel, requests: Sequence[EditRequest], state: EditorState, planned: None = None
+    ) -> tuple[Edit, EditorState]:
+        """The edit of one batch, and the state for the next, assuming the edit will be applied.
+
+        `lm` is bit-identical on return, also if this raises: RequestError for empty, unlocatable, repeated or
+        contradicting requests, NumericalError for slopes that are not finite. Zero requests give a zero update.
+        Cost: J forwards and backwards, and a solve of as many equations as there are tokens.
+        """
+        requests = list(requests)
+        check_batch(requests)
+        hashes, clock = {path: lm.digest(path) for path in self.modules}, Clock(lm.device)
+        passes = Passes(lm, rewriting_rows(lm.tokenizer, requests, PLAIN), self.rule.tokens)
+        places, sums = self.places(lm), {path: _nothing(lm, path) for path in self.modules}
+        solved: dict[str, list[SolvedLayer]] = {path: [] for path in self.modules}
+        history, seen = [], {}
+        with lm.scratch(self.modules):
+            for j in range(self.rule.steps if requests else 0):
+                losses, slopes = passes.slopes(self.modules)
+                history.append(losses[:, 0])
+                _check_finite(history, slopes)
+                clock("slopes")
+                seen = self._moments(places, slopes)
+                for path in self.modules:
+                    own = self._corrected(places[path], j, slopes[path], state, seen)
+                    left, right = factors(self.rule, slopes[path], own)
+                    if self.rule.solve == "least squares":
+                        solved[path].append(_solved(slopes[path].keys.double(), left, right))
+                    update = LayerUpdate(path, left.contiguous(), right.contiguous())
+                    sums[path] = sums[path] + update
+                    lm.add(path, update)
+                clock("solve")
+            if requests:
+                history.append(passes.losses()[:, 0])
+        record = EditRecord(
+            recipe=describe(self.rule) | {"modules": list(self.modules), "trained": dict(self.trained)}, base=lm.base(),
+            weights=hashes, requests=tuple(r.id for r in requests), requests_digest=digest_of(requests),
+            statistics_digest=state.statistics_digest, context_templates=PLAIN, seed=self.seed, versions=versions(),
+            layers={path: self._norms(lm, update, solved[path]) for path, update in sums.items()},
+            trace={r.id: {"nll": [step[i].item() for step in history]} for i, r in enumerate(requests)},
+            seconds=clock.seconds, peak_memory=peak_memory(lm.device),
+        )  # fmt: skip
+        edit = Edit(tuple(sums.values()), record)
+        return edit, state.after(edit, {i: new.table for i, new in seen.items()}, len(requests))
+
+    def _shapes(self, lm: LanguageModel) -> list[tuple[int, int]]:
+        return shapes([lm.shape(path) for path in self.modules])
+
+    def _moments(self, places: Mapping[str, tuple[int, int]], slopes: Mapping[str, Slopes]) -> dict[int, Moments]:
+        """Of a living normalization: what this batch adds to the moments of each shape."""
+        if not self.rule.living:
+            return {}
+        rows: dict[int, list[Tensor]] = {}
+        for path, (shape, _) in places.items():
+            rows.setdefault(shape, []).append(slopes[path].rows)
+        return {i: Moments.of(torch.cat(own)) for i, own in rows.items()}
+
+    def places(self, lm: LanguageModel) -> dict[str, tuple[int, int]]:
+        """Each weight's shape, and its number among those of this shape, which share a network."""
+        order, counts, found = self._shapes(lm), {}, {}
+        for path in self.modules:
+            shape = order.index(lm.shape(path))
+            found[path] = (shape, counts.get(shape, 0))
+            counts[shape] = found[path][1] + 1
+        return found
+
+    @torch.no_grad()
+    def _corrected(
+        self, where: tuple[int, int], j: int, slopes: Slopes, state: EditorState, seen: Mapping[int, Moments]
+    ) -> Corrected:
+        shape, place = where
+        if self.rule.living:
+            moments = state.metrics[shape].joined(seen[shape].table)
+            return Corrected(moments.normalized(slopes.rows), self.rule.step, 1.0)
+        return corrected(self.networks[j][shape], slopes, place)
+
+    def _norms(self, lm: LanguageModel, update: LayerUpdate, solved: Sequence[SolvedLayer]) -> dict[str, float]:
+        if solved:
+            return norms(lm, update, solved)
+        return {"relative_update": (update.delta.norm() / lm.weight(update.module).double().norm()).item()}
+
+
+def corrected(network: Network, slopes: Slopes, place: int) -> Corrected:
+    """What a network makes of slopes, differentiable in its parameters."""
+    return Corrected(network(slopes.rows, place), network.step[place], network.log_ridge[place].double().exp())
+
+
+def _solved(keys: Tensor, left: Tensor, right: Tensor) -> SolvedLayer:
+    """What a record tells of least squares: B = M Kᵀ, and of the residuals what is realized."""
+    interaction = realization(keys, right)
+    return SolvedLayer(keys, left.T, Solution(right, interaction, interaction.T @ left.T))
+
+
+def _nothing(lm: LanguageModel, path: str) -> LayerUpdate:
+    d_out, d_in = lm.shape(path)
+    kind = {"dtype": torch.float64, "device": lm.device}
+    return LayerUpdate(path, torch.zeros(d_out, 0, **kind), torch.zeros(0, d_in, **kind))
+
+
+def _check_finite(history: Sequence[Tensor], slopes: Mapping[str, Slopes]) -> None:
+    if not torch.isfinite(history[-1]).all():
+        bad = (~torch.isfinite(history[-1])).nonzero()[:, 0].tolist()
+        raise NumericalError(
+            f"the loss of request(s) {bad} is not finite at step {len(history) - 1}: the model, or the step before, "
+            "is broken; try a smaller step"
+        )
+    for path, found in slopes.items():
+        if not torch.isfinite(found.rows).all():
+            raise NumericalError(f"inputs or gradients at {path} are not finite at step {len(history) - 1}")

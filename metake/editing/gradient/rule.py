@@ -1,0 +1,76 @@
+"""What tells the methods of the gradient family apart, and their one step from slopes to an update Δ = R·M."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from metake.algebra.geometry import Isotropic
+from metake.algebra.solve import gate
+from metake.editing.gradient.slopes import Slopes
+from metake.support.errors import ParameterError, near_misses
+
+CHOICES = {
+    "solve": ("least squares", "sum"), "tokens": ("answer", "all"), "penalty": ("kl", "norm"),
+    "coefficient": ("raw", "normalized"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GradientRule:
+    """How slopes K, (T, d_in), and g, (T, d_out), become an update, with k̃, g̃ what a network makes of them.
+
+    solve        "least squares": Δ = Dᵀ(KKᵀ + λI)⁻¹K with D_t = −η c_t g̃_t, which is R·M with Q = I/λ (MALMEN);
+                 "sum": Δ = −Σ η g̃_t k̃_tᵀ (MEND, whose released code has the sign of an ascent: η < 0)
+    coefficient  c_t: "raw", k_t·k̃_t (MALMEN); "normalized", k̃_t·k̃_t (UltraEdit)
+    tokens       "answer", positions whose next token is the answer's; "all", every attended one (MEND)
+    steps        J, how often slopes are read again of the model as the steps before left it (SMEdit: 2)
+    penalty      of training, what keeps the model: "kl", drift on unrelated prompts (MEND, MALMEN); "norm", ‖Δ‖²
+                 (SMEdit)
+    inside       whether scale and shift stand inside the maximum of a network's blocks (MEND)
+    step         η where nothing is trained (UltraEdit); living: its moments go on over all edits, and λ is 1
+    """
+
+    solve: str = "least squares"
+    coefficient: str = "raw"
+    tokens: str = "answer"
+    steps: int = 1
+    penalty: str = "kl"
+    inside: bool = False
+    step: float = 1e-6
+    living: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ParameterError(near_misses(value, allowed, f"value of {name}"))
+        if self.steps < 1:
+            raise ParameterError(f"steps must be at least 1; found {self.steps}")
+
+
+class Corrected(NamedTuple):
+    """[k̃; g̃] of the rows, (T, d_in + d_out), and their weight's step η and ridge λ, each a number or a tensor."""
+
+    rows: Tensor
+    step: Tensor | float
+    ridge: Tensor | float
+
+
+def residuals(rule: GradientRule, slopes: Slopes, corrected: Corrected) -> Tensor:
+    """D, (T, d_out), of least squares; of a sum −η g̃."""
+    width = slopes.keys.shape[1]
+    keys, gradients = corrected.rows[:, :width], corrected.rows[:, width:]
+    if rule.solve == "sum":
+        return -corrected.step * gradients
+    other = slopes.keys if rule.coefficient == "raw" else keys
+    return -corrected.step * (other * keys).sum(1, keepdim=True) * gradients
+
+
+def factors(rule: GradientRule, slopes: Slopes, corrected: Corrected) -> tuple[Tensor, Tensor]:
+    """R, (d_out, T), and M, (T, d_in), in float64, differentiable in what is corrected: Δ = R·M."""
+    left = residuals(rule, slopes, corrected).double()
+    if rule.solve == "sum":
+        return left.T, corrected.rows[:, : slopes.keys.shape[1]].double()
+    return left.T, gate(slopes.keys.double(), Isotropic(slopes.keys.shape[1], corrected.ridge))

@@ -1,0 +1,138 @@
+"""Trained editors on disk: networks and record of a finished one, and the checkpoint that training goes on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metake.editing.gradient.editor import GradientEditor
+from metake.editing.gradient.network import Network
+from metake.editing.gradient.rule import GradientRule
+from metake.support.errors import ParameterError, ProvenanceError
+from metake.support.storage import atomic_path, load_tensors, save_tensors
+
+WEIGHTS, RECORD = "editor.safetensors", "record.json"
+
+
+def _tensors(networks: Sequence[Sequence[Network]]) -> Iterator[tuple[str, Tensor]]:
+    for j, step in enumerate(networks):
+        for i, network in enumerate(step):
+            yield from ((f"{j}.{i}.{name}", tensor) for name, tensor in network.state_dict().items())
+
+
+def save(editor: GradientEditor, folder: str | Path) -> Path:
+    """Write a trained editor's networks (safetensors) and record (JSON) to `folder`, which appears whole or not at all.
+    Raises ParameterError if the folder holds anything else."""
+    folder = Path(folder)
+    if folder.exists() and any(p.name not in (WEIGHTS, RECORD, "checkpoint") for p in folder.iterdir()):
+        raise ParameterError(f"{folder} exists and holds no trained editor; choose another folder")
+    with atomic_path(folder) as scratch:
+        scratch.mkdir()
+        save_tensors(dict(_tensors(editor.networks)), scratch / WEIGHTS)
+        (scratch / RECORD).write_text(json.dumps(dict(editor.trained), indent=1, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+def read(folder: str | Path, device: Any = "cpu") -> GradientEditor:
+    """A trained editor that `save` wrote. Raises ProvenanceError if the folder is none, or damaged."""
+    folder = Path(folder)
+    if not (folder / RECORD).is_file():
+        raise ProvenanceError(f"{folder} holds no trained editor; make one with: metake train METHOD --out {folder}")
+    try:
+        told = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        rule = GradientRule(**{k: v for k, v in told["rule"].items() if k != "part"})
+        tensors = load_tensors(folder / WEIGHTS)[0]
+        networks = _networks(tensors, rule, told["training"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ProvenanceError(f"{folder} is damaged or no trained editor: {type(error).__name__}: {error}") from error
+    placed = tuple(tuple(network.to(device) for network in step) for step in networks)
+    return GradientEditor(tuple(told["modules"]), rule, placed, told, told["training"]["seed"])
+
+
+def _networks(
+    tensors: Mapping[str, Tensor], rule: GradientRule, training: Mapping[str, Any]
+) -> Sequence[Sequence[Network]]:
+    found: dict[tuple[int, int], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        j, i, rest = name.split(".", 2)
+        found.setdefault((int(j), int(i)), {})[rest] = tensor
+    steps: list[list[Network]] = [[] for _ in range(rule.steps)]
+    for (j, _), own in sorted(found.items()):
+        network = Network(
+            own["table"].shape[1], len(own["step"]), training["rank"], training["blocks"], 0.0, rule.inside, 0,
+            own["step"].dtype
+        )
+        network.load_state_dict(own)
+        steps[j].append(network)
+    return steps
+
+
+def finished(folder: str | Path, told: Mapping[str, Any]) -> GradientEditor | None:
+    """The editor in a folder, if one was trained there by these settings; None if there is none yet. Raises
+    ParameterError for one of other settings."""
+    if not (Path(folder) / RECORD).is_file():
+        return None
+    done = read(folder)
+    kept, wanted = ({**_same(one), "training": one["training"]} for one in (done.trained, told))
+    _refuse_others(kept, wanted, f"{folder} holds an editor")
+    return done
+
+
+def _refuse_others(kept: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    wanted = json.loads(json.dumps(wanted))
+    if changed := sorted(k for k in wanted if kept.get(k) != wanted[k]):
+        raise ParameterError(
+            f"{where} with another {', '.join(changed)}; choose another folder, or repeat its settings to go on"
+        )
+
+
+def checkpoint(
+    out: Path, told: Mapping[str, Any], made: GradientEditor, optimizer: torch.optim.Optimizer,
+    losses: Sequence[Mapping[str, float]]
+) -> None:
+    """What a further call goes on from: networks, the optimizer's moments, the losses so far."""
+    state = {
+        f"adam.{i}.{name}": torch.as_tensor(value)
+        for i, own in optimizer.state_dict()["state"].items()
+        for name, value in own.items()
+    }
+    with atomic_path(out / "checkpoint") as scratch:
+        scratch.mkdir()
+        save_tensors(dict(_tensors(made.networks)) | state, scratch / WEIGHTS)
+        text = json.dumps({"told": _same(told), "losses": list(losses)}, ensure_ascii=False)
+        (scratch / RECORD).write_text(text, encoding="utf-8")
+
+
+def _same(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call that goes on must have in common: all but how far it goes."""
+    training = {k: v for k, v in told["training"].items() if k not in ("steps", "every")}
+    return {k: told[k] for k in ("rule", "modules", "weights", "ids", "requests_digest")} | {"training": training}
+
+
+def resumed(
+    out: str | Path | None, told: Mapping[str, Any], made: GradientEditor, optimizer: torch.optim.Optimizer
+) -> list[dict[str, float]]:
+    """The losses of the steps that a checkpoint has made, whose networks and moments are taken over; [] without one."""
+    folder = Path(out) / "checkpoint" if out else None
+    if folder is None or not (folder / RECORD).is_file():
+        return []
+    try:
+        kept = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        tensors = load_tensors(folder / WEIGHTS)[0]
+    except (OSError, ValueError) as error:
+        raise ProvenanceError(f"{folder} is damaged ({error}); remove it to train from the beginning") from error
+    _refuse_others(kept["told"], _same(told), f"{out} holds a training")
+    for name, tensor in _tensors(made.networks):
+        tensor.copy_(tensors[name])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("adam."):
+            _, place, key = name.split(".", 2)
+            state.setdefault(int(place), {})[key] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return kept["losses"]
