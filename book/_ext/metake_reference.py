@@ -17,6 +17,7 @@ import textwrap
 from functools import partial
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import yaml
 from docutils import nodes
@@ -44,6 +45,7 @@ GROUPS = {
     ),
     "The solve": ("gate", "realization", "solve", "Solution", "association", "attenuation", "feasible_interval"),
     "Targets and their refinement": ("TargetRule", "Targets", "optimize_targets", "Refinement", "refine"),
+    "Edits from gradients": ("GradientEditor", "GradientRule", "train", "Training"),
     "Measure": ("evaluate", "Evaluation", "recall", "diagnose"),
     "Architectures": ("ARCHITECTURES", "Architecture"),
     "Errors": (
@@ -266,9 +268,15 @@ def numbers(model: str) -> list[list[str]]:
     """A model's own numbers; those of all models for "default"."""
     entries = {name: value for name, value in recipes._table()[model].items() if name != "names"}
     return [
-        [f"`{name}`", ", ".join(map(str, value)) if isinstance(value, list) else f"{value}", f"`{source}`"]
+        [f"`{name}`", ", ".join(map(said, value)) if isinstance(value, list) else f"{value}", f"`{source}`"]
         for name, (value, source) in entries.items()
+        if value != []
     ]
+
+
+def said(value: Any) -> str:
+    """One of a list of numbers; of linear maps, [path, first, last]: the path with its blocks."""
+    return str(value) if not isinstance(value, list) else value[0].replace("{}", f"{value[1]}–{value[2]}")
 
 
 class Recipes(SphinxDirective):

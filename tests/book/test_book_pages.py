@@ -162,7 +162,7 @@ def test_a_method_and_a_model_are_added_as_the_page_says(monkeypatch):
     monkeypatch.setattr(mk, "facts", lambda limit: facts(limit=min(limit, 2)))
     monkeypatch.delitem(mk.ARCHITECTURES, "starcoder2", raising=False)
     blocks = re.findall(r"```python\n(.*?)```", (BOOK / "extend.md").read_text("utf-8"), re.DOTALL)
-    method, used, own, row, closest = blocks
+    method, used, own, slopes, row, closest = blocks
     names: dict = {}
     exec(compile(method, "extend.md", "exec"), names)  # noqa: S102
     assert len(re.search(r"def sparse.*", method, re.DOTALL)[0].splitlines()) <= 8
@@ -178,6 +178,8 @@ def test_a_method_and_a_model_are_added_as_the_page_says(monkeypatch):
     diagonal = 1 / (2000 * names["stats"][edit_layer(edit)].covariance.diagonal()).clamp(min=1e-9)
     right = edit.updates[0].right
     assert (right.sign() != 0).any() and lm.shape(edit.updates[0].module)[1] == right.shape[1] == len(diagonal)
+    exec(compile(slopes, "extend.md", "exec"), names)  # noqa: S102
+    assert len(names["twice"].networks) == 2 and len(names["twice"].trained["losses"]) == 2
     exec(compile(row, "extend.md", "exec"), names)  # noqa: S102
     assert isinstance(mk.ARCHITECTURES["starcoder2"], mk.Architecture)
     del mk.ARCHITECTURES["starcoder2"]  # not by monkeypatch, which would put it back

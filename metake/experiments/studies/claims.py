@@ -8,7 +8,7 @@ A record tests a claim only if it is of the paper's scale, within the factors `F
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -205,15 +205,15 @@ def as_metake(records: pd.DataFrame, reading: str, one: bool = False) -> pd.Data
     if reading not in set(own.method) and not (one and reading == (LITERAL if old else CHOSEN)):
         return None
     own = own[~own.method.isin(set(READINGS) - {reading})]
-    return comparison.labelled(own.assign(method=own.method.replace({reading: CHOSEN})), records)
+    own = own.assign(method=own.method.replace({reading: CHOSEN}))
+    own.attrs = dict(records.attrs)
+    return own
 
 
-def recording(claim: Claim, model: str) -> pd.DataFrame | None:
-    """The first of the claim's recordings that there is."""
-    for name in claim.recordings:
-        if (found := report.recorded_or(f"{name}-{model}", pd.DataFrame())).attrs["label"] == "recorded":
-            return found
-    return None
+def recordings(claim: Claim, model: str) -> list[pd.DataFrame]:
+    """The claim's recordings that there are, in its order."""
+    found = (report.recorded_or(f"{name}-{model}", pd.DataFrame()) for name in claim.recordings)
+    return [one for one in found if one.attrs["label"] == "recorded"]
 
 
 def size_of(records: pd.DataFrame) -> tuple[int, float]:
@@ -234,7 +234,6 @@ class Asked(NamedTuple):
     claim: Claim
     reading: str
     verdict: str  # a word of `WORDS`, or `FAR`
-    found: str  # the word whatever the scale
     told: Mapping[str, Any]
     shown: pd.DataFrame
     edits: int
@@ -246,14 +245,18 @@ def asked(model: str, records: pd.DataFrame | None = None) -> Iterator[Asked]:
     for claim in CLAIMS:
         if records is not None and claim.recordings[0] != HELD_OUT[0]:
             continue
-        source = recording(claim, model) if records is None else records
-        for reading in READINGS if source is not None else ():
-            own = as_metake(source, reading, claim.one)
-            if own is not None and (claim.shown is not falls or "outer_after" in own):
-                told, (edits, parameters) = claim.judge(own), size_of(source)
-                word = WORDS[told["holds"]]
-                verdict = word if tested(claim, edits, parameters) else FAR
-                yield Asked(claim, reading, verdict, word, told, claim.shown(own), edits)
+        sources = recordings(claim, model) if records is None else [records]
+        for reading in READINGS:
+            if (own := _of_reading(claim, sources, reading)) is not None:
+                told, (edits, parameters) = claim.judge(own), size_of(own)
+                verdict = WORDS[told["holds"]] if tested(claim, edits, parameters) else FAR
+                yield Asked(claim, reading, verdict, told, claim.shown(own), edits)
+
+
+def _of_reading(claim: Claim, sources: Sequence[pd.DataFrame], reading: str) -> pd.DataFrame | None:
+    """The first of these records that can answer a claim about a reading."""
+    found = (as_metake(one, reading, claim.one) for one in sources)
+    return next((own for own in found if own is not None and (claim.shown is not falls or "outer_after" in own)), None)
 
 
 def table(model: str, records: pd.DataFrame | None = None) -> pd.DataFrame:

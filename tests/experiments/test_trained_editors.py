@@ -1,0 +1,60 @@
+"""The gradient family beside the others: what each protocol does, what the verdict turns on, and what ships."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+import metake as mk
+from metake.experiments.cases import part_of, read_cases
+from metake.experiments.studies import comparison
+from metake.experiments.studies import trained_editors as module
+from metake.experiments.studies.trained_editors import ALONE, BATCH, PROTOCOLS, SEQUENCE
+
+
+def made(scores: dict[str, float], count: int = 40) -> pd.DataFrame:
+    """Cases of one data set: each method's share of success, the same after a batch and, less by 0.1, a sequence."""
+    rows = [
+        {"protocol": protocol, "dataset": "d", "method": method, "seed": 0, "id": f"{i}"}
+        | dict.fromkeys(comparison.METRICS[:3], float(i < round(count * (share - 0.1 * (protocol == SEQUENCE)))))
+        for protocol in PROTOCOLS
+        for method, share in scores.items()
+        for i in range(count)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("scores, holds", [
+    ({"mend": 0.3, "malmen": 0.5, "metake": 0.9}, True), ({"mend": 0.3, "malmen": 0.95, "metake": 0.6}, False),
+    ({"mend": 0.3, "malmen": 0.9, "metake": 0.9}, None),
+])  # fmt: skip
+def test_the_verdict_asks_for_both_rivals(scores, holds):
+    found = module.judge(made(scores))
+    assert found["holds"] is holds and "MEND: efficacy d" in found["decided_by"] and "MALMEN" in found["decided_by"]
+
+
+def test_a_sequence_costs_what_it_costs():
+    records = made({"malmen": 0.8, "metake": 0.9})
+    lost = module.collapse(records)
+    assert lost[["efficacy", "generalization", "specificity"]].round(9).eq(-10.0).all(axis=None)
+    found = module.summarize(records).set_index(["protocol", "method"])
+    assert found.loc[(BATCH, "malmen"), "harmonic mean"] == pytest.approx(80)
+    assert list(module.of(records, ALONE).protocol.unique()) == [ALONE]
+
+
+def test_every_protocol_asks_subjects_that_no_training_has_seen():
+    found = module.trained_editors(names=("ultraedit", "malmen"), edits=2, batches=2, alone=2, data={"d": "facts"})
+    counts = found.groupby(["protocol", "method"], sort=False).size().to_dict()
+    assert counts == {(ALONE, m): 2 for m in ("ultraedit", "malmen")} | {
+        (p, m): n for p, n in ((BATCH, 2), (SEQUENCE, 4)) for m in ("pre-edit", "ultraedit", "malmen")
+    }
+    testing = {c.request.id for c in part_of(read_cases("facts"), "testing")}
+    assert set(found.id) <= testing
+    for name in mk.methods.TRAINED:
+        assert not testing & set(mk.methods.method(name, "tiny").trained["ids"])
+
+
+def test_what_ships_says_how_it_was_trained():
+    found = module.shipped("tiny").set_index("method")
+    assert set(found.index) == set(mk.methods.TRAINED)
+    assert (found["outer loss, last"] < found["outer loss, first"]).all() and (found.facts > 200).all()
