@@ -269,6 +269,7 @@ def table(model: str, records: pd.DataFrame | None = None) -> pd.DataFrame:
             | dict.fromkeys(NAMES.values(), "–") | {"edits": _edits(one)},
         )
         row[NAMES[one.reading]] = one.verdict
+        row["edits"] = max(row["edits"], _edits(one), key=lambda text: int(text.split()[0].replace(",", "")))
     return _stamped(pd.DataFrame(list(rows.values())), model, records)
 
 
