@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from importlib.resources import files
@@ -33,11 +33,16 @@ def _target(numbers: Recipe, own: str = "", **changes: Any) -> TargetRule:
     return TargetRule(**found | changes)
 
 
+def _check_parts(kind: type, changes: Mapping[str, Any]) -> None:
+    """Raises ParameterError, with near matches, for a part that editors of this kind do not have."""
+    for name in changes:
+        if name not in (parts := [f.name for f in fields(kind)]):
+            raise ParameterError(near_misses(name, parts, "part of an editor"))
+
+
 def memit(model: str, **changes: Any) -> Editor:
     """MEMIT (Meng et al. 2023, eq. 14): Δ = R Kᵀ(λC₀ + KKᵀ)⁻¹, the residual spread evenly, no memory of past edits."""
-    for name in changes:
-        if name not in (parts := [f.name for f in fields(Editor)]):
-            raise ParameterError(near_misses(name, parts, "part of an editor"))
+    _check_parts(Editor, changes)
     numbers = recipe(model)
     return replace(Editor(numbers.layers, inverse_covariance(numbers.covariance_weight), _target(numbers)), **changes)
 
@@ -118,6 +123,7 @@ def metake_v1(model: str, **changes: Any) -> Editor:
 
 def ultraedit(model: str, **changes: Any) -> GradientEditor:
     """UltraEdit (Gu et al. 2025): Δ = Dᵀ(KKᵀ + I)⁻¹K, D = −η(k̂·k̂)ĝ, [k̂; ĝ] normalized over all edits; untrained."""
+    _check_parts(GradientEditor, changes)
     rule = GradientRule(
         coefficient="normalized", living=True, step=recipe(model).ultraedit_step, tokens=recipe(model).gradient_tokens
     )
@@ -147,6 +153,7 @@ def _maps(name: str, model: str) -> tuple[str, ...]:
 
 def _trained(name: str, model: str, editor: str | None, changes: dict[str, Any]) -> GradientEditor:
     """The editor in a folder; by default the one that is shipped. Raises ParameterError if there is none."""
+    _check_parts(GradientEditor, changes)
     folder = Path(editor) if editor else SHIPPED / f"{recipe(model).model}-{name}"
     if not folder.is_dir():
         raise ParameterError(
@@ -167,7 +174,10 @@ def to_train(name: str, model: str, **changes: Any) -> tuple[GradientRule, tuple
     rule, training = TRAINED[name]
     tokens = "all" if name == "mend" else recipe(model).gradient_tokens
     if not (maps := _maps(name, model)):
-        raise ParameterError(f"nobody has said which linear maps of {model!r} {name} edits; pass modules=[…]")
+        raise ParameterError(
+            f"nobody has said which linear maps of {model!r} {name} edits; give the recipe {name}_modules, or name "
+            "them to metake.train(lm, cases, rule, modules)"
+        )
     return replace(rule, tokens=tokens), maps, replace(training, **changes)
 
 
@@ -284,12 +294,22 @@ DIFFERENCES: dict[str, Difference] = {
 """Where a paper and its released code, or two releases, disagree: each as a method of its own name."""
 
 
-def named() -> dict[str, Callable[..., Editor]]:
+def named() -> dict[str, Callable[..., Editor | GradientEditor]]:
     """Every name that `method` knows: both families, MetaKE on other operators, and the published differences."""
     return METHODS | GRADIENT | OPERATORS | {name: difference.make for name, difference in DIFFERENCES.items()}
 
 
-def method(name: str, model: str, **changes: Any) -> Editor:
+def planning(name: str, model: str, **changes: Any) -> Editor:
+    """`method` for who looks at planned residuals. Raises ParameterError for one of the gradient family."""
+    if name in GRADIENT:
+        raise ParameterError(
+            f"{name} plans no residuals, its edit comes from gradients: it can be run and compared (metake run, the "
+            "main comparison), but not looked at in its stages; choose a method that plans, such as memit"
+        )
+    return method(name, model, **changes)
+
+
+def method(name: str, model: str, **changes: Any) -> Editor | GradientEditor:
     """The editor of a method by name. Raises ParameterError, with near matches, for an unknown name."""
     if name not in (known := named()):
         raise ParameterError(near_misses(name, known, "method"))

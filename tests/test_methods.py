@@ -4,6 +4,7 @@ fact.
 
 from __future__ import annotations
 
+import copy
 import tomllib
 from dataclasses import fields, replace
 from importlib.resources import files
@@ -20,6 +21,9 @@ from metake.algebra.postprocess import cap_spectrum, keep_largest, soften_princi
 from metake.editing.editor import Editor, even, root, whole
 from metake.editing.outer import Refinement
 from metake.editing.recipes import models, recipe, source
+from metake.editing.record import describe
+from metake.experiments.speed import bench, run_time
+from metake.experiments.studies import gamma_beforehand, hidden_states, kl_strength, realized_residual
 from metake.methods import ABLATIONS, DIFFERENCES, GRADIENT, METHODS, OPERATORS, TRAINED, method, named, to_train
 from metake.support.errors import ParameterError
 
@@ -247,6 +251,36 @@ def test_what_is_not_trained_or_not_there_is_said():
         to_train("malmem", "tiny")
     with pytest.raises(ParameterError, match="nobody has said which linear maps of 'phi-1.5' mend edits"):
         to_train("mend", "phi-1.5")
+
+
+def test_parts_of_the_gradient_family_are_answered_with_the_near_ones():
+    for name in GRADIENT:
+        with pytest.raises(ParameterError, match="unknown part of an editor 'rules'.*'rule'"):
+            method(name, "tiny", rules=())
+
+
+def test_two_trained_editors_are_told_apart_in_records():
+    """By their networks' parameters: what a study keeps of the one is not taken for the other's."""
+    one = method("malmen", "tiny")
+    other = replace(one, networks=copy.deepcopy(one.networks))
+    assert describe(one) == describe(other) and one.digest == other.digest
+    other.networks[0][0].step.data += 1e-9
+    other = replace(one, networks=other.networks)
+    assert describe(one) != describe(other) and one.digest != other.digest
+
+
+@pytest.mark.parametrize("study", [
+    lambda: realized_residual.realized_residual(methods_=("ultraedit",)),
+    lambda: kl_strength.kl_strength(methods_=("ultraedit",)),
+    lambda: gamma_beforehand.gamma_beforehand(methods_=("alphaedit", "ultraedit"), edits=4),
+    lambda: hidden_states.hidden_states(methods_=("alphaedit", "ultraedit")),
+    lambda: bench.bench(method="malmen", edits=2), lambda: run_time.stream(method="mend"),
+])  # fmt: skip
+def test_who_looks_at_planned_residuals_refuses_a_method_without_them(study, monkeypatch):
+    """In one line, before anything is edited."""
+    monkeypatch.setattr(Editor, "step", lambda *_, **__: pytest.fail("a method was run"))
+    with pytest.raises(ParameterError, match="plans no residuals.*choose a method that plans"):
+        study()
 
 
 @pytest.fixture(scope="module")

@@ -176,15 +176,19 @@ class Finding(SphinxDirective):
     """What was found, in a sentence: each reading's verdict, and the page that computes it."""
 
     def run(self) -> list[nodes.Node]:
-        root = Path(self.env.srcdir)
-        said = [v for v in read_verdicts(root) if v["page"] == FINDING]
-        text = ", ".join(f"{v['title'].removeprefix('MetaKE, ')} {SAYS[v['verdict']]}" for v in said)
+        said = sentence(read_verdicts(Path(self.env.srcdir)))
         link = addnodes.pending_xref(
             "", nodes.inline("", "does MetaKE hold?"), refdomain="std", reftype="doc", refexplicit=True, refwarn=True,
             refdoc=self.env.docname, reftarget=f"/notebooks/{FINDING}"
         )
-        start = "Whether MetaKE lowers its own loss and edits better than AlphaEdit depends on how its text is read: "
-        return [nodes.paragraph("", "", nodes.strong("", start + text + ". "), nodes.Text("Claim by claim: "), link)]
+        return [nodes.paragraph("", "", nodes.strong("", said + " "), nodes.Text("Claim by claim: "), link)]
+
+
+def sentence(verdicts: list[dict]) -> str:
+    """What each reading of MetaKE came to."""
+    said = [v for v in verdicts if v["page"] == FINDING]
+    text = ", ".join(f"{v['title'].removeprefix('MetaKE, ')} {SAYS[v['verdict']]}" for v in said)
+    return f"Whether MetaKE lowers its own loss and edits better than AlphaEdit depends on how its text is read: {text}."
 
 
 def mathjax(app):

@@ -34,6 +34,18 @@ def reference():
         yield importlib.import_module("metake_reference")
 
 
+def test_the_landing_page_says_what_each_reading_came_to(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(BOOK / "_ext"), *sys.path])
+    book = importlib.import_module("metake_book")
+    found = book.sentence(book.read_verdicts(ROOT))
+    kept = [json.loads(path.read_text("utf-8")) for path in (ROOT / "results/verdicts").glob("does_metake_hold-*.json")]
+    assert len(kept) == 3
+    for one in kept:
+        assert f"{one['title'].removeprefix('MetaKE, ')} {book.SAYS[one['verdict']]}" in found
+    changed = [v | {"verdict": "does not hold"} for v in book.read_verdicts(ROOT)]
+    assert book.sentence(changed).count("it does not hold") == 3
+
+
 def listed():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
     return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]

@@ -277,6 +277,15 @@ def test_differences_are_paired_by_case():
     assert one.difference[0] == pytest.approx(15) and 10 < one.low[0] < 15 < one.high[0] < 20
 
 
+def test_every_method_over_a_base_is_its_own_paired_difference():
+    records = paired([0.1, 0.3] * 10)
+    found = comparison.over(pd.concat([records, records[records.method == "metake"].assign(method="metake/whole")]))
+    expected = comparison.paired_differences(records)
+    assert list(found.method.unique()) == ["metake", "metake/whole"]
+    for _, own in found.groupby("method"):
+        pd.testing.assert_frame_equal(own.drop(columns="method").reset_index(drop=True), expected)
+
+
 def test_a_case_that_two_seeds_drew_counts_once():
     """Its mean: the interval is as wide as that of the distinct cases."""
     shares = [0.0, 0.1, 0.2, 0.3] * 5

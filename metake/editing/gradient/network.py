@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,6 +88,19 @@ class Network(nn.Module):
             else:
                 y = y + scale[place] * inner.clamp(min=0) + shift[place]
         return y
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of parameters and moments."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+    def __repr__(self) -> str:
+        """What tells it from another, in records of what was done with it."""
+        return f"Network({self.digest})"
 
     def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Parameters that learn at the networks' rate, and the steps and ridges, whose unit is their own."""

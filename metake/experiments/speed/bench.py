@@ -108,7 +108,7 @@ def _job(
     dtype: str | None, device: str | None, seed: int, prompts: str
 ) -> _Job:
     name = size_of(model) if random else model
-    editor = methods.method(method, name, seed=seed)
+    editor = methods.planning(method, name, seed=seed)
     editor = replace(editor, target=replace(editor.target, steps=steps, stop_below=0.0))
     if editor.refine and prompts:
         editor = replace(editor, refine=replace(editor.refine, prompts=prompts))

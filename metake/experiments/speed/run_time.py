@@ -67,7 +67,7 @@ def stream(
     Facts come round again when there are fewer than `edits`, each time as new requests. One row per batch:
     edits so far, history ("thin" factor or "matrix"), seconds_per_edit of each stage, and of all of them as `edit`.
     """
-    editor = methods.method(method, model, seed=seed)
+    editor = methods.planning(method, model, seed=seed)
     editor = replace(editor, target=replace(editor.target, steps=steps, stop_below=0.0))
     lm = load(model)
     cases = select(lm, read_cases(data), min(edits, len(read_cases(data))), seed)

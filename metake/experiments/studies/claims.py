@@ -234,7 +234,6 @@ class Asked(NamedTuple):
     claim: Claim
     reading: str
     verdict: str  # a word of `WORDS`, or `FAR`
-    told: Mapping[str, Any]
     shown: pd.DataFrame
     edits: int
 
@@ -248,9 +247,9 @@ def asked(model: str, records: pd.DataFrame | None = None) -> Iterator[Asked]:
         sources = recordings(claim, model) if records is None else [records]
         for reading in READINGS:
             if (own := _of_reading(claim, sources, reading)) is not None:
-                told, (edits, parameters) = claim.judge(own), size_of(own)
-                verdict = WORDS[told["holds"]] if tested(claim, edits, parameters) else FAR
-                yield Asked(claim, reading, verdict, told, claim.shown(own), edits)
+                edits, parameters = size_of(own)
+                verdict = WORDS[claim.judge(own)["holds"]] if tested(claim, edits, parameters) else FAR
+                yield Asked(claim, reading, verdict, claim.shown(own), edits)
 
 
 def _of_reading(claim: Claim, sources: Sequence[pd.DataFrame], reading: str) -> pd.DataFrame | None:

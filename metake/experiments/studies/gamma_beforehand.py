@@ -33,6 +33,8 @@ def gamma_beforehand(
 ) -> pd.DataFrame:
     """`from_run` of every run of a `comparison`, with the data set's name: those already in the folder `out` are read,
     the others made. batch: None for all edits in one."""
+    for name in methods_:  # before hours are spent on what cannot be read
+        methods.planning(name, model)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(out or scratch)
         made = comparison(
@@ -57,7 +59,7 @@ def from_run(folder: str | Path) -> pd.DataFrame:
     Raises ProvenanceError if the run was made on another model, data, or key statistics.
     """
     config, lm, cases, edit = finished(folder)
-    editor = methods.method(
+    editor = methods.planning(
         config.method, config.model, seed=config.seed, **config.changes | {"contexts": edit.record.context_templates}
     )
     given = statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens)

@@ -84,6 +84,8 @@ def hidden_states(
             "a map needs at least 3 edited and 3 held-out facts, and more states than its perplexity; found "
             f"{edits} and {held_out}, {count} states, perplexity {perplexity}"
         )
+    for name in methods_:  # before it runs: the states are read where plans are written
+        methods.planning(name, model)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(out or scratch)
@@ -147,7 +149,7 @@ def read_states(folders: Sequence[Path], held_out: int) -> States:
 
 
 def _last_layer(config: RunConfig) -> int:
-    return methods.method(config.method, config.model, **config.changes).layers[-1]
+    return methods.planning(config.method, config.model, **config.changes).layers[-1]
 
 
 def _read(lm: LanguageModel, requests: Sequence[EditRequest], layer: int) -> np.ndarray:

@@ -59,7 +59,7 @@ def kl_strength(
             "gives each at least one request"
         )
     lm = load(model)
-    editors = {name: methods.method(name, model) for name in methods_}
+    editors = {name: methods.planning(name, model) for name in methods_}
     given = statistics(
         lm, text, layers=sorted({layer for e in editors.values() for layer in e.layers}), tokens=text_tokens
     )

@@ -18,9 +18,7 @@ PAIRS = {"alphaedit": "metake"} | {name.partition("/")[2]: name for name in meth
 """Base → the same with its targets refined."""
 
 
-def operators(
-    model: str = "tiny", bases: Sequence[str] = tuple(PAIRS), **settings: Any
-) -> pd.DataFrame:
+def operators(model: str = "tiny", bases: Sequence[str] = tuple(PAIRS), **settings: Any) -> pd.DataFrame:
     """`comparison` of every base with its refined twin; the rows of a refined method gain its request's outer losses.
 
     outer_first, outer_last: L_edit + L_loc + L_reg (v3 eq. 7) of the request at the initial targets and at the plan

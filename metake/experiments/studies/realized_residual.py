@@ -35,7 +35,7 @@ Stage I's."""
 def realized_residual(model: str = "tiny", methods_: Sequence[str] = PRIMARY, **settings: Any) -> pd.DataFrame:
     """β̂ of every request under every method, in each of the `READINGS`; settings and rows: see `study`. `percentile`:
     of γ, in (0, 100], within data set, seed and method."""
-    records = study(model, {name: methods.method(name, model) for name in methods_}, **settings)
+    records = study(model, {name: methods.planning(name, model) for name in methods_}, **settings)
     records["percentile"] = 100 * records.groupby(["dataset", "seed", "method"]).gamma.rank(pct=True, method="first")
     return records
 
