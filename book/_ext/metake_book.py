@@ -188,7 +188,8 @@ def sentence(verdicts: list[dict]) -> str:
     """What each reading of MetaKE came to."""
     said = [v for v in verdicts if v["page"] == FINDING]
     text = ", ".join(f"{v['title'].removeprefix('MetaKE, ')} {SAYS[v['verdict']]}" for v in said)
-    return f"Whether MetaKE lowers its own loss and edits better than AlphaEdit depends on how its text is read: {text}."
+    start = "Whether MetaKE lowers its own loss and edits better than AlphaEdit depends on how its text is read"
+    return f"{start}: {text}."
 
 
 def mathjax(app):
