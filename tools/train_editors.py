@@ -12,15 +12,15 @@ from pathlib import Path
 import metake as mk
 from metake.editing.gradient.training import train
 from metake.experiments.cases import part_of, read_cases
+from metake.experiments.record import SHIPPED_RANK
 
 FOLDER = Path(__file__).resolve().parents[1] / "metake" / "data" / "editors"
-RANK = 12  # of the networks: a fifth of the size of the default, for a package
 
 
 def main(names: list[str]) -> None:
     lm, cases = mk.load("tiny"), part_of(read_cases("facts"), "choosing")
     for name in names or list(mk.methods.TRAINED):
-        rule, modules, training = mk.methods.to_train(name, "tiny", rank=RANK)
+        rule, modules, training = mk.methods.to_train(name, "tiny", rank=SHIPPED_RANK)
         editor = train(lm, cases, rule, modules, training, out=FOLDER / f"tiny-{name}")
         first, last = (editor.trained["losses"][i]["after"] for i in (0, -1))
         print(f"{name}: −log p of the target after the edits {first:.2f} at first, {last:.2f} at last")

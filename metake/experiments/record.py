@@ -28,6 +28,7 @@ from metake.experiments.studies.hidden_states import hidden_states
 from metake.experiments.studies.kl_strength import kl_strength
 from metake.experiments.studies.open_readings import open_readings
 from metake.experiments.studies.operators import operators
+from metake.experiments.studies.penalty import penalty
 from metake.experiments.studies.quickstart import quickstart
 from metake.experiments.studies.readings import SETS
 from metake.experiments.studies.realized_residual import realized_residual
@@ -39,7 +40,7 @@ from metake.methods import CHOSEN, METHODS, named
 from metake.support.errors import ParameterError, near_misses
 from metake.support.machine import default_device, versions
 
-LONG = ("streams", "sequences")  # hours on a CPU: only if `only` names them
+LONG = ("streams", "sequences", "penalty")  # hours on a real model's CPU: only if `only` names them
 GROWS = "sequences"  # hours a seed: each is added to what is recorded
 HELD_OUT = ("alphaedit", "metake", "metake/literal", "metake/whole")
 TASKED = "general_ability"  # only if there is task data
@@ -49,6 +50,7 @@ STREAMED = ("alphaedit", "metake", "memit", "blue", "sphere", "memit_seq", "prun
 OF_METHODS = (
     "comparison", "sequences", "gamma", "bench", "case_study", "general_ability", "streams", "realized", "kl_strength"
 )
+SHIPPED_RANK = 12  # of trained editors' networks: a fifth of the size of the default
 COMPARED = STREAMED[:5]  # MetaKE and whom the paper compares it with: on a real model the others would be hours more
 
 
@@ -167,6 +169,8 @@ def _studies(
             edits=40 if common["model"] == "tiny" else 20, test_edits=20, test_seeds=(2,), data=data, beside=others,
             out=runs / "open_readings"
         ),
+        # of networks as small as those that ship with the package
+        "penalty": lambda: penalty(common["model"], rank=SHIPPED_RANK, data=data["CounterFact"], out=runs / "penalty"),
         # 7 λ_KL, each another Stage I: of 100 requests a fifth in each group, half an hour on two cores
         "kl_strength": lambda: kl_strength(
             **asked, methods_=own or PRIMARY, pool=edits, data={"ZsRE": data["ZsRE"]}, out=kept

@@ -113,7 +113,7 @@ class GradientEditor:
                 history.append(losses[:, 0])
                 _check_finite(history, slopes)
                 clock("slopes")
-                seen = self._moments(places, slopes)
+                seen = self._moments(places, slopes, seen)
                 for path in self.modules:
                     own = self._corrected(places[path], j, slopes[path], state, seen)
                     left, right = factors(self.rule, slopes[path], own)
@@ -139,14 +139,17 @@ class GradientEditor:
     def _shapes(self, lm: LanguageModel) -> list[tuple[int, int]]:
         return shapes([lm.shape(path) for path in self.modules])
 
-    def _moments(self, places: Mapping[str, tuple[int, int]], slopes: Mapping[str, Slopes]) -> dict[int, Moments]:
-        """Of a living normalization: what this batch adds to the moments of each shape."""
+    def _moments(
+        self, places: Mapping[str, tuple[int, int]], slopes: Mapping[str, Slopes], seen: Mapping[int, Moments]
+    ) -> dict[int, Moments]:
+        """Of a living normalization: what this batch adds to the moments of each shape, after its steps so far."""
         if not self.rule.living:
             return {}
         rows: dict[int, list[Tensor]] = {}
         for path, (shape, _) in places.items():
             rows.setdefault(shape, []).append(slopes[path].rows)
-        return {i: Moments.of(torch.cat(own)) for i, own in rows.items()}
+        new = {i: Moments.of(torch.cat(own)) for i, own in rows.items()}
+        return {i: seen[i].joined(own.table) if i in seen else own for i, own in new.items()}
 
     def places(self, lm: LanguageModel) -> dict[str, tuple[int, int]]:
         """Each weight's shape, and its number among those of this shape, which share a network."""

@@ -38,7 +38,7 @@ class Training:
 
     edits, steps: facts a step, and steps; accumulate: gradients that make one step of the optimizer; step: η to begin
     with, of all J steps together; rate: of the networks, Adam; step_rate: of steps η and ridges, whose unit is their
-    own; keep: weight of the penalty, drift summed over requests or ‖Δ‖²; clip: of the gradient's norm; rank, blocks:
+    own (0: what has this rate stays as it is); keep: weight of the penalty, drift summed over requests or ‖Δ‖²; clip: of the gradient's norm; rank, blocks:
     of the networks; every: steps after which a checkpoint is written.
     """
 
@@ -57,8 +57,11 @@ class Training:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            if f.name not in ("seed", "keep") and not getattr(self, f.name) > 0:
-                raise ParameterError(f"{f.name} must be above 0; found {getattr(self, f.name)}")
+            value = getattr(self, f.name)
+            if f.name in ("keep", "rate", "step_rate") and not value >= 0:
+                raise ParameterError(f"{f.name} must not be below 0; found {value}")
+            if f.name not in ("seed", "keep", "rate", "step_rate") and not value > 0:
+                raise ParameterError(f"{f.name} must be above 0; found {value}")
 
 
 def train(
