@@ -33,6 +33,7 @@ from metake.experiments.studies.quickstart import quickstart
 from metake.experiments.studies.readings import SETS
 from metake.experiments.studies.realized_residual import realized_residual
 from metake.experiments.studies.sensitivity import sensitivity
+from metake.experiments.studies.step_more import RECORDED, step_more
 from metake.experiments.studies.streams import streams
 from metake.experiments.theory.proxy_fidelity import proxy_fidelity
 from metake.language.model import load
@@ -40,7 +41,7 @@ from metake.methods import CHOSEN, METHODS, named
 from metake.support.errors import ParameterError, near_misses
 from metake.support.machine import default_device, versions
 
-LONG = ("streams", "sequences", "penalty")  # hours on a real model's CPU: only if `only` names them
+LONG = ("streams", "sequences", "penalty", "step_more")  # hours on a real model's CPU: only if `only` names them
 GROWS = "sequences"  # hours a seed: each is added to what is recorded
 HELD_OUT = ("alphaedit", "metake", "metake/literal", "metake/whole")
 TASKED = "general_ability"  # only if there is task data
@@ -171,6 +172,10 @@ def _studies(
         ),
         # of networks as small as those that ship with the package
         "penalty": lambda: penalty(common["model"], rank=SHIPPED_RANK, data=data["CounterFact"], out=runs / "penalty"),
+        "step_more": lambda: step_more(
+            common["model"], RECORDED, 40, (0, 1, 2), data=data["CounterFact"], shipped=False, out=runs / "step_more",
+            rank=SHIPPED_RANK
+        ),
         # 7 λ_KL, each another Stage I: of 100 requests a fifth in each group, half an hour on two cores
         "kl_strength": lambda: kl_strength(
             **asked, methods_=own or PRIMARY, pool=edits, data={"ZsRE": data["ZsRE"]}, out=kept

@@ -25,7 +25,7 @@ from metake.scoring.evaluation import evaluate
 from metake.support.errors import NumericalError
 
 SCORES = METRICS[:3]
-FACTORS = tuple(1.5**k for k in range(-4, 5))
+FACTORS = (0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0)
 LEVEL = 80.0  # percent of specificity at which editors are compared; where the prototypes of both families met
 
 
@@ -140,7 +140,7 @@ class Curves:
                 estimate, low, high = self.difference(one, other, level, metric, by)
                 rows.append({"compared": what, "metric": metric, "first": sides[0], "second": sides[1],
                              "difference": estimate, "low": low, "high": high})  # fmt: skip
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=["compared", "metric", "first", "second", "difference", "low", "high"])
 
 
 def _steps(rising: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
