@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from metake.algebra.geometry import inverse_covariance, isotropic, null_space
@@ -17,8 +15,9 @@ from metake.algebra.postprocess import cap_spectrum, keep_largest, soften_princi
 from metake.editing.editor import Editor, root, whole
 from metake.editing.gradient.editor import GradientEditor
 from metake.editing.gradient.rule import GradientRule
-from metake.editing.gradient.stored import read
-from metake.editing.gradient.training import Training
+from metake.editing.gradient.trained import TRAINED as TRAINED
+from metake.editing.gradient.trained import maps, trained
+from metake.editing.gradient.trained import to_train as to_train
 from metake.editing.outer import Refinement
 from metake.editing.recipes import Recipe, recipe
 from metake.editing.targets import TargetRule
@@ -127,67 +126,31 @@ def ultraedit(model: str, **changes: Any) -> GradientEditor:
     rule = GradientRule(
         coefficient="normalized", living=True, step=recipe(model).ultraedit_step, tokens=recipe(model).gradient_tokens
     )
-    return replace(GradientEditor(_maps("ultraedit", model), rule), **changes)
+    return replace(GradientEditor(maps("ultraedit", model), rule), **changes)
 
 
 def malmen(model: str, editor: str | None = None, **changes: Any) -> GradientEditor:
     """MALMEN (Tan et al. 2024): Δ = Dᵀ(KKᵀ + λI)⁻¹K, D = −η(k·k̃)g̃, [k̃; g̃] and η, λ by a trained network."""
-    return _trained("malmen", model, editor, changes)
+    _check_parts(GradientEditor, changes)
+    return replace(trained("malmen", model, editor), **changes)
 
 
 def mend(model: str, editor: str | None = None, **changes: Any) -> GradientEditor:
     """MEND (Mitchell et al. 2022): Δ = −Σ η g̃ k̃ᵀ over all tokens, [k̃; g̃] and η by a trained network."""
-    return _trained("mend", model, editor, changes)
+    _check_parts(GradientEditor, changes)
+    return replace(trained("mend", model, editor), **changes)
 
 
 def smedit(model: str, editor: str | None = None, **changes: Any) -> GradientEditor:
     """SMEdit (Li et al. 2025): two steps of MALMEN, each from the slopes of the model as the last one left it; ‖Δ‖²."""
-    return _trained("smedit", model, editor, changes)
-
-
-def _maps(name: str, model: str) -> tuple[str, ...]:
-    """The linear maps that a method of the gradient family edits."""
-    found = getattr(recipe(model), f"{name}_modules")
-    return tuple(path.format(i) for path, first, last in found for i in range(first, last + 1))
-
-
-def _trained(name: str, model: str, editor: str | None, changes: dict[str, Any]) -> GradientEditor:
-    """The editor in a folder; by default the one that is shipped. Raises ParameterError if there is none."""
     _check_parts(GradientEditor, changes)
-    folder = Path(editor) if editor else SHIPPED / f"{recipe(model).model}-{name}"
-    if not folder.is_dir():
-        raise ParameterError(
-            f"no trained editor of {name} for {model!r}; make one with: metake train {name} --model {model} --out DIR, "
-            "and pass editor=DIR (--editor DIR)"
-        )
-    return replace(read(folder), **changes)
+    return replace(trained("smedit", model, editor), **changes)
 
 
-def to_train(name: str, model: str, **changes: Any) -> tuple[GradientRule, tuple[str, ...], Training]:
-    """What the training of a method begins with: its rule, the linear maps that it edits, and how it is trained.
-
-    changes: of the training. Raises ParameterError for a method that is not trained, or a model of which nobody has
-    said which linear maps to edit.
-    """
-    if name not in TRAINED:
-        raise ParameterError(near_misses(name, TRAINED, "method that is trained"))
-    rule, training = TRAINED[name]
-    tokens = "all" if name == "mend" else recipe(model).gradient_tokens
-    if not (maps := _maps(name, model)):
-        raise ParameterError(
-            f"nobody has said which linear maps of {model!r} {name} edits; give the recipe {name}_modules, or name "
-            "them to metake.train(lm, cases, rule, modules)"
-        )
-    return replace(rule, tokens=tokens), maps, replace(training, **changes)
+def _ruled(editor: GradientEditor, **changes: Any) -> GradientEditor:
+    return replace(editor, rule=replace(editor.rule, **changes))
 
 
-TRAINED: dict[str, tuple[GradientRule, Training]] = {
-    "malmen": (GradientRule(), Training()),
-    "mend": (GradientRule("sum", inside=True), Training(1, 100, accumulate=10, rate=3e-4)),
-    "smedit": (GradientRule(steps=2, penalty="norm"), Training(keep=1.0)),
-}
-"""The methods that are trained: what tells them apart, and how."""
-SHIPPED = files("metake") / "data" / "editors"
 GRADIENT: dict[str, Callable[..., GradientEditor]] = {
     "ultraedit": ultraedit, "malmen": malmen, "mend": mend, "smedit": smedit,
 }  # fmt: skip
@@ -293,15 +256,38 @@ DIFFERENCES: dict[str, Difference] = {
 }  # fmt: skip
 """Where a paper and its released code, or two releases, disagree: each as a method of its own name."""
 
+GRADIENT_DIFFERENCES: dict[str, Difference] = {
+    "mend/added": Difference(
+        lambda model, **changes: _ruled(mend(model, **changes), added=True),
+        "the corrected gradient is subtracted (its Algorithm 2)",
+        "the code adds it, with η = 1e-4 at first: an edit climbs the loss until training has turned η's sign", "paper",
+    ),
+    "malmen/living": Difference(
+        lambda model, **changes: _ruled(malmen(model, **changes), living=True),
+        "the hyper-network is a function of the edit's own keys and gradients",
+        "its normalization goes on with every edit, also in validation: an edit depends on all those before it",
+        "paper",
+    ),
+    "malmen/micro-batch": Difference(
+        lambda model, **changes: _ruled(malmen(model, **changes), micro=4),
+        "a gradient is the request's own",
+        "of the mean over a micro-batch (32; 4 in EMSEdit's): gradients shrink with its size, and those of a last, "
+            "shorter one are larger than in training", "paper",
+    ),
+}  # fmt: skip
+"""The same of the gradient family."""
+
 
 def named() -> dict[str, Callable[..., Editor | GradientEditor]]:
     """Every name that `method` knows: both families, MetaKE on other operators, and the published differences."""
-    return METHODS | GRADIENT | OPERATORS | {name: difference.make for name, difference in DIFFERENCES.items()}
+    return METHODS | GRADIENT | OPERATORS | {
+        name: difference.make for name, difference in (DIFFERENCES | GRADIENT_DIFFERENCES).items()
+    }
 
 
 def planning(name: str, model: str, **changes: Any) -> Editor:
     """`method` for who looks at planned residuals. Raises ParameterError for one of the gradient family."""
-    if name in GRADIENT:
+    if name.partition("/")[0] in GRADIENT:
         raise ParameterError(
             f"{name} plans no residuals, its edit comes from gradients: it can be run and compared (metake run, the "
             "main comparison), but not looked at in its stages; choose a method that plans, such as memit"

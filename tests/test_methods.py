@@ -24,7 +24,18 @@ from metake.editing.recipes import models, recipe, source
 from metake.editing.record import describe
 from metake.experiments.speed import bench, run_time
 from metake.experiments.studies import gamma_beforehand, hidden_states, kl_strength, realized_residual
-from metake.methods import ABLATIONS, DIFFERENCES, GRADIENT, METHODS, OPERATORS, TRAINED, method, named, to_train
+from metake.methods import (
+    ABLATIONS,
+    DIFFERENCES,
+    GRADIENT,
+    GRADIENT_DIFFERENCES,
+    METHODS,
+    OPERATORS,
+    TRAINED,
+    method,
+    named,
+    to_train,
+)
 from metake.support.errors import ParameterError
 
 KINDS = {
@@ -66,7 +77,7 @@ HUB = {
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct", "qwen3-4b-thinking": "Qwen/Qwen3-4B-Thinking-2507",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }  # fmt: skip
-CLOSED = [name for name in named() if name not in GRADIENT]
+CLOSED = [name for name in named() if name.partition("/")[0] not in GRADIENT]
 
 
 def numbers(editor: Editor) -> tuple[float, int, float, float]:
@@ -207,6 +218,16 @@ def test_a_difference_changes_one_part_of_its_method(name: str):
     assert difference.usual == (difference.paper if difference.default == "paper" else difference.code)
 
 
+@pytest.mark.parametrize("name", GRADIENT_DIFFERENCES)
+def test_a_difference_of_the_gradient_family_changes_one_part_of_its_rule(name: str):
+    difference, usual, other = GRADIENT_DIFFERENCES[name], method(name.partition("/")[0], "tiny"), method(name, "tiny")
+    part = {"mend/added": "added", "malmen/living": "living", "malmen/micro-batch": "micro"}[name]
+    assert replace(other.rule, **{part: getattr(usual.rule, part)}) == usual.rule != other.rule
+    assert other.modules == usual.modules and other.trained == usual.trained and len(
+        {difference.paper, difference.code, ""}
+    ) == 3
+
+
 def test_the_refinement_goes_on_any_base_and_its_ablations_change_it_alone():
     for base in ("memit", "blue", "sphere"):
         made, plain = method(f"metake/{base}", "tiny"), method(base, "tiny")
@@ -228,7 +249,8 @@ def test_an_unknown_name_or_part_is_answered_with_the_near_ones():
             method(name, "tiny", postprocess=())
     with pytest.raises(ParameterError, match="unknown model of a recipe 'gpt2-xxl'.*'gpt2-xl'"):
         method("rome", "gpt2-xxl")
-    assert named().keys() == {*METHODS, *GRADIENT, *OPERATORS, *DIFFERENCES} and methods.METHODS is mk.METHODS
+    assert named().keys() == {*METHODS, *GRADIENT, *OPERATORS, *DIFFERENCES, *GRADIENT_DIFFERENCES}
+    assert methods.METHODS is mk.METHODS
 
 
 def test_the_gradient_family_differs_where_its_papers_do():

@@ -37,10 +37,11 @@ def operators() -> dict[str, str]:
 
 def differences() -> dict[str, tuple[str, str]]:
     """Where a paper and released code disagree: name → what it does, what the default does."""
-    table, found = _table("DIFFERENCES"), {}
-    for name, difference in zip(table.keys, table.values, strict=True):
-        paper, code, default = map(ast.literal_eval, difference.args[1:])
-        found[name.value] = (code, paper) if default == "paper" else (paper, code)
+    found = {}
+    for table in map(_table, ("DIFFERENCES", "GRADIENT_DIFFERENCES")):
+        for name, difference in zip(table.keys, table.values, strict=True):
+            paper, code, default = map(ast.literal_eval, difference.args[1:])
+            found[name.value] = (code, paper) if default == "paper" else (paper, code)
     return found
 
 

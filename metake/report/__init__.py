@@ -23,6 +23,7 @@ from metake.report.shown import Verdict, provenance, table, verdict
 from metake.report.studies.ability import ability_curves
 from metake.report.studies.claims import claim_panels
 from metake.report.studies.comparison import comparison_dots, comparison_table, forest, tradeoff
+from metake.report.studies.frontier import frontier_curves
 from metake.report.studies.gamma import gamma_auroc, gamma_calibration
 from metake.report.studies.generations import generations, target_shares
 from metake.report.studies.hidden_states import state_distances, state_maps
@@ -43,7 +44,8 @@ __all__ = [
     "ball_and_ellipsoid", "before_after", "beta_plane", "beta_to_drag", "claim_panels", "comparison_dots",
     "comparison_table",
     "coupling_step", "descent", "dispersion",
-    "feasible_plans", "figures_dir", "forest", "gamma_auroc", "gamma_calibration", "generations", "if_recorded",
+    "feasible_plans", "figures_dir", "forest", "frontier_curves",
+    "gamma_auroc", "gamma_calibration", "generations", "if_recorded",
     "kl_curves", "last_layer", "merge_recorded", "option_effects", "paper", "project_root", "provenance",
     "proxy_certificates",
     "proxy_cosines", "proxy_descent", "reading_dots", "real_plans", "realized_curves", "recorded", "recorded_or",

@@ -65,7 +65,7 @@ def test_the_listed_methods_are_those_that_exist():
     assert list(listing.methods().items()) == list(docstrings.items())
     bases = {name: make.keywords["base"].__name__ for name, make in methods.OPERATORS.items()}
     assert list(listing.operators().items()) == list(bases.items())
-    texts = {name: (d.option, d.usual) for name, d in methods.DIFFERENCES.items()}
+    texts = {name: (d.option, d.usual) for name, d in (methods.DIFFERENCES | methods.GRADIENT_DIFFERENCES).items()}
     assert list(listing.differences().items()) == list(texts.items())
     assert listing.names() == list(methods.named())
 

@@ -63,7 +63,7 @@ def maps(lm) -> tuple[str, ...]:
 
 def untrained(lm, rule: GradientRule, seed: int = 0, step: float = 1e-3, wild: float = 0.0) -> GradientEditor:
     """Networks of a rule as training begins with them; wild: how far they are from the identity."""
-    made = training._begin(lm, rule, maps(lm), Training(2, step=step * rule.steps, rank=3, seed=seed))
+    made = training.begin(lm, rule, maps(lm), Training(2, step=step * rule.steps, rank=3, seed=seed))
     torch.manual_seed(seed)
     for network in (n for step_ in made.networks for n in step_):
         for p in network.parameters():

@@ -76,9 +76,14 @@ class GradientEditor:
                     f"this editor was trained on {path} with SHA-256 {expected[:12]}…, but {lm.name!r} has "
                     f"{found.get(path, 'none')[:12]}…: train one on this model, with metake train"
                 )
-        sizes = self._shapes(lm)
-        begin = {i: Moments.of(torch.zeros(0, sum(size), device=lm.device)) for i, size in enumerate(sizes)}
+        begin = {i: self._first_moments(lm, i, sum(size)) for i, size in enumerate(self._shapes(lm))}
         return EditorState(begin if self.rule.living else {}, PLAIN, self.digest)
+
+    def _first_moments(self, lm: LanguageModel, shape: int, width: int) -> Moments:
+        """What a living normalization goes on from: the training's moments, those of its last step; else none."""
+        if self.networks:
+            return Moments(self.networks[-1][shape].table.to(lm.device))
+        return Moments.of(torch.zeros(0, width, device=lm.device))
 
     def edit(self, lm: LanguageModel, requests: Sequence[EditRequest], statistics: Any = None) -> Edit:
         """One batch from a fresh state. `lm` is bit-identical on return."""
@@ -103,7 +108,9 @@ class GradientEditor:
         requests = list(requests)
         check_batch(requests)
         hashes, clock = {path: lm.digest(path) for path in self.modules}, Clock(lm.device)
-        passes = Passes(lm, rewriting_rows(lm.tokenizer, requests, PLAIN), self.rule.tokens)
+        share = self.rule.shares(len(requests))
+        rows = rewriting_rows(lm.tokenizer, requests, PLAIN)
+        passes = Passes(lm, [row._replace(weight=share[row.request] * row.weight) for row in rows], self.rule.tokens)
         places, sums = self.places(lm), {path: _nothing(lm, path) for path in self.modules}
         solved: dict[str, list[SolvedLayer]] = {path: [] for path in self.modules}
         history, seen = [], {}
@@ -130,7 +137,7 @@ class GradientEditor:
             weights=hashes, requests=tuple(r.id for r in requests), requests_digest=digest_of(requests),
             statistics_digest=state.statistics_digest, context_templates=PLAIN, seed=self.seed, versions=versions(),
             layers={path: self._norms(lm, update, solved[path]) for path, update in sums.items()},
-            trace={r.id: {"nll": [step[i].item() for step in history]} for i, r in enumerate(requests)},
+            trace={r.id: {"nll": [step[i].item() / share[i] for step in history]} for i, r in enumerate(requests)},
             seconds=clock.seconds, peak_memory=peak_memory(lm.device),
         )  # fmt: skip
         edit = Edit(tuple(sums.values()), record)
@@ -165,10 +172,10 @@ class GradientEditor:
         self, where: tuple[int, int], j: int, slopes: Slopes, state: EditorState, seen: Mapping[int, Moments]
     ) -> Corrected:
         shape, place = where
-        if self.rule.living:
-            moments = state.metrics[shape].joined(seen[shape].table)
-            return Corrected(moments.normalized(slopes.rows), self.rule.step, 1.0)
-        return corrected(self.networks[j][shape], slopes, place)
+        moments = state.metrics[shape].joined(seen[shape].table) if self.rule.living else None
+        if self.networks:
+            return corrected(self.networks[j][shape], slopes, place, moments)
+        return Corrected((moments or Moments.of(slopes.rows)).normalized(slopes.rows), self.rule.step, 1.0)
 
     def _norms(self, lm: LanguageModel, update: LayerUpdate, solved: Sequence[SolvedLayer]) -> dict[str, float]:
         if solved:
@@ -176,9 +183,9 @@ class GradientEditor:
         return {"relative_update": (update.delta.norm() / lm.weight(update.module).double().norm()).item()}
 
 
-def corrected(network: Network, slopes: Slopes, place: int) -> Corrected:
-    """What a network makes of slopes, differentiable in its parameters."""
-    return Corrected(network(slopes.rows, place), network.step[place], network.log_ridge[place].double().exp())
+def corrected(network: Network, slopes: Slopes, place: int, moments: Moments | None = None) -> Corrected:
+    """What a network makes of slopes, differentiable in its parameters; moments: in the place of its own."""
+    return Corrected(network(slopes.rows, place, moments), network.step[place], network.log_ridge[place].double().exp())
 
 
 def _solved(keys: Tensor, left: Tensor, right: Tensor) -> SolvedLayer:

@@ -78,9 +78,9 @@ class Network(nn.Module):
         """Take rows, (T, D), into the running moments."""
         self.table.copy_(self.moments.joined(Moments.of(rows).table).table)
 
-    def forward(self, rows: Tensor, place: int) -> Tensor:
-        """[k̃; g̃] of the rows, (T, D), of edited weight number `place`."""
-        y = self.moments.normalized(rows).to(self.step.dtype)
+    def forward(self, rows: Tensor, place: int, moments: Moments | None = None) -> Tensor:
+        """[k̃; g̃] of the rows, (T, D), of edited weight number `place`; moments: in the place of its own."""
+        y = (moments or self.moments).normalized(rows).to(self.step.dtype)
         for down, up, bias, scale, shift in zip(self.down, self.up, self.bias, self.scale, self.shift, strict=True):
             inner = y @ down @ up + bias
             if self.inside:

@@ -23,14 +23,18 @@ class GradientRule:
     """How slopes K, (T, d_in), and g, (T, d_out), become an update, with k̃, g̃ what a network makes of them.
 
     solve        "least squares": Δ = Dᵀ(KKᵀ + λI)⁻¹K with D_t = −η c_t g̃_t, which is R·M with Q = I/λ (MALMEN);
-                 "sum": Δ = −Σ η g̃_t k̃_tᵀ (MEND, whose released code has the sign of an ascent: η < 0)
+                 "sum": Δ = −Σ η g̃_t k̃_tᵀ (MEND)
+    added        whether D and the sum have the other sign, which climbs the loss until η has turned (MEND's code)
     coefficient  c_t: "raw", k_t·k̃_t (MALMEN); "normalized", k̃_t·k̃_t (UltraEdit)
     tokens       "answer", positions whose next token is the answer's; "all", every attended one (MEND)
     steps        J, how often slopes are read again of the model as the steps before left it (SMEdit: 2)
     penalty      of training, what keeps the model: "kl", drift on unrelated prompts (MEND, MALMEN); "norm", ‖Δ‖²
                  (SMEdit)
     inside       whether scale and shift stand inside the maximum of a network's blocks (MEND)
-    step         η where nothing is trained (UltraEdit); living: its moments go on over all edits, and λ is 1
+    step         η where nothing is trained (UltraEdit), and λ is 1 then
+    living       whether the moments go on over all edits (UltraEdit, MALMEN's code), or stay those of the training
+    micro        0: each request's slopes are those of its own mean loss; n: of the mean over micro-batches of n, which
+                 training filled, so that those of a last, shorter one are larger (MALMEN's code)
     """
 
     solve: str = "least squares"
@@ -41,6 +45,8 @@ class GradientRule:
     inside: bool = False
     step: float = 1e-6
     living: bool = False
+    added: bool = False
+    micro: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -48,6 +54,14 @@ class GradientRule:
                 raise ParameterError(near_misses(value, allowed, f"value of {name}"))
         if self.steps < 1:
             raise ParameterError(f"steps must be at least 1; found {self.steps}")
+        if self.micro < 0:
+            raise ParameterError(f"micro must not be below 0; found {self.micro}")
+
+    def shares(self, count: int) -> list[float]:
+        """What each of `count` requests' losses counts: 1, or in a last, shorter micro-batch more."""
+        if not self.micro:
+            return [1.0] * count
+        return [self.micro / min(self.micro, count - i // self.micro * self.micro) for i in range(count)]
 
 
 class Corrected(NamedTuple):
@@ -62,10 +76,11 @@ def residuals(rule: GradientRule, slopes: Slopes, corrected: Corrected) -> Tenso
     """D, (T, d_out), of least squares; of a sum −η g̃."""
     width = slopes.keys.shape[1]
     keys, gradients = corrected.rows[:, :width], corrected.rows[:, width:]
+    step = corrected.step if rule.added else -corrected.step
     if rule.solve == "sum":
-        return -corrected.step * gradients
+        return step * gradients
     other = slopes.keys if rule.coefficient == "raw" else keys
-    return -corrected.step * (other * keys).sum(1, keepdim=True) * gradients
+    return step * (other * keys).sum(1, keepdim=True) * gradients
 
 
 def factors(rule: GradientRule, slopes: Slopes, corrected: Corrected) -> tuple[Tensor, Tensor]:

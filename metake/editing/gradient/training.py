@@ -38,8 +38,8 @@ class Training:
 
     edits, steps: facts a step, and steps; accumulate: gradients that make one step of the optimizer; step: η to begin
     with, of all J steps together; rate: of the networks, Adam; step_rate: of steps η and ridges, whose unit is their
-    own (0: what has this rate stays as it is); keep: weight of the penalty, drift summed over requests or ‖Δ‖²; clip: of the gradient's norm; rank, blocks:
-    of the networks; every: steps after which a checkpoint is written.
+    own (a rate of 0: they stay as they are); keep: weight of the penalty, drift summed over requests or ‖Δ‖²; clip: of
+    the gradient's norm; rank, blocks: of the networks; every: steps after which a checkpoint is written.
     """
 
     edits: int = 20
@@ -84,7 +84,7 @@ def train(
             f"{training.edits} cases a step were asked for, but only {len(usable)} of {len(cases)} can be trained on: "
             f"{len(cases) - len(kept)} are kept for evaluation, the others lack a paraphrase or a neighbor"
         )
-    made = _begin(lm, rule, tuple(modules), training)
+    made = begin(lm, rule, tuple(modules), training)
     told = _told(lm, made, training, usable)
     if out and (done := finished(out, told)):
         return done
@@ -101,7 +101,7 @@ def train(
     return done
 
 
-def _begin(lm: LanguageModel, rule: GradientRule, modules: tuple[str, ...], training: Training) -> GradientEditor:
+def begin(lm: LanguageModel, rule: GradientRule, modules: tuple[str, ...], training: Training) -> GradientEditor:
     """The editor before training: networks that are the identity, on the model's device."""
     sizes = [lm.shape(path) for path in modules]
     wide = torch.promote_types(lm.dtype, torch.float32)
@@ -164,32 +164,39 @@ def meta_gradient(
 ) -> dict[str, float]:
     """Add the gradient of one batch's outer loss to the networks' parameters; the model is left as it was.
 
-    Returns means over the requests: "before" and "after", −log p of the target; "drift"; "norm", ‖Δ‖.
-    Cost: J + 1 forwards and backwards, and a forward of the unedited model.
+    Returns means over the requests: "before", −log p of the target after the edited prompt before the edit; "after", of
+    prompt and paraphrase after it; "drift"; "norm", ‖Δ‖.
+    Cost: J + 1 forwards and backwards; for "kl" a forward of the unedited model.
     """
     outer = Passes(lm, outer_rows(lm, batch, made.rule.penalty, draw), "all")
-    before = outer.losses()
+    held = made.rule.penalty == "kl"
+    if held:
+        outer.losses()  # what the model says before the edit: the drift is from it
     with lm.scratch(made.modules):
         inner = Passes(lm, rewriting_rows(lm.tokenizer, [c.request for c in batch], PLAIN), made.rule.tokens)
-        pairs = _applied(lm, made, inner)
-        drift = keep if made.rule.penalty == "kl" else 0.0
-        after, slopes = outer.slopes(made.modules, drift)
+        before, pairs = _applied(lm, made, inner)
+        after, slopes = outer.slopes(made.modules, keep if held else 0.0)
     surrogate = sum(_inner(slopes[path], left, right) for path, steps in pairs.items() for left, right in steps)
     norm = sum(_square(steps) for steps in pairs.values())
     (surrogate + (keep * norm if made.rule.penalty == "norm" else 0.0)).backward()
     count = len(batch)
     return {
-        "before": before[:, 0].sum().item() / count, "after": after[:, 0].sum().item() / count,
+        "before": before.sum().item() / count, "after": after[:, 0].sum().item() / count,
         "drift": after[:, 1].sum().item() / count, "norm": float(norm.detach()) ** 0.5
     }
 
 
-def _applied(lm: LanguageModel, made: GradientEditor, inner: Passes) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """Edit the model step by step; each step's R and M of each weight, differentiable in the networks."""
+def _applied(
+    lm: LanguageModel, made: GradientEditor, inner: Passes
+) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Edit the model step by step: each request's −log p before, and each step's R and M of each weight, differentiable
+    in the networks."""
+    before: list[Tensor] = []
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in made.modules}
     places = made.places(lm)
     for networks in made.networks:
-        _, slopes = inner.slopes(made.modules)
+        losses, slopes = inner.slopes(made.modules)
+        before.append(losses[:, 0])
         for path, own in slopes.items():
             networks[places[path][0]].see(own.rows)
         for path, own in slopes.items():
@@ -199,7 +206,7 @@ def _applied(lm: LanguageModel, made: GradientEditor, inner: Passes) -> dict[str
         for path in made.modules:
             left, right = pairs[path][-1]
             lm.add(path, LayerUpdate(path, left.detach(), right.detach()))
-    return pairs
+    return before[0], pairs
 
 
 def _inner(slopes: Slopes, left: Tensor, right: Tensor) -> Tensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from metake import methods
 from metake.algebra.geometry import KeyStatistics
-from metake.data.requests import Cases
+from metake.data.requests import Cases, Probe
 from metake.editing.editor import Editor
+from metake.editing.gradient.editor import GradientEditor
 from metake.editing.record import describe
 from metake.editing.statistics import statistics
 from metake.experiments.cases import read_cases, select
@@ -19,9 +22,11 @@ from metake.experiments.decision import all_of, equal, for_and_against, opposite
 from metake.experiments.runs import edit_sequence
 from metake.experiments.studies.comparison import paired_differences, summarize
 from metake.language.model import LanguageModel, load
-from metake.language.tokens import continuation
-from metake.scoring.evaluation import Evaluation, evaluate
+from metake.language.tokens import continuation, encode, pad
+from metake.scoring.evaluation import NAMES, Evaluation, evaluate
+from metake.support.errors import ParameterError
 
+NAMED = methods.DIFFERENCES | methods.GRADIENT_DIFFERENCES
 MATTERS = 0.01  # of the default's norm: an update that is further from it than this is another update
 
 
@@ -30,12 +35,23 @@ def default_of(option: str) -> str:
     return option.partition("/")[0]
 
 
+def options(model: str = "tiny") -> list[str]:
+    """Every named difference, but for those of trained editors that this model has none of."""
+    found = list(methods.DIFFERENCES)
+    for option in methods.GRADIENT_DIFFERENCES:
+        with contextlib.suppress(ParameterError):
+            methods.method(option, model)
+            found.append(option)
+    return found
+
+
 def table(model: str = "tiny") -> pd.DataFrame:
     """One row per named difference: option (the name to type), paper, code, default ("paper", "code" or "ours"), and
     the parts of the default's editor for `model` that the option changes, as name: default → option."""
     rows = []
-    for option, found in methods.DIFFERENCES.items():
-        parts = [dict(_flat(describe(methods.method(name, model)))) for name in (default_of(option), option)]
+    for option in options(model):
+        found = NAMED[option]
+        parts = [dict(_flat(_described(methods.method(name, model)))) for name in (default_of(option), option)]
         changed = [
             f"{k.replace('.0.', '.')}: {parts[0].get(k)} → {parts[1].get(k)}"
             for k in {**parts[0], **parts[1]}
@@ -50,6 +66,10 @@ def table(model: str = "tiny") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _described(editor: Editor | GradientEditor) -> dict[str, Any]:
+    return describe(editor.rule if isinstance(editor, GradientEditor) else editor)
+
+
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names of plain data's leaves."""
     if isinstance(value, dict):
@@ -62,8 +82,8 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def effects(
-    model: str = "tiny", options: Sequence[str] = tuple(methods.DIFFERENCES), edits: int = 12, batch: int = 6,
-    data: str = "facts", seed: int = 0
+    model: str = "tiny", options: Sequence[str] = tuple(NAMED), edits: int = 12, batch: int = 6, data: str = "facts",
+    seed: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Each default and each option on the same requests, one batch after the other; all cases evaluated after the last.
 
@@ -90,10 +110,11 @@ def effects(
 
 
 def _edited(
-    lm: LanguageModel, editor: Editor, cases: Cases, batch: int, given: Mapping[int, KeyStatistics], before: Evaluation
+    lm: LanguageModel, editor: Editor | GradientEditor, cases: Cases, batch: int, given: Mapping[int, KeyStatistics],
+    before: Evaluation
 ) -> tuple[dict[str, Tensor], Evaluation]:
     """What a method's sequence adds to each weight, and the evaluation after it; `lm` is left as it was."""
-    paths = [lm.write_path(layer) for layer in editor.layers]
+    paths = editor.paths(lm)
     start = {path: lm.weight(path).clone() for path in paths}
     with lm.scratch(paths):
         for _, state in edit_sequence(lm, editor, [case.request for case in cases], given, batch):
@@ -107,7 +128,7 @@ def _norm(updates: dict[str, Tensor]) -> float:
     return sum(delta.square().sum().item() for delta in updates.values()) ** 0.5
 
 
-def beside(records: pd.DataFrame, options: Sequence[str] = tuple(methods.DIFFERENCES)) -> pd.DataFrame:
+def beside(records: pd.DataFrame, options: Sequence[str] = tuple(NAMED)) -> pd.DataFrame:
     """Percent of cases with the default and with the option, one row per option and metric: method (the option),
     metric, default, option, and their difference in points with a 95 % bootstrap interval over cases (low, high)."""
     found, rows = summarize(records).set_index("method"), []
@@ -165,10 +186,54 @@ def ceiling(model: str = "tiny", data: str = "facts-zsre") -> pd.DataFrame:
     )
 
 
+def by_token(
+    model: str = "tiny", method: str = "memit", edits: int = 12, data: str = "facts", seed: int = 0
+) -> pd.DataFrame:
+    """CounterFact's scores by two definitions, on the same edited model: ROME's, whose answers compete by their mean
+    log-probability, and EMSEdit's, whose scored answer is forced and at each of its tokens compared with the token that
+    the other answer has there, up to the shorter one's end; the score is the share of tokens.
+
+    One row per probe with a rival: kind, tokens (of the shorter answer), both scores as shares.
+    """
+    lm = load(model)
+    cases = select(lm, read_cases(data), edits, seed)
+    editor = methods.method(method, model, seed=seed)
+    edit = editor.edit(lm, [case.request for case in cases], statistics(lm, layers=editor.layers))
+    with edit.applied(lm):
+        whole = evaluate(lm, cases)
+        probes = [p for case in cases for p in case.probes if p.kind in NAMES]
+        scores = [p.score for case in whole.cases for p in case.probes]
+        rows = [
+            {"kind": NAMES[p.kind], **_shared(lm, p), "mean log-probability": score}
+            for p, score in zip(probes, scores, strict=True)
+            if p.rival is not None
+        ]
+    return pd.DataFrame(rows)
+
+
+def _shared(lm: LanguageModel, probe: Probe) -> dict[str, float]:
+    """Of one probe: tokens that both answers have, and the share of them at which the scored answer's is likelier."""
+    ours, other = (continuation(lm.tokenizer, text) for text in (probe.target, probe.rival))
+    start, count = encode(lm.tokenizer, probe.prompt), min(len(ours), len(other))
+    columns = torch.arange(len(start) - 1, len(start) - 1 + count, device=lm.device)
+    with torch.no_grad():
+        logits = lm.logits(pad([start + ours[: count - 1]], lm.device), torch.zeros_like(columns), columns)
+    wins = [bool(row[a] > row[b]) for row, a, b in zip(logits, ours, other, strict=False)]
+    return {"tokens": count, "token by token": sum(wins) / count}
+
+
+def definitions(records: pd.DataFrame) -> pd.DataFrame:
+    """Both scores in percent, by kind and by whether the answers have one token or more."""
+    length = records.tokens.map(lambda n: "one token" if n == 1 else "more").rename("shorter answer")
+    grouped = records.groupby(["kind", length], sort=False)
+    found = 100 * grouped[["mean log-probability", "token by token"]].mean()
+    return found.assign(probes=grouped.size()).reset_index()
+
+
 def judge(changes: pd.DataFrame) -> dict[str, Any]:
     """Whether taking the other side of a difference writes another update: holds if every option is further than
     `MATTERS` from its default, does not hold if none is, inconclusive if some are. Only where code was released."""
-    released = changes[[methods.DIFFERENCES[option].default != "ours" for option in changes.option]]
+    released = changes[[NAMED[option].default != "ours" for option in changes.option]]
     others = [
         opposite(equal(row.option, row.change, MATTERS))._replace(error="resolution") for row in released.itertuples()
     ]

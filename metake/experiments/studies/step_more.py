@@ -41,6 +41,10 @@ LIVE = (*RECORDED[:2], *RECORDED[3:6], RECORDED[6], RECORDED[9])
 """Those that need no training: untrained ones, UltraEdit, and the two that ship with the package."""
 
 
+LIVE_FACTORS = (0.5, 0.7, 1.0, 1.5, 2.0, 4.0)
+COLUMNS = ("variant", *Variant._fields, "seed", "factor", "id", *SCORES)
+
+
 def label(variant: Variant) -> str:
     """A variant in words, which also tell variants apart."""
     steps = "1 step" if variant.steps == 1 else f"{variant.steps} steps"
@@ -159,6 +163,36 @@ def same_step(records: pd.DataFrame) -> pd.DataFrame:
             if factor in means.index:
                 rows.append({"steps": variant.steps, "size": what, **means.loc[factor, list(SCORES)]})
     return labelled(pd.DataFrame(rows).sort_values(["size", "steps"], kind="stable"), records)
+
+
+def shown(records: pd.DataFrame, what: str) -> list[str]:
+    """Labels of the records' variants that are "untrained", or "ready": the package's own and UltraEdit."""
+    own = records[(records.learns == "nothing") == (what == "untrained")]
+    return list(own.variant.unique())
+
+
+def more_steps(records: pd.DataFrame) -> pd.DataFrame:
+    """The records of claims B and C: MALMEN by its steps, fully trained, and UltraEdit."""
+    network = (records.learns == "network") & (records.penalty == "kl") & (records.batches == FULL)
+    return labelled(records[network | (records.learns == ULTRAEDIT)], records)
+
+
+def low_data(records: pd.DataFrame) -> pd.DataFrame:
+    """The records of claim A: MALMEN and SMEdit by the batches of their training."""
+    usual = ((records.steps == 1) & (records.penalty == "kl")) | (records.penalty == "norm")
+    return labelled(records[usual & (records.learns == "network")], records)
+
+
+def all_compared(records: pd.DataFrame) -> pd.DataFrame:
+    """`compared` of every question: a column says which."""
+    found = [compared(records, question).assign(question=question) for question in PAIRS]
+    columns = ["question", "compared", "metric", "first", "second", "difference", "low", "high"]
+    return labelled(pd.concat(found, ignore_index=True)[columns], records)
+
+
+def empty() -> pd.DataFrame:
+    """No records: for a page whose recording is not made yet."""
+    return pd.DataFrame(columns=list(COLUMNS))
 
 
 def decide(found: pd.DataFrame, pairs: Sequence[str] | None = None) -> Decision:

@@ -37,7 +37,7 @@ def recorded_or(name: str, records: pd.DataFrame) -> pd.DataFrame:
     return records
 
 
-def if_recorded(name: str, *steps: Callable[..., Any], **last: Any) -> Any:
+def if_recorded(name: str, /, *steps: Callable[..., Any], **last: Any) -> Any:
     """The recording of this name, taken through the steps one after the other; without one, the command that makes it.
 
     last: keyword arguments of the last step, such as the caption of a table.
