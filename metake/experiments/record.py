@@ -9,6 +9,7 @@ import datetime
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,21 @@ from metake.experiments.studies.hidden_states import hidden_states
 from metake.experiments.studies.kl_strength import kl_strength
 from metake.experiments.studies.open_readings import open_readings
 from metake.experiments.studies.operators import operators
-from metake.experiments.studies.penalty import penalty
 from metake.experiments.studies.quickstart import quickstart
 from metake.experiments.studies.readings import SETS
 from metake.experiments.studies.realized_residual import realized_residual
 from metake.experiments.studies.sensitivity import sensitivity
 from metake.experiments.studies.step_more import RECORDED, step_more
 from metake.experiments.studies.streams import streams
+from metake.experiments.studies.training_choices import outer_prompts, penalty
 from metake.experiments.theory.proxy_fidelity import proxy_fidelity
 from metake.language.model import load
 from metake.methods import CHOSEN, METHODS, named
 from metake.support.errors import ParameterError, near_misses
 from metake.support.machine import default_device, versions
 
-LONG = ("streams", "sequences", "penalty", "step_more")  # hours on a real model's CPU: only if `only` names them
+# hours on a real model's CPU: only if `only` names them
+LONG = ("streams", "sequences", "penalty", "outer_prompts", "step_more")
 GROWS = "sequences"  # hours a seed: each is added to what is recorded
 HELD_OUT = ("alphaedit", "metake", "metake/literal", "metake/whole")
 TASKED = "general_ability"  # only if there is task data
@@ -171,7 +173,12 @@ def _studies(
             out=runs / "open_readings"
         ),
         # of networks as small as those that ship with the package
-        "penalty": lambda: penalty(common["model"], rank=SHIPPED_RANK, data=data["CounterFact"], out=runs / "penalty"),
+        **{
+            made.__name__: partial(
+                made, common["model"], rank=SHIPPED_RANK, data=data["CounterFact"], out=runs / "trainings"
+            )
+            for made in (penalty, outer_prompts)
+        },
         "step_more": lambda: step_more(
             common["model"], RECORDED, 40, (0, 1, 2), data=data["CounterFact"], shipped=False, out=runs / "step_more",
             rank=SHIPPED_RANK

@@ -273,7 +273,7 @@ def test_the_meta_gradient_is_that_of_the_outer_loss(name, kind):
     passes = Passes(lm, training.outer_rows(lm, CASES, rule.penalty, random.Random(1)), "all")
     inner = Passes(lm, rewriting_rows(lm.tokenizer, REQUESTS, PLAIN), rule.tokens)
     passes.losses()
-    meta_gradient(lm, made, CASES, keep, draw)
+    meta_gradient(lm, made, CASES, Training(keep=keep), draw)
     groups = [g for network in made.networks[0]
               for g in (list(network.down), list(network.up), list(network.bias), list(network.scale),
                         list(network.shift), [network.step], [network.log_ridge])]  # fmt: skip
@@ -297,7 +297,7 @@ def test_of_two_steps_the_first_is_first_order(kind):
     passes = Passes(lm, training.outer_rows(lm, CASES, rule.penalty, random.Random(1)), "all")
     inner = Passes(lm, rewriting_rows(lm.tokenizer, REQUESTS, PLAIN), rule.tokens)
     passes.losses()
-    meta_gradient(lm, made, CASES, keep, random.Random(1))
+    meta_gradient(lm, made, CASES, Training(keep=keep), random.Random(1))
     frozen = []
     with torch.no_grad(), lm.scratch(made.modules):
         for networks in made.networks:

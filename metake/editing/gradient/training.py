@@ -27,9 +27,11 @@ from metake.editing.gradient.stored import checkpoint, finished, resumed, save
 from metake.editing.record import describe, digest_of
 from metake.language.model import LanguageModel
 from metake.language.tokens import Row, continuation, encode, rewriting_rows
-from metake.support.errors import NumericalError, ParameterError
+from metake.support.errors import NumericalError, ParameterError, near_misses
 from metake.support.machine import versions
 from metake.support.progress import progress
+
+OUTER = ("both", "prompt", "paraphrase")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Training:
     edits, steps: facts a step, and steps; accumulate: gradients that make one step of the optimizer; step: η to begin
     with, of all J steps together; rate: of the networks, Adam; step_rate: of steps η and ridges, whose unit is their
     own (a rate of 0: they stay as they are); keep: weight of the penalty, drift summed over requests or ‖Δ‖²; clip: of
-    the gradient's norm; rank, blocks: of the networks; every: steps after which a checkpoint is written.
+    the gradient's norm; rank, blocks: of the networks; every: steps after which a checkpoint is written; outer: what
+    the outer loss asks for the target, "both" the edited prompt and a paraphrase, or one of the two.
     """
 
     edits: int = 20
@@ -54,13 +57,16 @@ class Training:
     rank: int = 64
     blocks: int = 2
     every: int = 20
+    outer: str = "both"
 
     def __post_init__(self) -> None:
+        if self.outer not in OUTER:
+            raise ParameterError(near_misses(self.outer, OUTER, "value of outer"))
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name in ("keep", "rate", "step_rate") and not value >= 0:
                 raise ParameterError(f"{f.name} must not be below 0; found {value}")
-            if f.name not in ("seed", "keep", "rate", "step_rate") and not value > 0:
+            if f.name not in ("seed", "keep", "rate", "step_rate", "outer") and not value > 0:
                 raise ParameterError(f"{f.name} must be above 0; found {value}")
 
 
@@ -147,7 +153,7 @@ def _step(
     for part in range(training.accumulate):
         draw = random.Random(f"{training.seed}/{number}/{part}")
         batch = draw.sample(list(cases), training.edits)
-        found.append(meta_gradient(lm, made, batch, training.keep, draw))
+        found.append(meta_gradient(lm, made, batch, training, draw))
     own = [p for group in optimizer.param_groups for p in group["params"]]
     for p in own:
         p.grad = None if p.grad is None else p.grad / training.accumulate
@@ -160,7 +166,7 @@ def _step(
 
 
 def meta_gradient(
-    lm: LanguageModel, made: GradientEditor, batch: Sequence[EditCase], keep: float, draw: random.Random
+    lm: LanguageModel, made: GradientEditor, batch: Sequence[EditCase], training: Training, draw: random.Random
 ) -> dict[str, float]:
     """Add the gradient of one batch's outer loss to the networks' parameters; the model is left as it was.
 
@@ -168,7 +174,8 @@ def meta_gradient(
     prompt and paraphrase after it; "drift"; "norm", ‖Δ‖.
     Cost: J + 1 forwards and backwards; for "kl" a forward of the unedited model.
     """
-    outer = Passes(lm, outer_rows(lm, batch, made.rule.penalty, draw), "all")
+    outer = Passes(lm, outer_rows(lm, batch, made.rule.penalty, draw, training.outer), "all")
+    keep = training.keep
     held = made.rule.penalty == "kl"
     if held:
         outer.losses()  # what the model says before the edit: the drift is from it
@@ -220,16 +227,19 @@ def _square(steps: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return ((left.T @ left) * (right @ right.T)).sum()
 
 
-def outer_rows(lm: LanguageModel, batch: Sequence[EditCase], penalty: str, draw: random.Random) -> list[Row]:
-    """What the outer loss reads of each case: the edited prompt and one paraphrase with the target, half each; for "kl"
-    one neighbor's whole distributions where its own answer stands."""
-    rows = [
-        row._replace(weight=row.weight / 2)
-        for row in rewriting_rows(lm.tokenizer, [c.request for c in batch], PLAIN)
-    ]
+def outer_rows(
+    lm: LanguageModel, batch: Sequence[EditCase], penalty: str, draw: random.Random, outer: str = "both"
+) -> list[Row]:
+    """What the outer loss reads of each case: the edited prompt and one paraphrase with the target, half each, or one
+    of the two (`Training.outer`); for "kl" one neighbor's whole distributions where its own answer stands."""
+    rows, asked = [], 2 if outer == "both" else 1
+    if outer != "paraphrase":
+        own = rewriting_rows(lm.tokenizer, [c.request for c in batch], PLAIN)
+        rows = [row._replace(weight=row.weight / asked) for row in own]
     for i, case in enumerate(batch):
-        target = continuation(lm.tokenizer, case.request.target)
-        rows.append(_probe_row(lm, i, draw.choice(_probes(case, "paraphrase")).prompt, target, target, 2))
+        if outer != "prompt":
+            target = continuation(lm.tokenizer, case.request.target)
+            rows.append(_probe_row(lm, i, draw.choice(_probes(case, "paraphrase")).prompt, target, target, asked))
         if penalty == "kl":
             near = draw.choice(_probes(case, "neighborhood"))
             rows.append(_probe_row(lm, i, near.prompt, continuation(lm.tokenizer, near.target), (), 1))

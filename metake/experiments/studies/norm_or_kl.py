@@ -48,7 +48,7 @@ def operations(
                 rule, modules, training = methods.to_train("malmen", model, edits=edits, seed=seed)
                 made = begin(lm, replace(rule, steps=j, penalty=penalty), modules, training)
                 with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter, lm.scratch(modules):
-                    meta_gradient(lm, made, batch, training.keep, random.Random(f"{seed}/{number}/own"))
+                    meta_gradient(lm, made, batch, training, random.Random(f"{seed}/{number}/own"))
                 rows.append({"batch": number, "steps": j, "penalty": penalty,
                              "operations": counter.get_total_flops() / 1e9})  # fmt: skip
     return pd.DataFrame(rows)
