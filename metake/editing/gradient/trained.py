@@ -17,7 +17,7 @@ from metake.support.errors import ParameterError, near_misses
 TRAINED: dict[str, tuple[GradientRule, Training]] = {
     "malmen": (GradientRule(), Training()),
     "mend": (GradientRule("sum", inside=True), Training(1, 100, accumulate=10, rate=3e-4)),
-    "smedit": (GradientRule(steps=2, penalty="norm"), Training(keep=1.0)),
+    "smedit": (GradientRule(steps=2, penalty="norm"), Training()),
 }
 """The methods that are trained: what tells them apart, and how."""
 SHIPPED = files("metake") / "data" / "editors"
