@@ -84,6 +84,31 @@ def test_one_round_fits_into_its_total_and_counts_repeat_themselves():
     )
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_gradient_family_is_timed_by_its_slopes(steps: int, monkeypatch):
+    method, usual = "ultraedit", mk.methods.ultraedit("tiny")
+    changed = replace(usual, rule=replace(usual.rule, steps=steps))
+    monkeypatch.setattr(module.methods, "method", lambda *_, **__: changed)
+    found = module.bench(method=method, **QUICK)
+    stages = by_stage(found)
+    assert list(stages) == ["slopes", "solve", "evaluation"] and found["steps"] == steps
+    assert all(row["seconds"] > 0 for row in stages.values()) and stages["slopes"]["flops"] > 0
+    one = found["stage_one"]
+    assert one["flops_per_step"] * steps == one["flops"] == stages["slopes"]["flops"]
+    assert found["counts"]["contexts"] == 1 and f"slopes: {one['flops_per_step'] / 1e9:.3g} GFLOP" in module.text(found)
+    with pytest.raises(ParameterError, match=f"of methods that plan targets; {method} does not: leave --literal out"):
+        module.bench(method=method, literal=1, **QUICK)
+
+
+def test_a_comparison_of_costs_leaves_out_the_literal_path_that_there_is_not():
+    records = run_time.run_time("tiny", ("alphaedit", "ultraedit"), edits=2, steps=1, literal=1, evaluate=False)
+    assert set(records[records.method == "ultraedit"].path) == {"accelerated"}
+    assert set(records[records.method == "alphaedit"].path) == {"accelerated", "literal"}
+    found = run_time.beside(records).set_index(["method", "stage"])
+    edit, parts = (found.accelerated["ultraedit", s] for s in (["edit"], ["slopes", "solve"]))
+    assert edit.sum() == pytest.approx(parts.sum())
+
+
 def work(lm, requests, steps, contexts=("{}", "I. {}", "We. {}", "He. {}", "It. {}")):
     rule = TargetRule(stop_below=0.0)
     return literal.flops(lambda steps: optimize_targets(lm, requests, contexts, 1, replace(rule, steps=steps)), steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -19,6 +20,8 @@ from metake.algebra.geometry import KeyStatistics
 from metake.data.requests import Cases
 from metake.editing.bilevel import refine
 from metake.editing.editor import Editor
+from metake.editing.gradient.editor import GradientEditor
+from metake.editing.gradient.slopes import Passes
 from metake.editing.keys import KeyReader
 from metake.editing.recipes import recipe
 from metake.editing.state import EditorState
@@ -36,8 +39,8 @@ from metake.support.errors import ParameterError
 from metake.support.machine import peak_memory, processor, versions
 from metake.support.storage import write_file
 
-STAGES = ("targets", "refinement", "keys", "solve", "write", "evaluation")
-COUNTED = STAGES[:3]  # those that are matrix products of the model
+STAGES = ("slopes", "targets", "refinement", "keys", "solve", "write", "evaluation")
+COUNTED = STAGES[1:4]  # of methods that plan, those that are matrix products of the model
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,15 @@ class _Job:
     """What is timed: a model, an editor in its first state, and the cases of one batch."""
 
     lm: LanguageModel
-    editor: Editor
+    editor: Editor | GradientEditor
     state: EditorState
-    statistics: dict[int, KeyStatistics] = field(repr=False)
+    statistics: Mapping[int, KeyStatistics] = field(repr=False)
     cases: Cases = field(repr=False)
+
+    @property
+    def plans(self) -> bool:
+        """Whether the method has a Stage I; one of the gradient family has slopes instead."""
+        return isinstance(self.editor, Editor)
 
 
 def bench(
@@ -61,9 +69,9 @@ def bench(
 
     share = FLOP of Stage I / its seconds / FLOP per second of this process's best square matrix product
 
-    Stage I makes exactly `steps` steps, without early stop. literal: also time the literal path on the first so many of
-    the requests, in alternating order with the accelerated one, and multiply up (`literal.parts` says how);
-    only in a checkout.
+    Stage I makes exactly `steps` steps, without early stop; of the gradient family, which has none, the share is that
+    of the slopes. literal: also time the literal path on the first so many of the requests, in alternating order with
+    the accelerated one, and multiply up (`literal.parts` says how); of methods that plan, and only in a checkout.
     random_weights: a model of this size (`sizes.random_model`), random key statistics. prompts: of the refinement,
     default the method's own.
     Returns plain data: "stages" (a row per stage: seconds, flops, literal_*, ratio), "total", "stage_one",
@@ -80,6 +88,10 @@ def bench(
         raise ParameterError(
             f"the literal path was asked for on {literal} of {edits} requests; expected at most {edits}"
         )
+    if literal and method.partition("/")[0] in methods.GRADIENT:
+        raise ParameterError(
+            f"the literal path is timed of methods that plan targets; {method} does not: leave --literal out"
+        )
     reference = slow.load_reference() if literal else None
     job = _job(model, method, edits, data, steps, random_weights, text, text_tokens, dtype, device, seed, prompts)
     rate = matmul_rate(job.lm)
@@ -89,10 +101,11 @@ def bench(
         f"literal_{k}": v for k, v in slow.operations(calls, COUNTED).items()
     }
     stages = [_stage(name, rounded, counted, edits) for name in STAGES if (name, "accelerated") in rounded]
-    one, spent = work["targets"], rounded["targets", "accelerated"]
+    first = "targets" if job.plans else "slopes"
+    one, spent = work[first], rounded[first, "accelerated"]
     settings = {
-        "steps": steps, "literal_requests": literal, "rounds": rounds, "seed": seed,
-        "prompts": job.editor.refine.prompts if job.editor.refine else ""
+        "steps": steps if job.plans else job.editor.rule.steps, "literal_requests": literal, "rounds": rounds,
+        "seed": seed, "prompts": job.editor.refine.prompts if job.plans and job.editor.refine else ""
     }
     return {
         "model": job.lm.name, "method": method, "dataset": Path(job.cases.source).name, "edits": edits, **settings,
@@ -108,13 +121,15 @@ def _job(
     dtype: str | None, device: str | None, seed: int, prompts: str
 ) -> _Job:
     name = size_of(model) if random else model
-    editor = methods.planning(method, name, seed=seed)
-    editor = replace(editor, target=replace(editor.target, steps=steps, stop_below=0.0))
-    if editor.refine and prompts:
-        editor = replace(editor, refine=replace(editor.refine, prompts=prompts))
+    editor = methods.method(method, name, seed=seed)
+    if plans := isinstance(editor, Editor):
+        editor = replace(editor, target=replace(editor.target, steps=steps, stop_below=0.0))
+        if editor.refine and prompts:
+            editor = replace(editor, refine=replace(editor.refine, prompts=prompts))
     cases = read_cases(data)
     if random:
-        lm, editor = random_model(name, dtype, device), replace(editor, contexts=random_contexts(seed))
+        lm = random_model(name, dtype, device)
+        editor = replace(editor, contexts=random_contexts(seed)) if plans else editor
         found = random_statistics(lm, editor.layers, recipe(name).threshold, seed)
     else:
         lm = load(model, dtype, device)
@@ -126,11 +141,7 @@ def _rounds(
     job: _Job, reference: ModuleType | None, literal: int, rounds: int, evaluate: bool
 ) -> tuple[dict[tuple[str, str], float], int, dict[str, list[slow.Part]]]:
     """Median seconds per (stage, path), the highest memory during the first batch, and the literal path's calls."""
-    short = replace(
-        job.editor, target=replace(job.editor.target, steps=min(2, job.editor.target.steps)),
-        refine=job.editor.refine and replace(job.editor.refine, steps=1)
-    )
-    _accelerated(replace(job, editor=short), False)
+    _accelerated(replace(job, editor=_short(job.editor)), False)
     found, peak, calls = [], 0, {}
     for turn in range(rounds):
         paths = ("accelerated", "literal") if turn % 2 == 0 else ("literal", "accelerated")
@@ -143,6 +154,16 @@ def _rounds(
                 found.append({(k, path): v for k, v in slow.seconds(job.lm, calls).items()})
     keys = dict.fromkeys(key for one in found for key in one)
     return {key: median(one[key] for one in found if key in one) for key in keys}, peak, calls
+
+
+def _short(editor: Editor | GradientEditor) -> Editor | GradientEditor:
+    """The same in a few steps, to warm up."""
+    if not isinstance(editor, Editor):
+        return editor
+    return replace(
+        editor, target=replace(editor.target, steps=min(2, editor.target.steps)),
+        refine=editor.refine and replace(editor.refine, steps=1)
+    )
 
 
 def _accelerated(job: _Job, evaluate: bool) -> dict[str, float]:
@@ -168,9 +189,14 @@ def _literal(job: _Job, reference: ModuleType, count: int, evaluate: bool) -> di
 
 
 def _operations(job: _Job) -> dict[str, slow.Work]:
-    """Floating-point operations of the stages in `COUNTED`, in a pass of their own."""
+    """Floating-point operations of the stages that are matrix products of the model, in a pass of their own."""
     lm, editor, contexts, layers = job.lm, job.editor, job.state.contexts, job.editor.layers
     asked = [c.request for c in job.cases]
+    if not job.plans:
+        passes = Passes(lm, rewriting_rows(lm.tokenizer, asked, contexts), editor.rule.tokens)
+        # each step's slopes, and the losses after the last
+        read = slow.flops(lambda _: passes.slopes(editor.modules))
+        return {"slopes": slow.Work(editor.rule.steps * read.total, read.total)}
 
     def plan(steps: int) -> Any:
         return optimize_targets(lm, asked, contexts, layers[-1], replace(editor.target, steps=steps))
@@ -248,11 +274,13 @@ def text(result: dict[str, Any]) -> str:
     shown = ["stage", "seconds", "seconds_per_edit"] + ["literal_seconds", "ratio"] * bool(result["literal_requests"])
     frame = pd.concat([frame, pd.DataFrame([whole])], ignore_index=True)[shown]
     one, known = result["stage_one"], result["provenance"]
+    first = "slopes" if result["stages"][0]["stage"] == "slopes" else "stage I"
     lines = [
         f"{result['model']}, {result['method']}: {result['edits']} edits of {result['dataset']}, "
-        f"{result['steps']} steps, {known['dtype']} on {known['device']}, {known['threads']} threads",
+        f"{result['steps']} step{'s' * (result['steps'] > 1)}, "
+        f"{known['dtype']} on {known['device']}, {known['threads']} threads",
         plain(frame, 3),
-        f"stage I: {one['flops_per_step'] / 1e9:.3g} GFLOP a step, {100 * one['share']:.0f} % of the "
+        f"{first}: {one['flops_per_step'] / 1e9:.3g} GFLOP a step, {100 * one['share']:.0f} % of the "
         f"{one['matmul_rate'] / 1e9:.3g} GFLOP/s of this machine's matrix product",
         f"peak memory: {result['peak_memory'] / 2**30:.2f} GiB",
     ]

@@ -22,7 +22,7 @@ from metake.report.style import style
 PLAIN = "MetaKE, plain prompts"  # L_edit on the plain prompt alone: v3 eq. 97, and what `metake` takes
 VARIANTS = {PLAIN: {"method": "metake", "prompts": "plain"}, "metake": {"method": "metake", "prompts": "contexts"}}
 PRIMARY = ("memit", "alphaedit", "metake", PLAIN)
-EDIT = ("targets", "refinement", "keys", "solve", "write")  # stages of an edit; the evaluation comes after it
+EDIT = ("slopes", "targets", "refinement", "keys", "solve", "write")  # stages of an edit; the evaluation comes after it
 
 
 def run_time(model: str = "tiny", methods_: Sequence[str] = PRIMARY, **settings: Any) -> pd.DataFrame:
@@ -37,7 +37,9 @@ def run_time(model: str = "tiny", methods_: Sequence[str] = PRIMARY, **settings:
     rows, found = [], {}
     for place, label in enumerate(methods_):
         changes = VARIANTS.get(label, {"method": label})
-        found = bench(model, **settings | changes, evaluate=settings.get("evaluate", not place))
+        if changes["method"] in methods.GRADIENT:
+            changes = changes | {"literal": 0}  # there is no literal path of it to time
+        found = bench(model, **settings | changes | {"evaluate": settings.get("evaluate", not place)})
         common = {"share": found["stage_one"]["share"], "peak_gib": found["peak_memory"] / 2**30}
         for stage in found["stages"]:
             for path, prefix in (("accelerated", ""), ("literal", "literal_")):
@@ -48,7 +50,9 @@ def run_time(model: str = "tiny", methods_: Sequence[str] = PRIMARY, **settings:
                     }
                     rows.append(row | {"flops": stage[f"{prefix}flops"]} | common)
     frame = pd.DataFrame(rows).astype({"flops": float})
-    asked = {k: found[k] for k in ("edits", "steps", "literal_requests", "rounds", "seed")}
+    asked = {k: found[k] for k in ("edits", "rounds", "seed")} | {
+        "steps": settings.get("steps", 25), "literal_requests": settings.get("literal", 0)
+    }
     frame.attrs["settings"] = (
         asked
         | {k: found["provenance"][k] for k in ("processor", "threads", "cores")}
