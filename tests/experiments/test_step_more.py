@@ -55,6 +55,14 @@ def test_the_order_of_records_is_no_matter_and_a_plateau_is_read_at_its_first_po
     assert Curves(records).at(name, 75, "efficacy") == pytest.approx(50)
 
 
+def test_as_trained_is_the_mean_over_seeds_at_the_editors_own_step():
+    records = made(Variant(1, "kl", "network", 60), 0.6)
+    records.loc[(records.seed == 0) & (records.factor == 1.0), "efficacy"] = 0.2
+    found = step_more.as_trained(records).iloc[0]
+    assert found.efficacy == pytest.approx(40) and found["efficacy, sd"] == pytest.approx(np.std([20, 50, 50], ddof=1))
+    assert found.specificity == pytest.approx(75) and found["specificity, sd"] == pytest.approx(0, abs=1e-9)
+
+
 def test_differences_at_equal_specificity_have_intervals_that_hold_them():
     two, one = Variant(2, "kl", "network", 60), Variant(1, "kl", "network", 60)
     found = step_more.compared(of_all({one: 0.4, two: 0.9}, 0.1), "more steps").set_index("metric")

@@ -190,6 +190,15 @@ def all_compared(records: pd.DataFrame) -> pd.DataFrame:
     return labelled(pd.concat(found, ignore_index=True)[columns], records)
 
 
+def as_trained(records: pd.DataFrame) -> pd.DataFrame:
+    """Each variant at the step that it was trained to: percent, the mean over seeds of the means over facts, and the
+    standard deviation over seeds."""
+    own = records[records.factor == 1.0]
+    by_seed = 100 * own.groupby(["variant", "seed"], sort=False)[list(SCORES)].mean()
+    grouped = by_seed.groupby("variant", sort=False)
+    return labelled(grouped.mean().join(grouped.std().add_suffix(", sd")).reset_index(), records)
+
+
 def empty() -> pd.DataFrame:
     """No records: for a page whose recording is not made yet."""
     return pd.DataFrame(columns=list(COLUMNS))
