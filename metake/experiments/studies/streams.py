@@ -36,6 +36,23 @@ METRICS = ("efficacy", "generalization", "specificity")
 IN_FORCE, FIRST, LATEST = GROUPS = ("in force", "first batch", "latest batch")
 NAMED = ("memit", "alphaedit", "blue", "sphere")  # whom the paper compares MetaKE with
 POINTS = 10  # of a curve
+BESIDE = ("alphaedit", "metake")  # of the closed forms, whom the gradient family is drawn beside
+
+
+def closed_forms(records: pd.DataFrame) -> pd.DataFrame:
+    """The rows of methods that plan, and of the unedited model."""
+    return _of(records, [m for m in records.method.unique() if m not in known.GRADIENT])
+
+
+def gradient_family(records: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the gradient family, of two methods that plan, and of the unedited model."""
+    return _of(records, ["pre-edit", *BESIDE, *known.GRADIENT])
+
+
+def _of(records: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
+    found = records[records.method.isin(methods)]
+    found.attrs = dict(records.attrs)
+    return found
 
 
 def streams(
