@@ -253,6 +253,19 @@ def test_parts_say_what_the_editors_are():
     ) == "I" and "added a second time" in parts.post_in_words(methods.method("prune/added-twice", "tiny").post[0])
 
 
+def test_the_gradient_familys_parts_are_those_of_its_editors():
+    found = parts.parts(names=tuple(methods.GRADIENT), side=parts.gradients).set_index("method")
+    assert found["metric Q"]["ultraedit"] == "I" and found["metric Q"]["smedit"] == "I/λ, λ learned"
+    assert "nothing is solved" in found["metric Q"]["mend"] and found["rows of R"]["mend"].startswith("−η g")
+    assert "k·k" in found["rows of R"]["malmen"] and found["normalized by"].to_dict() == {
+        "ultraedit": "all edits so far", "malmen": "the training", "mend": "the training", "smedit": "the training"
+    }
+    assert found["k, g read"]["smedit"].startswith("2 times") and found.learned["smedit"] == "with ‖Δ‖²"
+    assert pd.isna(found.learned["ultraedit"])
+    added = parts.parts(names=("mend/added",), side=parts.gradients)["rows of R"][0]
+    assert added == found["rows of R"]["mend"].removeprefix("−")
+
+
 def test_kept_is_what_the_state_holds():
     found = parts.kept().set_index("method")
     assert (found.edits == 4).all() and set(found.index[found["keys remembered a layer"] == 4]) == {*REMEMBER, "sphere"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
@@ -12,6 +13,7 @@ from metake.algebra.geometry import Conditioned, Dense, MetricRule, inverse_cova
 from metake.algebra.postprocess import PostProcess, cap_spectrum, keep_largest, soften_principal
 from metake.data.facts import facts
 from metake.editing.editor import Editor, even, root, whole
+from metake.editing.gradient.editor import GradientEditor
 from metake.editing.statistics import statistics
 from metake.experiments.runs import edit_sequence
 from metake.language.model import load
@@ -21,6 +23,7 @@ SITES = {
     "mlp+attention": "outputs of MLP and attention, of which the MLP's is written"
 }
 SHARES = {even: "1/(layers left)", root: "1/√(layers left)", whole: "all"}
+TOKENS = {"all": "every token", "answer": "what comes before the answer's tokens"}
 WHEN = {"layer": "before each layer is written", "batch": "after each batch", "sequence": "once, after the last batch"}
 
 
@@ -86,11 +89,31 @@ def written(editor: Editor) -> dict[str, str]:
     }  # fmt: skip
 
 
+def gradients(editor: GradientEditor) -> dict[str, str]:
+    """What an editor of the gradient family makes R, M and Q of, in words."""
+    rule = editor.rule
+    sign = "" if rule.added else "−"
+    learned = bool(editor.networks)
+    hat = "\u0303" if learned else "\u0302"  # a tilde: a network's; a hat: normalized
+    coefficient = {"raw": f"k·k{hat}", "normalized": f"k{hat}·k{hat}"}[rule.coefficient]
+    if rule.solve == "sum":
+        rows, metric = f"{sign}η g{hat}", f"none: Δ = R·K{hat}, nothing is solved"
+    else:
+        rows, metric = f"{sign}η ({coefficient}) g{hat}", "I/λ, λ learned" if learned else "I"
+    moments = "all edits so far" if rule.living else "the training"
+    return {
+        "linear maps": ", ".join(editor.modules), "rows of R": rows, "metric Q": metric,
+        "k, g read": f"{rule.steps} time{'s' * (rule.steps > 1)}, at {TOKENS[rule.tokens]}",
+        "normalized by": moments, "learned": {"kl": "with KL", "norm": "with ‖Δ‖²"}[rule.penalty] if learned else None,
+    }  # fmt: skip
+
+
 def parts(
     model: str = "tiny", names: Sequence[str] = tuple(methods.METHODS),
-    side: Callable[[Editor], dict[str, str]] = planned
+    side: Callable[[Any], dict[str, str]] = planned
 ) -> pd.DataFrame:
-    """One row per method: the parts of its editor for `model`, in words; side: `planned` or `written`."""
+    """One row per method: the parts of its editor for `model`, in words; side: `planned`, `written`, or of the other
+    family `gradients`."""
     return pd.DataFrame([{"method": name} | side(methods.method(name, model)) for name in names])
 
 
