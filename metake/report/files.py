@@ -73,15 +73,17 @@ def portable(value: Any) -> Any:
 def write_recorded(
     name: str, records: pd.DataFrame | Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]
 ) -> Path:
-    """Write results/<name>.jsonl: the provenance and the number of records, then one tidy record per line."""
-    path = _results(name)
+    """Write results/<name>.jsonl: the provenance, the number of records and their columns, then one tidy record per
+    line, as a list: names on every line would be two thirds of the file."""
+    path, frame = _results(name), pd.DataFrame(records)
     rows = [
-        {k: None if v is pd.NA or v != v else v for k, v in row.items()}
-        for row in pd.DataFrame(records).to_dict("records")
+        [None if v is pd.NA or v != v else v for v in row.values()]
+        for row in frame.to_dict("records")
     ]
-    lines = [{"provenance": portable(provenance), "records": len(rows)}, *rows]
+    lines = [{"provenance": portable(provenance), "records": len(rows), "columns": list(frame.columns)}, *rows]
+    compact = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
     try:
-        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        text = "".join(json.dumps(line, **compact) + "\n" for line in lines)
     except (TypeError, ValueError) as error:
         raise ParameterError(
             f"the records of {name!r} cannot be written as JSON lines ({error}); expected text, numbers, true "
@@ -148,8 +150,7 @@ def recorded(name: str) -> pd.DataFrame:
             raise ValueError("its first line holds no provenance")
         if header.get("records", len(rows)) != len(rows):
             raise ValueError(f"{header['records']} records were written, {len(rows)} are there")
-        if any(not isinstance(row, dict) or row.keys() != rows[0].keys() for row in rows):
-            raise ValueError("its records do not have the same columns")
+        rows = _named(rows, header.get("columns"))
     except ValueError as error:
         raise ProvenanceError(
             f"results/{path.name} is damaged ({error}). Restore it from git, or remove it and make it again "
@@ -160,6 +161,15 @@ def recorded(name: str) -> pd.DataFrame:
         frame.attrs["parts"] = provenance.pop("parts")
     frame.attrs |= {"provenance": provenance, "label": "recorded"}
     return frame
+
+
+def _named(rows: list[Any], columns: list[str] | None) -> list[dict[str, Any]]:
+    """Records by column; those of older files bring their names on every line. Raises ValueError for others."""
+    if columns is not None and all(isinstance(row, list) and len(row) == len(columns) for row in rows):
+        rows = [dict(zip(columns, row, strict=True)) for row in rows]
+    if any(not isinstance(row, dict) or row.keys() != rows[0].keys() for row in rows):
+        raise ValueError("its records do not have the same columns")
+    return rows
 
 
 def _command(name: str) -> str:

@@ -47,7 +47,7 @@ METHOD_STYLE: dict[str, Style] = {
     "sphere/stored": Style("#7969da", (4, 1, 45), ":", "SPHERE (stored side)"),
     "mend/added": Style("#3f76c9", (3, 1, 30), ":", "MEND (added)"),
     "malmen/living": Style("#d8358c", (6, 1, 30), ":", "MALMEN (living moments)"),
-    "malmen/micro-batch": Style("#a01663", (8, 1, 20), ":", "MALMEN (micro-batches)"),
+    "malmen/micro-batch": Style("#e617d1", (8, 1, 20), ":", "MALMEN (micro-batches)"),
 }
 FALLBACK = (("#0e7fa8", "#a06a00", "#7a5cc8", "#b0487a"), ("H", (5, 1, 36), (7, 0, 0)), ("-", "--", "-.", ":"))
 

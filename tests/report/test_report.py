@@ -509,7 +509,9 @@ def test_recorded_gives_back_what_was_written(project):
     records = probes().assign(fluency=[1 / 3, np.nan], count=[np.int64(2), 3])
     path = report.write_recorded("quickstart-smollm2-135m", records, FACTS | {"data": "/home/me/zsre.json"})
     assert path == project / "results" / "quickstart-smollm2-135m.jsonl" and "/home" not in path.read_text()
-    assert json.loads(path.read_text().splitlines()[0]) == {"provenance": FACTS | {"data": "zsre.json"}, "records": 2}
+    head, first, _ = map(json.loads, path.read_text().splitlines())
+    assert head == {"provenance": FACTS | {"data": "zsre.json"}, "records": 2, "columns": list(records.columns)}
+    assert first == records.iloc[0].tolist()
     found = report.recorded("quickstart-smollm2-135m")
     assert found.attrs["label"] == "recorded" and report.provenance(found).text.startswith(
         "Provenance: model smollm2-135m"
@@ -517,6 +519,16 @@ def test_recorded_gives_back_what_was_written(project):
     pd.testing.assert_frame_equal(found, records, check_exact=True)
     with pytest.raises(ParameterError, match="JSON lines"):
         report.write_recorded("quickstart-smollm2-135m", records.assign(after=np.inf), FACTS)
+    pd.testing.assert_frame_equal(report.recorded("quickstart-smollm2-135m"), records, check_exact=True)
+
+
+def test_a_recording_with_names_on_every_line_opens_as_before(project):
+    """As files were written at first."""
+    records = probes().assign(fluency=[1 / 3, np.nan])
+    path = report.write_recorded("quickstart-smollm2-135m", records, FACTS)
+    rows = [{k: None if v != v else v for k, v in row.items()} for row in records.to_dict("records")]
+    lines = [{"provenance": FACTS, "records": 2}, *rows]
+    path.write_text("".join(json.dumps(line, default=float) + "\n" for line in lines))
     pd.testing.assert_frame_equal(report.recorded("quickstart-smollm2-135m"), records, check_exact=True)
 
 
@@ -594,7 +606,7 @@ def test_a_missing_recording_names_the_command(project):
     (lambda t: t[:-1], "last line is not finished"),
     (lambda t: t[: t.rindex("\n", 0, -1) + 1], "2 records were written, 1 are there"),
     (lambda t: t.split("\n", 1)[1], "no provenance"),
-    (lambda t: t.replace('"answer"', '"reply"', 1), "same columns"),
+    (lambda t: t.replace('"columns":["probe",', '"columns":[', 1), "same columns"),
     (lambda t: "", "damaged"),
 ])  # fmt: skip
 def test_a_damaged_recording_is_refused(damage, reason):
