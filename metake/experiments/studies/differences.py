@@ -237,6 +237,8 @@ def judge(changes: pd.DataFrame) -> dict[str, Any]:
     others = [
         opposite(equal(row.option, row.change, MATTERS))._replace(error="resolution") for row in released.itertuples()
     ]
-    told = ", ".join(f"{row.option} {100 * row.change:.0f} %" for row in released.itertuples())
+    told = ", ".join(
+        f"{row.option} {100 * row.change:.{0 if row.change > MATTERS else 1}f} %" for row in released.itertuples()
+    )
     found = for_and_against(all_of(others), all_of(map(opposite, others)))
     return found.verdict(f"relative change of the update: {told}")
