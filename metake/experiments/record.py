@@ -35,6 +35,8 @@ from metake.experiments.studies.realized_residual import realized_residual
 from metake.experiments.studies.sensitivity import sensitivity
 from metake.experiments.studies.step_more import RECORDED, step_more
 from metake.experiments.studies.streams import streams
+from metake.experiments.studies.trained_editors import COMPARED as COMPARED_EDITORS
+from metake.experiments.studies.trained_editors import trained_editors
 from metake.experiments.studies.training_choices import outer_prompts, penalty
 from metake.experiments.theory.proxy_fidelity import proxy_fidelity
 from metake.language.model import load
@@ -43,7 +45,7 @@ from metake.support.errors import ParameterError, near_misses
 from metake.support.machine import default_device, versions
 
 # hours on a real model's CPU: only if `only` names them
-LONG = ("streams", "sequences", "penalty", "outer_prompts", "step_more")
+LONG = ("streams", "sequences", "penalty", "outer_prompts", "step_more", "trained_editors")
 GROWS = "sequences"  # hours a seed: each is added to what is recorded
 HELD_OUT = ("alphaedit", "metake", "metake/literal", "metake/whole")
 TASKED = "general_ability"  # only if there is task data
@@ -51,7 +53,8 @@ STUDIED = ("memit", "alphaedit", "metake", "sphere", "blue", "rect", "prune", "p
 STREAMED = ("alphaedit", "metake", "memit", "blue", "sphere", "memit_seq", "prune", "rect")
 # not hidden_states: its maps place the states of all methods together
 OF_METHODS = (
-    "comparison", "sequences", "gamma", "bench", "case_study", "general_ability", "streams", "realized", "kl_strength"
+    "comparison", "sequences", "gamma", "bench", "case_study", "general_ability", "streams", "realized", "kl_strength",
+    "trained_editors"
 )
 SHIPPED_RANK = 12  # of trained editors' networks: a fifth of the size of the default
 COMPARED = STREAMED[:5]  # MetaKE and whom the paper compares it with: on a real model the others would be hours more
@@ -179,6 +182,10 @@ def _studies(
             )
             for made in (penalty, outer_prompts)
         },
+        "trained_editors": lambda: trained_editors(
+            **common, names=own or COMPARED_EDITORS, data=data, edits=20, batches=5, alone=20, seed=seeds[0],
+            out=runs / "trained_editors"
+        ),
         "step_more": lambda: step_more(
             common["model"], RECORDED, 40, (0, 1, 2), data=data["CounterFact"], shipped=False, out=runs / "step_more",
             rank=SHIPPED_RANK
