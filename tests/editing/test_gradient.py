@@ -4,6 +4,7 @@ what every editor promises.
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import replace
 from functools import cache
@@ -503,3 +504,81 @@ def test_a_number_and_a_tensor_ridge_agree():
     one = factors(GradientRule(), slopes, Corrected(rows, 0.1, 2.0))
     other = factors(GradientRule(), slopes, Corrected(rows, torch.tensor(0.1), torch.tensor(2.0).double()))
     torch.testing.assert_close(one[1], other[1])
+
+
+# Published differences
+
+
+def ruled(made: GradientEditor, **changes) -> GradientEditor:
+    return replace(made, rule=replace(made.rule, **changes))
+
+
+@exact
+@pytest.mark.parametrize("name", ["mend", "malmen"])
+def test_added_is_the_other_sign(name):
+    lm, made = editor(name, "gpt2")
+    for usual, other in zip(*(e.edit(lm, REQUESTS).updates for e in (made, ruled(made, added=True))), strict=True):
+        torch.testing.assert_close(other.delta, -usual.delta)
+
+
+@exact
+def test_normalization_that_goes_on_is_that_of_training_and_all_edits_together():
+    lm, made = editor("malmen", "llama")
+    usual, living = made.edit(lm, LATER), ruled(made, living=True)
+    state = living.init(lm)
+    assert all(m.table.equal(made.networks[0][i].table) for i, m in state.metrics.items())
+    edit, after = living.step(lm, REQUESTS, state)
+    with edit.applied(lm):
+        found = living.step(lm, LATER, after)[0]
+        slopes = Passes(lm, rewriting_rows(lm.tokenizer, LATER, PLAIN), made.rule.tokens).slopes(made.modules)[1]
+        rows: dict[int, list] = {}
+        for path, (shape, _) in made.places(lm).items():
+            rows.setdefault(shape, []).append(slopes[path].rows)
+        grown = replace(made, networks=copy.deepcopy(made.networks))
+        for shape, own in rows.items():
+            grown.networks[0][shape].table.copy_(after.metrics[shape].joined(Moments.of(torch.cat(own)).table).table)
+        expected = grown.edit(lm, LATER)
+    for a, b, c in zip(found.updates, expected.updates, usual.updates, strict=True):
+        torch.testing.assert_close(a.delta, b.delta, rtol=1e-9, atol=1e-15)
+        assert (a.delta - c.delta).norm() > 1e-3 * c.delta.norm()
+
+
+def test_each_step_of_a_living_normalization_counts():
+    lm, made = editor("ultraedit", "gpt2")
+    once, twice = (ruled(made, steps=j).step(lm, REQUESTS, made.init(lm))[1].metrics[0].table[0, 0] for j in (1, 2))
+    assert twice == 2 * once
+
+
+@exact
+def test_a_last_shorter_micro_batch_has_larger_gradients():
+    assert GradientRule(micro=2).shares(5) == [1, 1, 1, 1, 2] and GradientRule().shares(2) == [1, 1]
+    assert GradientRule(micro=4).shares(3) == pytest.approx([4 / 3] * 3)
+    lm, made = editor("mend", "gpt2")
+    made = ruled(made, micro=2)
+    found = made.edit(lm, REQUESTS)
+    rows = rewriting_rows(lm.tokenizer, REQUESTS, PLAIN)
+    own = [row._replace(weight=row.weight * (2 if row.request == 2 else 1)) for row in rows]
+    slopes = Passes(lm, own, made.rule.tokens).slopes(made.modules)[1]
+    for update in found.updates:
+        shape, place = made.places(lm)[update.module]
+        left, right = factors(
+            made.rule, slopes[update.module], corrected(made.networks[0][shape], slopes[update.module], place)
+        )
+        torch.testing.assert_close(update.delta, (left @ right).detach(), rtol=1e-9, atol=1e-15)
+    plain = ruled(made, micro=0).edit(lm, REQUESTS).record.trace
+    assert {i: t["nll"][0] for i, t in found.record.trace.items()} == pytest.approx(
+        {i: t["nll"][0] for i, t in plain.items()}
+    )
+    with pytest.raises(ParameterError, match="micro must not be below 0; found -1"):
+        GradientRule(micro=-1)
+
+
+@pytest.mark.parametrize("outer, count, weight", [("both", 6, 0.5), ("prompt", 3, 1.0), ("paraphrase", 3, 1.0)])
+def test_the_outer_loss_asks_for_what_it_is_told(outer, count, weight):
+    lm = random_model("gpt2")
+    rows = training.outer_rows(lm, CASES, "norm", random.Random(0), outer)
+    assert len(rows) == count and {row.request for row in rows} == {0, 1, 2}
+    assert all(row.weight * len(row.labels) == pytest.approx(weight) for row in rows)
+    prompts = {tuple(encode(lm.tokenizer, r.prompt.format(r.subject))) for r in REQUESTS}
+    asked = {tuple(row.ids[: row.read[0] + 1]) for row in rows}
+    assert (prompts <= asked) == (outer != "paraphrase") and (asked <= prompts) == (outer == "prompt")

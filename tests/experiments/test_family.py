@@ -377,3 +377,29 @@ def test_figures_tell_the_same_twice_and_in_words(project):
         and "excludes zero in 1 of 2" in shown.alt
         and "−25.0" in shown.svg["light"]
     )
+
+
+def test_token_by_token_counts_what_is_likelier_at_each_place(monkeypatch):
+    from metake.data.requests import EditCase, EditRequest, Probe
+
+    lm = mk.load("tiny")
+    probe = Probe("efficacy", "The capital of France is", "Rome and Paris", "Paris")
+    found = differences._shared(lm, probe)
+    start = lm.tokenizer("The capital of France is").input_ids
+    first = lm.model(torch.tensor([start])).logits[0, -1]
+    ours, other = (lm.tokenizer(f" {text}").input_ids[0] for text in ("Rome", "Paris"))
+    assert found == {"tokens": 1, "token by token": float(first[ours] > first[other])}
+    cases = [EditCase(EditRequest("The capital of {} is", "France", "Rome", "0"), (probe,))]
+    monkeypatch.setattr(differences, "read_cases", lambda _: cases)
+    monkeypatch.setattr(differences, "select", lambda lm, cases, *_: cases)
+    records = differences.by_token(edits=1)
+    assert len(records) == 1 and records["kind"].tolist() == ["efficacy"]
+    table = differences.definitions(records.assign(tokens=[3]))
+    assert table["shorter answer"].tolist() == ["more"] and table.probes.tolist() == [1]
+
+
+def test_both_definitions_agree_for_answers_of_one_token(monkeypatch):
+    monkeypatch.setattr(differences, "load", mk.load)  # whose tokenizer knows whole words
+    records = differences.by_token(edits=6)
+    single = records[records.tokens == 1]
+    assert len(single) and (single["token by token"] == single["mean log-probability"]).all()
