@@ -41,7 +41,7 @@ LIVE = (*RECORDED[:2], *RECORDED[3:6], RECORDED[6], RECORDED[9])
 """Those that need no training: untrained ones, UltraEdit, and the two that ship with the package."""
 
 
-LIVE_FACTORS = (0.5, 0.7, 1.0, 1.5, 2.0, 4.0)
+LIVE_FACTORS = (0.35, 0.5, 0.7, 1.0, 1.5, 2.0, 4.0)
 COLUMNS = ("variant", *Variant._fields, "seed", "factor", "id", *SCORES)
 
 
