@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -209,6 +211,9 @@ def test_the_figure_has_a_curve_a_variant(tmp_path, monkeypatch):
     drawn = report.frontier_curves(records, name="try")
     assert drawn.data.variant.nunique() == 2 and "2 steps, norm, 60 batches" in drawn.alt
     assert (tmp_path / "try.csv").is_file()
+    many = of_all({v: 0.4 for v in step_more.RECORDED if v.learns == "network"}).query("seed == 0")
+    lines = report.frontier_curves(step_more.low_data(many), name="many").svg["light"]
+    assert len(set(re.findall(r"stroke: (#(?!1f2328|ffffff)[0-9a-f]{6})", lines))) >= 6, "a color a curve"
     only = report.frontier_curves(records, ["untrained, 1 step"], LEVEL, name="one")
     assert set(only.data.variant) == {"untrained, 1 step"}
     with pytest.raises(ParameterError, match="no records to draw"):

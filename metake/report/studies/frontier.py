@@ -11,6 +11,8 @@ from metake.report.figure import Figure
 from metake.report.plots import _legend_below, _require, _soft
 from metake.report.style import FALLBACK
 
+COLORS = (*FALLBACK[0], "#519449", "#c70a2c", "#64666c")
+SHORT = (0, (5, 2))  # the line of a training that is shorter than another one in the drawing
 SCORES = ("efficacy", "generalization", "specificity")
 LINES = {"network": "-", "step": "-.", "living": "--", "nothing": ":"}  # what learns
 MARKS = {"kl": "o", "norm": "D", "none": "^"}  # the penalty
@@ -42,16 +44,18 @@ def frontier_curves(
     )
     alt = f"Efficacy and generalization against specificity as the step grows. {told}."
     summary = means[means.factor.isin([0.7, 1.0, 1.5])][["variant", "factor", *SCORES]]
-    looks = {v: _look(means[means.variant == v].iloc[0], k) for k, v in enumerate(order)}
+    most = means.batches[means.learns == "network"].max()
+    looks = {v: _look(means[means.variant == v].iloc[0], k, most) for k, v in enumerate(order)}
     return Figure(
         lambda axes: _draw(axes, means, looks, level), means, name, alt, model, summary,
         (8.6, 3.5 + 0.22 * ((len(order) + 1) // 2)), 1, ncols=2, sharex=True, sharey=True
     )
 
 
-def _look(row: pd.Series, place: int) -> dict[str, Any]:
-    """Line and mark say what learns and by which penalty; the color tells curves apart."""
-    return {"color": FALLBACK[0][place % 4], "linestyle": LINES[row.learns], "marker": MARKS[row.penalty]}
+def _look(row: pd.Series, place: int, most: int) -> dict[str, Any]:
+    """Line and mark say what learns, whether for long, and by which penalty; the color tells curves apart."""
+    line = SHORT if row.learns == "network" and row.batches < most else LINES[row.learns]
+    return {"color": COLORS[place % len(COLORS)], "linestyle": line, "marker": MARKS[row.penalty]}
 
 
 def _draw(axes: Any, means: pd.DataFrame, looks: dict[str, dict[str, Any]], level: float) -> None:
