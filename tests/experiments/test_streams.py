@@ -385,3 +385,12 @@ def test_what_cannot_be_recorded_for_some_methods_is_refused():
     for only, found in ((["proxy"], "proxy"), (["hidden_states"], "hidden_states"), (None, "every recording")):
         with pytest.raises(ParameterError, match=f"for some of them: --only comparison .*; found {found}"):
             next(record.record("tiny", only=only, methods=["metake"]))
+
+
+def test_the_families_are_drawn_apart_with_two_that_plan_beside_the_other():
+    records = curves({name: 0.1 for name in ("memit", "alphaedit", "metake", "mend", "ultraedit")})
+    records.attrs["settings"] = {"distinct": 5}
+    planning, gradients = streams.closed_forms(records), streams.gradient_family(records)
+    assert set(planning.method) - {"pre-edit"} == {"memit", "alphaedit", "metake"}
+    assert set(gradients.method) - {"pre-edit"} == {"alphaedit", "metake", "mend", "ultraedit"}
+    assert planning.attrs == gradients.attrs == records.attrs
