@@ -22,7 +22,7 @@ from metake.editing.editor import Editor, even, root, whole
 from metake.editing.outer import Refinement
 from metake.editing.recipes import models, recipe, source
 from metake.editing.record import describe
-from metake.experiments.speed import bench, run_time
+from metake.experiments.speed import run_time
 from metake.experiments.studies import gamma_beforehand, hidden_states, kl_strength, realized_residual
 from metake.methods import (
     ABLATIONS,
@@ -296,7 +296,7 @@ def test_two_trained_editors_are_told_apart_in_records():
     lambda: kl_strength.kl_strength(methods_=("ultraedit",)),
     lambda: gamma_beforehand.gamma_beforehand(methods_=("alphaedit", "ultraedit"), edits=4),
     lambda: hidden_states.hidden_states(methods_=("alphaedit", "ultraedit")),
-    lambda: bench.bench(method="malmen", edits=2), lambda: run_time.stream(method="mend"),
+    lambda: run_time.stream(method="mend"),
 ])  # fmt: skip
 def test_who_looks_at_planned_residuals_refuses_a_method_without_them(study, monkeypatch):
     """In one line, before anything is edited."""
