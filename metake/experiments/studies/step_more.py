@@ -39,8 +39,6 @@ RECORDED: tuple[Variant, ...] = (
 """Every variant of the recording; those that many questions need come first."""
 LIVE = (*RECORDED[:2], *RECORDED[3:6], RECORDED[6], RECORDED[9])
 """Those that need no training: untrained ones, UltraEdit, and the two that ship with the package."""
-
-
 LIVE_FACTORS = (0.35, 0.5, 0.7, 1.0, 1.5, 2.0, 4.0)
 COLUMNS = ("variant", *Variant._fields, "seed", "factor", "id", *SCORES)
 
@@ -204,10 +202,9 @@ def empty() -> pd.DataFrame:
     return pd.DataFrame(columns=list(COLUMNS))
 
 
-def decide(found: pd.DataFrame, pairs: Sequence[str] | None = None) -> Decision:
+def decide(found: pd.DataFrame) -> Decision:
     """Of every pair: is the first above the second in efficacy or generalization by an interval above zero, and in
     neither below?"""
-    found = found[found.compared.isin(list(pairs))] if pairs is not None else found
     return all_of(
         one_and_none_against(
             undecided(f"{r.metric}, {r.compared}: one of them does not reach this specificity")
@@ -232,7 +229,7 @@ def told(found: pd.DataFrame) -> str:
     """Differences with their intervals, in words."""
     return "; ".join(
         f"{what}: " + ", ".join(
-            f"{r.metric} " + ("not reached" if r.difference != r.difference
+            f"{r.metric} " + ("not reached" if r.low != r.low
                               else with_interval(r.difference, r.low, r.high))
             for r in own.itertuples()
         )

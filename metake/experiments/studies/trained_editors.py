@@ -80,7 +80,7 @@ def summarize(records: pd.DataFrame) -> pd.DataFrame:
     """Percent per protocol, data set and method: means over cases, and the harmonic mean of the three."""
     metrics = list(comparison.METRICS[:3])
     found = 100 * records.groupby(["protocol", "dataset", "method"], sort=False)[metrics].mean()
-    found["harmonic mean"] = (3 / (1 / found.where(found > 0)).sum(axis=1)).where((found > 0).all(axis=1), 0.0)
+    found["harmonic mean"] = comparison.harmonic_mean(found)
     return comparison.labelled(found.reset_index(), records)
 
 

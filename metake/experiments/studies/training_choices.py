@@ -22,7 +22,7 @@ from metake.editing.gradient.trained import TRAINED, to_train
 from metake.editing.gradient.training import OUTER, train
 from metake.experiments.cases import part_of, read_cases, select
 from metake.experiments.kept import kept
-from metake.experiments.studies.comparison import labelled
+from metake.experiments.studies.comparison import harmonic_mean, labelled
 from metake.experiments.studies.frontier import SCORES, scores
 from metake.language.model import load
 
@@ -80,7 +80,7 @@ def summarize(records: pd.DataFrame) -> pd.DataFrame:
     """Percent, means over facts and seeds, a row per method and what was varied, with their harmonic mean."""
     varied = ["method", "weight" if "weight" in records else "outer"]
     by_seed = 100 * records.groupby([*varied, "seed"], sort=False)[list(SCORES)].mean()
-    by_seed["harmonic mean"] = (3 / (1 / by_seed.where(by_seed > 0)).sum(axis=1)).where((by_seed > 0).all(axis=1), 0.0)
+    by_seed["harmonic mean"] = harmonic_mean(by_seed)
     return labelled(by_seed.groupby(varied, sort=False).mean().reset_index(), records)
 
 
