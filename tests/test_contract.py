@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from editors import EVERY, LAYERS, RULES, SEED, editor
 from models import CONFIGS, random_model
 from same import contents, fingerprint
 
+import metake.editing.gradient.editor
 import metake.editing.keys
 from metake import (
     METHODS,
@@ -31,7 +33,6 @@ from metake import (
     RequestError,
     Statistics,
     StatisticsError,
-    TargetRule,
     statistics,
 )  # fmt: skip
 from metake.algebra.geometry import condition, null_space
@@ -40,11 +41,9 @@ from metake.editing.keys import KeyReader
 from metake.editing.record import describe, digest_of
 from metake.language.generation import context_templates
 from metake.language.model import LanguageModel
-from metake.language.tokens import encode
-from metake.methods import method
+from metake.language.tokens import continuation, encode
 from metake.support.machine import versions
 
-LAYERS, SEED = (1, 2), 7
 REQUESTS = [
     EditRequest("The capital of {} is", "France", "Rome", "a"),
     EditRequest("{} was born in", "Danielle Darrieux", "Berlin now", "b"),
@@ -56,13 +55,8 @@ LATER = [
 ]
 every = pytest.mark.parametrize("kind", CONFIGS)
 some = pytest.mark.parametrize("kind", ["gpt2", "llama"])
-pytestmark = pytest.mark.parametrize("name", METHODS)
-
-
-def editor(name: str, **changes):
-    made = method(name, "tiny", **{"layers": LAYERS, "target": TargetRule(steps=3), "seed": SEED, **changes})
-    steps = 2 if made.refine and made.refine.look_ahead == "whole" else 4  # it costs several times as much
-    return replace(made, refine=replace(made.refine, steps=steps)) if made.refine else made
+both = pytest.mark.parametrize("name", EVERY)  # families
+closed = pytest.mark.parametrize("name", METHODS)  # forms: an update from targets
 
 
 @cache
@@ -82,13 +76,14 @@ def made(name: str, kind: str, dtype: torch.dtype = torch.float64) -> Made:
     """An edit of a fresh model, with the model's fingerprints before and after it was computed."""
     lm, brief = random_model(kind, dtype), {} if dtype == torch.float64 else {"contexts": ("{}",)}
     before = fingerprint(lm.model)
-    edit = editor(name, **brief).edit(lm, REQUESTS, known(kind, dtype))
+    given = editor(name, lm, **brief)
+    edit = given.edit(lm, REQUESTS, known(kind, dtype) if given.layers else {})
     return Made(lm, edit, before, fingerprint(lm.model))
 
 
 def solved(name: str, kind: str) -> Edit:
     """The same edit as it was solved, R and M, before anything is done to it."""
-    given = editor(name)
+    given = editor(name, made(name, kind).lm)
     return (
         replace(given, post=()).edit(made(name, kind).lm, REQUESTS, known(kind))
         if given.post
@@ -96,9 +91,21 @@ def solved(name: str, kind: str) -> Edit:
     )
 
 
+REFINED = {name for name in METHODS if editor(name, None).refine}
+
+
 def thin(name: str) -> bool:
     """Whether the method's updates are products of thin factors: unless it declares that they are dense."""
-    return all(rule.thin for rule in editor(name).post)
+    return name in RULES or all(rule.thin for rule in editor(name, None).post)
+
+
+def rank(name: str, lm: LanguageModel, module: str) -> int:
+    """Of a thin update: a request's one key, or in each step one key per token."""
+    if name not in RULES:
+        return len(REQUESTS)
+    rows = [(encode(lm.tokenizer, r.text), continuation(lm.tokenizer, r.target)) for r in REQUESTS]
+    every = RULES[name].tokens == "all"
+    return RULES[name].steps * sum(len(answer) + (len(prompt) - 1 if every else 0) for prompt, answer in rows)
 
 
 def same(one: Edit, other: Edit) -> bool:
@@ -117,6 +124,7 @@ def logits(model, lm: LanguageModel) -> torch.Tensor:
     return torch.stack([model(torch.tensor([encode(lm.tokenizer, r.text)])).logits[0, -1] for r in REQUESTS])
 
 
+@both
 @every
 def test_the_model_is_bit_identical_after_an_edit_was_computed(name, kind):
     m = made(name, kind)
@@ -125,11 +133,12 @@ def test_the_model_is_bit_identical_after_an_edit_was_computed(name, kind):
     assert not any(p.requires_grad or p.grad is not None for p in m.lm.model.parameters())
 
 
+@both
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_applied_changes_the_declared_weights_and_restores_them_exactly(name, kind, dtype):
     lm, edit, before, _ = made(name, kind, dtype)
-    assert edit.modules == tuple(lm.write_path(i) for i in LAYERS) == tuple(edit.record.weights)
+    assert edit.modules == editor(name, lm).paths(lm) == tuple(edit.record.weights)
     kept = {m: lm.weight(m).clone() for m in edit.modules}
     plain = logits(lm.model, lm)
     with edit.applied(lm) as same:
@@ -145,55 +154,50 @@ def test_applied_changes_the_declared_weights_and_restores_them_exactly(name, ki
     assert fingerprint(lm.model) == before
 
 
+@both
 @every
 def test_an_edit_is_thin_unless_declared_dense_and_finite_in_double_precision(name, kind):
     lm, edit, *_ = made(name, kind)
     for update in edit.updates:
         d_out, d_in = lm.shape(update.module)
-        rank = len(REQUESTS) if thin(name) else 0
-        assert update.left.shape == (d_out, rank) and update.right.shape == (rank, d_in) and update.rank == rank
+        size = rank(name, lm, update.module) if thin(name) else 0
+        assert update.left.shape == (d_out, size) and update.right.shape == (size, d_in) and update.rank == size
         assert update.left.dtype == update.right.dtype == update.delta.dtype == torch.float64
         assert torch.isfinite(update.delta).all() and update.delta.any()
         if thin(name):
-            assert update.dense is None and torch.linalg.matrix_rank(update.delta) <= len(REQUESTS)
+            assert update.dense is None and torch.linalg.matrix_rank(update.delta) <= size
         else:
             assert update.dense.shape == (d_out, d_in) and torch.linalg.matrix_rank(update.delta) > len(REQUESTS)
 
 
+@both
 @some
 def test_an_edit_depends_on_its_seed_only(name, kind):
     torch.manual_seed(123)
     lm = random_model(kind)
     torch.manual_seed(321)
-    again = editor(name).edit(lm, REQUESTS, known(kind))
+    again = editor(name, lm).edit(lm, REQUESTS, known(kind))
     assert same(again, made(name, kind).edit)
     measured = {"seconds": {}, "peak_memory": 0}
     assert replace(again.record, **measured) == replace(made(name, kind).edit.record, **measured)
 
 
+@closed
 @some
 def test_another_seed_gives_other_contexts(name, kind):
     lm, edit, *_ = made(name, kind)
-    other = editor(name, seed=SEED + 1).edit(lm, REQUESTS, known(kind))
+    other = editor(name, lm, seed=SEED + 1).edit(lm, REQUESTS, known(kind))
     assert other.record.context_templates != edit.record.context_templates
     assert (other.updates[0].delta - edit.updates[0].delta).norm() > 1e-6 * edit.updates[0].delta.norm()
 
 
+@both
 @every
 def test_the_record_says_everything(name, kind):
     lm, edit, *_ = made(name, kind)
-    record, given = edit.record, editor(name)
+    record, given = edit.record, editor(name, lm)
     for f in fields(EditRecord):
-        assert getattr(record, f.name) or (f.name == "refinement" and not given.refine), f"{f.name} is empty"
-    assert (
-        record.recipe == json.loads(json.dumps(describe(given)))
-        and record.recipe["layers"] == [1, 2]
-        and record.recipe["target"]["steps"] == 3
-    )
-    assert record.recipe["metric"]["part"] == type(given.metric).__name__ and (record.recipe["refine"] is None) == (
-        given.refine is None
-    )
-    assert [p["part"] for p in record.recipe["post"]] == [type(p).__name__ for p in given.post]
+        assert getattr(record, f.name) or (f.name == "refinement" and name not in REFINED), f"{f.name} is empty"
     assert record.base == {"id": f"random-{kind}", "dtype": "float64", "device": "cpu", "conv1d": kind == "gpt2"}
     digests = {
         m: hashlib.sha256((w.T if kind == "gpt2" else w).numpy().tobytes()).hexdigest()
@@ -202,17 +206,29 @@ def test_the_record_says_everything(name, kind):
     }
     assert record.weights == digests
     assert (record.requests, record.requests_digest) == (("a", "b", "c"), digest_of(REQUESTS))
-    assert record.statistics_digest == known(kind).digest and record.seed == SEED and record.versions == versions()
-    assert (
-        record.context_templates == context_templates(lm, given.context_rule, SEED)
-        and record.context_templates[0] == "{}"
+    assert record.recipe == json.loads(json.dumps(record.recipe)) and record.recipe.items() >= json.loads(
+        json.dumps(describe(given.rule if name in RULES else given))
+    ).items()
+    assert record.statistics_digest == (given.digest if name in RULES else known(kind).digest)
+    assert record.seed == SEED and record.versions == versions()
+    assert all(s >= 0 for s in record.seconds.values()) and record.peak_memory > 2**20
+    assert record.trace.keys() == {"a", "b", "c"} and record.context_templates[0] == "{}"
+    assert all(map(math.isfinite, (loss for trace in record.trace.values() for loss in trace["nll"])))
+
+
+@closed
+@every
+def test_the_record_says_how_targets_were_made(name, kind):
+    lm, edit, *_ = made(name, kind)
+    record, given = edit.record, editor(name, lm)
+    assert record.recipe["layers"] == [1, 2] and record.recipe["target"]["steps"] == 3
+    assert record.recipe["metric"]["part"] == type(given.metric).__name__ and (record.recipe["refine"] is None) == (
+        given.refine is None
     )
+    assert [p["part"] for p in record.recipe["post"]] == [type(p).__name__ for p in given.post]
+    assert record.context_templates == context_templates(lm, given.context_rule, SEED)
     assert len(record.context_templates) == 1 + 5 * len(given.context_rule.lengths) * given.context_rule.each
-    stages = {"targets", "keys", "solve", "write"} | ({"refinement"} if given.refine else set())
-    assert (
-        record.seconds.keys() == stages and all(s >= 0 for s in record.seconds.values()) and record.peak_memory > 2**20
-    )
-    assert record.trace.keys() == {"a", "b", "c"}
+    assert record.seconds.keys() == {"targets", "keys", "solve", "write"} | ({"refinement"} if given.refine else set())
     for trace in record.trace.values():
         assert 1 <= len(trace["loss"]) == len(trace["nll"]) == len(trace["kl"]) <= 3 and all(
             map(math.isfinite, trace["loss"])
@@ -229,13 +245,14 @@ def test_the_record_says_everything(name, kind):
         assert record.refinement["after"] <= record.refinement["before"], "the best plan is kept"
 
 
+@closed
 @every
 def test_the_record_tells_what_was_planned_and_what_is_realized(name, kind):
     """Norms of R and R B at each layer, and the spectrum of B: 1 where the write is exact,
     below where the metric resists.
     """
     lm, edit, *_ = made(name, kind)
-    given, first, noted = editor(name), solved(name, kind).updates[0], edit.record.layers["1"]
+    given, first, noted = editor(name, lm), solved(name, kind).updates[0], edit.record.layers["1"]
     keys = (
         KeyReader(lm, REQUESTS, edit.record.context_templates, LAYERS[-1], flat=given.context_rule.flat)
         .read(LAYERS[0])
@@ -259,6 +276,7 @@ def test_the_record_tells_what_was_planned_and_what_is_realized(name, kind):
         )
 
 
+@both
 @every
 def test_saved_and_loaded_it_is_equal(name, kind, tmp_path):
     edit = made(name, kind).edit
@@ -266,6 +284,7 @@ def test_saved_and_loaded_it_is_equal(name, kind, tmp_path):
     assert again.record == edit.record and same(again, edit)
 
 
+@both
 @every
 def test_as_a_lora_adapter_it_gives_the_logits_of_the_edited_model(name, kind, tmp_path):
     from peft import PeftModel
@@ -292,6 +311,7 @@ def test_as_a_lora_adapter_it_gives_the_logits_of_the_edited_model(name, kind, t
     assert json.loads((tmp_path / "lora" / "metake.json").read_text())["record"] == json.loads(edit.record.to_json())
 
 
+@both
 @some
 def test_another_base_is_refused(name, kind):
     edit, other = made(name, kind).edit, random_model(kind, seed=1)
@@ -311,15 +331,17 @@ def test_another_base_is_refused(name, kind):
         edit.apply(again)  # the base of the second application is the edited model
 
 
+@both
 @some
 def test_zero_requests_change_nothing(name, kind):
     lm, _, before, _ = made(name, kind)
-    state = editor(name).init(lm, known(kind))
-    edit, after = editor(name).step(lm, [], state)
-    assert edit.modules == tuple(lm.write_path(i) for i in LAYERS)
+    given = editor(name, lm)
+    state = given.init(lm, known(kind))
+    edit, after = given.step(lm, [], state)
+    assert edit.modules == given.paths(lm)
     assert all(u.rank == 0 and not u.delta.any() and u.delta.shape == lm.shape(u.module) for u in edit.updates)
     assert (
-        after is state and edit.record.requests == () and edit.record.weights and editor(name).finish(lm, after) is None
+        after is state and edit.record.requests == () and edit.record.weights and given.finish(lm, after) is None
     )
     with edit.applied(lm):
         assert fingerprint(lm.model) == before
@@ -327,9 +349,11 @@ def test_zero_requests_change_nothing(name, kind):
         edit.to_peft("nowhere")
 
 
+@closed
 @some
 def test_a_second_batch_remembers_the_first_if_the_method_does(name, kind):
-    lm, given, first = random_model(kind), editor(name), {}
+    lm, first = random_model(kind), {}
+    given = editor(name, lm)
     start = given.init(lm, known(kind))
     untouched = copy.deepcopy(start)
     one, state = given.step(lm, REQUESTS, start)
@@ -398,23 +422,30 @@ BAD = {
         ArchitectureError, "quantized",
         {
             "model": lambda lm: setattr(
-                lm.write(2), "weight", torch.nn.Parameter(lm.write(2).weight.to(torch.int8), requires_grad=False)
+                lm.write(1), "weight", torch.nn.Parameter(lm.write(1).weight.to(torch.int8), requires_grad=False)
             )
         }
     ),
 }
 
+CLOSED_ONLY = {  # gradients need neither a subject's place, nor layers, nor key statistics
+    "subject inside a token", "no statistics of a layer", "other model's statistics", "layer out of range"
+}
+
 
 @some
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("name, what", [(n, w) for n in EVERY for w in BAD if n in METHODS or w not in CLOSED_ONLY])
 def test_after_an_error_the_model_is_bit_identical_and_nothing_is_on_disk(
     name, kind, what, tmp_path, empty_cache, monkeypatch
 ):
     error, said, changes = BAD[what]
     monkeypatch.chdir(tmp_path)
-    given, lm = editor(name, layers=changes.get("layers", LAYERS), contexts=("{}", "So. {}")), random_model(kind)
+    lm = random_model(kind)
+    given = editor(name, lm, layers=changes.get("layers", LAYERS), contexts=("{}", "So. {}"))
     changes.get("model", lambda _: None)(lm)
-    before, calls, solve = fingerprint(lm.model), [], metake.editing.keys.solve
+    before, calls = fingerprint(lm.model), []
+    place, called = (metake.editing.gradient.editor, "factors") if name in RULES else (metake.editing.keys, "solve")
+    solve = getattr(place, called)
 
     def failing(*args):
         calls.append(fingerprint(lm.model) != before)
@@ -423,7 +454,7 @@ def test_after_an_error_the_model_is_bit_identical_and_nothing_is_on_disk(
         return solve(*args)
 
     if "solve" in changes:
-        monkeypatch.setattr(metake.editing.keys, "solve", failing)
+        monkeypatch.setattr(place, called, failing)
     with pytest.raises(error, match=said):
         given.edit(lm, changes.get("requests", REQUESTS), changes.get("statistics", known(kind)))
     assert fingerprint(lm.model) == before
@@ -433,8 +464,10 @@ def test_after_an_error_the_model_is_bit_identical_and_nothing_is_on_disk(
     )
 
 
+@closed
 def test_statistics_that_leave_no_room_are_refused_never_run(name):
-    lm, metric = random_model("llama"), editor(name).metric
+    lm, given = random_model("llama"), editor(name, None)
+    metric = given.metric
     full, few = (
         KeyStatistics(torch.eye(48).double() * 100, 100), KeyStatistics(torch.diag(torch.arange(48).double()), 48)
     )
@@ -443,7 +476,7 @@ def test_statistics_that_leave_no_room_are_refused_never_run(name):
     else:
         bad, said = few, "second moment of 48 keys of dimension 48 is numerically singular"
     if getattr(metric, "ridge", 0.0) and bad is few:  # λC + ρI is regular whatever C is
-        assert editor(name).edit(lm, REQUESTS, dict.fromkeys(LAYERS, bad)).updates[0].delta.any()
+        assert given.edit(lm, REQUESTS, dict.fromkeys(LAYERS, bad)).updates[0].delta.any()
         return
     with pytest.raises(StatisticsError, match=said):
-        editor(name).edit(lm, REQUESTS, dict.fromkeys(LAYERS, bad))
+        given.edit(lm, REQUESTS, dict.fromkeys(LAYERS, bad))

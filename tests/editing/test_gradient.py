@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import reference
 import torch
+from editors import RULES, maps, untrained
 from models import CONFIGS, random_model
 from reference import double_inside  # noqa: F401 (a fixture)
 from same import contents, fingerprint
 
-from metake import Edit, EditCase, EditRequest, NumericalError, ParameterError, Probe, ProvenanceError, RequestError
+from metake import EditCase, EditRequest, NumericalError, ParameterError, Probe, ProvenanceError
 from metake.algebra.geometry import Isotropic
 from metake.algebra.solve import gate, solve
 from metake.editing.gradient import stored, training
@@ -41,37 +42,10 @@ CASES = [
 ]  # fmt: skip
 REQUESTS = [case.request for case in CASES]
 LATER = [EditRequest("The mother tongue of {} is", "Beyoncé", "French", "d")]
-RULES = {
-    "ultraedit": GradientRule(coefficient="normalized", living=True, step=1e-3),
-    "malmen": GradientRule(), "mend": GradientRule("sum", tokens="all", inside=True),
-    "smedit": GradientRule(steps=2, penalty="norm", tokens="all"),
-}  # fmt: skip
 every = pytest.mark.parametrize("kind", CONFIGS)
 some = pytest.mark.parametrize("kind", ["gpt2", "llama"])
 named = pytest.mark.parametrize("name", RULES)
 exact = pytest.mark.usefixtures("double_inside")
-
-
-def maps(lm) -> tuple[str, ...]:
-    """Output projections, of the last block too, and another linear map of the block, whose shape is its own."""
-    own = lm.write_path(1)
-    inner = {
-        "c_proj": "c_fc", "fc_out": "fc_in", "dense_4h_to_h": "dense_h_to_4h", "down_proj": "up_proj", "fc2": "fc1"
-    }
-    head, _, tail = own.rpartition(".")
-    return (own, lm.write_path(lm.depth - 1), f"{head}.{inner[tail]}")
-
-
-def untrained(lm, rule: GradientRule, seed: int = 0, step: float = 1e-3, wild: float = 0.0) -> GradientEditor:
-    """Networks of a rule as training begins with them; wild: how far they are from the identity."""
-    made = training.begin(lm, rule, maps(lm), Training(2, step=step * rule.steps, rank=3, seed=seed))
-    torch.manual_seed(seed)
-    for network in (n for step_ in made.networks for n in step_):
-        for p in network.parameters():
-            p.data += wild * torch.randn_like(p) * (0.1 if p is network.step else 1)
-        if wild:
-            network.step.data.abs_().clamp_(min=step)
-    return made
 
 
 @cache
@@ -391,66 +365,14 @@ def test_a_training_that_breaks_says_so():
 # What every editor promises
 
 
-@every
 @named
-def test_an_edit_leaves_the_model_and_is_thin_and_applies_exactly(name, kind):
-    lm, made = editor(name, kind)
-    before = fingerprint(lm.model)
-    edit = made.edit(lm, REQUESTS)
-    assert fingerprint(lm.model) == before
-    assert edit.modules == maps(lm) == tuple(edit.record.weights)
-    assert all(u.dense is None and torch.isfinite(u.delta).all() and u.left.dtype == torch.float64
-               for u in edit.updates)  # fmt: skip
-    with edit.applied(lm):
-        changed = {n for n, h in fingerprint(lm.model).items() if h != before[n]}
-        assert changed == {f"{m}.weight" for m in edit.modules}
-    assert fingerprint(lm.model) == before
-    assert set(edit.record.layers) == set(maps(lm)) and set(edit.record.trace) == {"a", "b", "c"}
-    for told in edit.record.layers.values():
+def test_the_record_tells_how_much_of_the_residuals_is_realized(name):
+    lm, made = editor(name, "gpt2")
+    layers = made.edit(lm, REQUESTS).record.layers
+    assert set(layers) == set(maps(lm))
+    for told in layers.values():
         assert told["relative_update"] > 0
         assert name == "mend" or -1e-9 <= told["spectrum_min"] <= told["spectrum_max"] < 1
-
-
-@named
-@pytest.mark.parametrize("wrong", [REQUESTS[0], EditRequest("The capital of {} is", "France", "Berlin", "other")])
-def test_bad_requests_are_refused_and_nothing_changes(name, wrong):
-    """Given twice, or with two answers."""
-    lm, made = editor(name, "gpt2")
-    before = fingerprint(lm.model)
-    with pytest.raises(RequestError):
-        made.edit(lm, [*REQUESTS, wrong])
-    assert fingerprint(lm.model) == before
-
-
-@named
-def test_zero_requests_change_nothing_and_a_broken_model_is_refused(name):
-    lm, made = editor(name, "gpt2")
-    state = made.init(lm)
-    edit, after = made.step(lm, [], state)
-    assert after is state and all(u.rank == 0 and not u.delta.any() for u in edit.updates)
-    broken = random_model("gpt2")
-    broken.weight(broken.write_path(0))[0, 0] = float("nan")
-    with pytest.raises(NumericalError, match="not finite"):
-        replace(made, trained={}).edit(broken, REQUESTS)
-
-
-@named
-def test_saved_and_exported_it_is_the_same(name, tmp_path):
-    from peft import PeftModel
-
-    lm, made = editor(name, "gpt2", torch.float32)
-    edit = made.edit(lm, REQUESTS)
-    edit.save(tmp_path / "edit")
-    again = Edit.load(tmp_path / "edit")
-    assert again.record == edit.record
-    assert all(torch.equal(a.delta, b.delta) for a, b in zip(again.updates, edit.updates, strict=True))
-    edit.to_peft(tmp_path / "peft")
-    ids = torch.tensor([encode(lm.tokenizer, REQUESTS[0].text)])
-    with edit.applied(lm):
-        expected = lm.model(ids).logits
-    other = random_model("gpt2", torch.float32)
-    adapted = PeftModel.from_pretrained(other.model, tmp_path / "peft")
-    torch.testing.assert_close(adapted(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["malmen", "mend", "smedit"])
