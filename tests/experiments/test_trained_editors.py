@@ -9,6 +9,7 @@ import metake as mk
 from metake.experiments.cases import part_of, read_cases
 from metake.experiments.studies import comparison
 from metake.experiments.studies import trained_editors as module
+from metake.experiments.studies.frontier import Variant
 from metake.experiments.studies.trained_editors import ALONE, BATCH, PROTOCOLS, SEQUENCE
 
 
@@ -58,3 +59,21 @@ def test_what_ships_says_how_it_was_trained():
     found = module.shipped("tiny").set_index("method")
     assert set(found.index) == set(mk.methods.TRAINED)
     assert (found["outer loss, last"] < found["outer loss, first"]).all() and (found.facts > 200).all()
+
+
+def test_a_training_on_the_page_learns_from_subjects_that_it_is_not_asked(monkeypatch):
+    seen, right = set(), Variant.made
+
+    def watched(self, lm, cases, *rest):
+        seen.update(case.request.id for case in cases)
+        return right(self, lm, cases, *rest)
+
+    monkeypatch.setattr(Variant, "made", watched)
+    found = module.live(names=("malmen",), batches=3, held=4)
+    assert not seen & set(found.id) and found.groupby("networks", sort=False).size().to_dict() == {
+        "as it begins": 4, "after 3 batches": 4
+    }
+    table = module.learned(found).set_index("networks")
+    assert table.efficacy["as it begins"] == pytest.approx(100 * found.efficacy[:4].mean())
+    shares = found[list(comparison.METRICS[:3])].to_numpy()
+    assert (shares[:4] != shares[4:]).any(), "what was learned is what is asked"

@@ -14,6 +14,7 @@ from metake.editing.statistics import statistics
 from metake.experiments.cases import part_of, read_cases, select
 from metake.experiments.decision import all_of
 from metake.experiments.studies import comparison
+from metake.experiments.studies.frontier import SCORES, Variant, scores
 from metake.experiments.studies.study import FORMATS
 from metake.language.model import LanguageModel, load
 from metake.report import style
@@ -110,6 +111,32 @@ def judge(records: pd.DataFrame) -> dict[str, Any]:
         )
         told.append(f"{style(rival).name}: {parts}")
     return all_of(decisions).quiet().verdict("MetaKE minus the other after a sequence, in points: " + "; ".join(told))
+
+
+def live(
+    model: str = "tiny", names: Sequence[str] = ("malmen", "smedit"), batches: int = 10, held: int = 20, seed: int = 0,
+    data: str = "facts"
+) -> pd.DataFrame:
+    """Train editors from nothing, here and now: a row per method, stage and fact with the three scores as shares.
+
+    Trained on the half of the subjects that is for choosing, asked `held` facts of the other half, in one batch. Stages:
+    "as it begins", networks that are the identity with the moments of one batch; "after {batches} batches".
+    """
+    lm, rows, found = load(model), [], read_cases(data)
+    cases, asked = part_of(found, "choosing"), select(lm, part_of(found, "testing"), held, seed)
+    for name in names:
+        rule, modules, training = methods.to_train(name, model, seed=seed)
+        for stage, learns, count in (("as it begins", "nothing", 1), (f"after {batches} batches", "network", batches)):
+            made = Variant(rule.steps, rule.penalty, learns, count).made(lm, cases, rule, modules, training)
+            rows += [{"method": name, "networks": stage} | row for row in scores(lm, made, asked, held)]
+    return pd.DataFrame(rows)
+
+
+def learned(records: pd.DataFrame) -> pd.DataFrame:
+    """Percent per method and stage of `live`, with the harmonic mean."""
+    table = 100 * records.groupby(["method", "networks"], sort=False)[list(SCORES)].mean()
+    table["harmonic mean"] = comparison.harmonic_mean(table)
+    return table.reset_index()
 
 
 def shipped(model: str) -> pd.DataFrame:
