@@ -283,6 +283,7 @@ class Editor:
         have changed.
         """
         reading, last = self.reading, self.layers[-1]
+        scale = lm.scale if reading.site == "block" else 1.0  # of what is written on its way to where it is planned
         reader = reading.reader(lm, rows, last)
         updates, layers, trace = [], {}, []
         for index, layer in enumerate(self.layers):
@@ -295,7 +296,7 @@ class Editor:
             residuals = (targets.value - found.current) * self.allocation(index, len(self.layers))
             solution = reading.solve(found, residuals, state.metrics[layer])
             update = self._posted(
-                "layer", LayerUpdate(lm.write_path(layer), residuals.T.contiguous(), solution.gate),
+                "layer", LayerUpdate(lm.write_path(layer), (residuals / scale).T.contiguous(), solution.gate),
                 lm.weight(lm.write_path(layer))
             )
             clock("solve")

@@ -22,7 +22,7 @@ from metake.language.tokens import Padded, Row, Rows, continued
 
 SITES = {"block": ("block",), "mlp": ("write",), "mlp+attention": ("write", "attention")}
 """Site → the modules whose output a vector replaces, the written one first. Every architecture of the table adds its
-MLP's output to the residual stream last, so that a vector enters there as it would at the block's output."""
+MLP's output, times `lm.scale`, to the residual stream last, so that a vector enters there as at the block's output."""
 
 
 CACHED = 2
@@ -86,17 +86,18 @@ def planted(lm: LanguageModel, batch: Rows, layer: int, site: str, tokens: int) 
     return parts, found[:, : len(batch.taught) : len(batch.contexts)]
 
 
-def score(lm: LanguageModel, part: Plant, delta: Tensor, layer: int) -> Tensor:
+def score(lm: LanguageModel, part: Plant, delta: Tensor, layer: int, site: str) -> Tensor:
     """Logits at one bucket's scored positions with δ, (vectors a request, n, d), planted at its rows' lookup
     positions.
     """
-    planted = delta.index_select(1, part.bucket.owner)
+    first, *others = delta.index_select(1, part.bucket.owner)
+    first = first if site == "block" else first * lm.scale
     with ExitStack() as stack:
-        if len(planted) == 1:
-            stack.enter_context(lm.resumed(layer, moved(part.state, planted[0])))
+        if not others:
+            stack.enter_context(lm.resumed(layer, moved(part.state, first)))
         else:
             stack.enter_context(lm.resumed(layer - 1, part.state))
-            for module, vector in zip((lm.block(layer), lm.attention(layer)), planted, strict=True):
+            for module, vector in zip((lm.block(layer), lm.attention(layer)), (first, *others), strict=True):
                 stack.enter_context(adding(module, vector))
         return lm.logits_at(part.batch, part.bucket.places, past=as_cache(part.prefix, part.batch))
 
@@ -116,7 +117,7 @@ def _plant(
     batch = continued([row.ids[row.lookup :] for row in rows], lookups, lm.device)
     run, upto = Prefixed(lm, ids, cuts), Prefixed(lm, [row.ids[: row.lookup + 1] for row in rows], cuts)
     start, state = Split(None, None), torch.zeros(*batch.ids.shape, 1, device=lm.device)
-    with reading(outputs=_modules(lm, layer, site)) as found:
+    with reading(outputs=_modules(lm, layer, site), then=torch.clone) as found:  # some blocks go on adding in place
         if done >= 0:  # else no block is passed over: nobody reads a state
             whole = run.read([], [done])[1][done]
             columns = (before - run.cut)[:, None] + torch.arange(batch.ids.shape[1], device=lm.device)
@@ -125,7 +126,9 @@ def _plant(
         cache = upto.fill(done, start)
     # a row's tokens end its beginning's columns
     own = columns_before(before, max(lookups)) + (upto.width - upto.cut)[:, None]
-    anchor = torch.stack([found[i][at[:, 0], before - run.cut] for i in range(len(found))])
+    # a flat output is in rows again
+    sites = (found[i].reshape(len(rows), -1, lm.width) for i in range(len(found)))
+    anchor = torch.stack([own_site[at[:, 0], before - run.cut] for own_site in sites])
     return Plant(Bucket.of(rows, lookups, lm.device), batch, rearranged(cache, at, own, done), state), anchor
 
 

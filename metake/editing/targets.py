@@ -163,7 +163,7 @@ def _losses(
     """
     nll, kl, wrong = (torch.zeros_like(emphasis) for _ in range(3))
     for part in parts:
-        logits = score(lm, part, delta, layer)
+        logits = score(lm, part, delta, layer, rule.site)
         part_nll, part_kl = part.bucket.losses(logits, len(nll))
         if part_nll.requires_grad:
             (emphasis * part_nll + rule.kl_weight * part_kl).sum().backward()

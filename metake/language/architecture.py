@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -16,28 +18,47 @@ class Architecture:
     block: str
     mlp: str
     write: str  # the MLP's output projection: its input is the key
-    attention: str
+    attention: str  # its output is added to the residual stream, as the write's is
+    scale: str = ""  # the configuration's name of the number by which a block multiplies both first, if there is one
 
 
 _LLAMA = Architecture(
     "model.layers.{}", "model.layers.{}.mlp", "model.layers.{}.mlp.down_proj", "model.layers.{}.self_attn"
 )
 _GPT2 = Architecture("transformer.h.{}", "transformer.h.{}.mlp", "transformer.h.{}.mlp.c_proj", "transformer.h.{}.attn")
+_BLOOM = replace(_GPT2, write="transformer.h.{}.mlp.dense_4h_to_h", attention="transformer.h.{}.self_attention")
+_OPT = "model.decoder.layers.{}"
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": _GPT2,
-    "gptj": Architecture(_GPT2.block, _GPT2.mlp, "transformer.h.{}.mlp.fc_out", _GPT2.attention),
+    "gptj": replace(_GPT2, write="transformer.h.{}.mlp.fc_out"),
     "gpt_neox": Architecture(
         "gpt_neox.layers.{}", "gpt_neox.layers.{}.mlp", "gpt_neox.layers.{}.mlp.dense_4h_to_h",
         "gpt_neox.layers.{}.attention"
     ),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "phi": Architecture(_LLAMA.block, _LLAMA.mlp, "model.layers.{}.mlp.fc2", _LLAMA.attention),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("cohere", "gemma", "olmo", "phi3", "smollm3", "stablelm"), _LLAMA),
+    "phi": replace(_LLAMA, write="model.layers.{}.mlp.fc2"),
+    "starcoder2": replace(_LLAMA, write="model.layers.{}.mlp.c_proj"),
+    "granite": replace(_LLAMA, scale="residual_multiplier"),
+    **dict.fromkeys(("bloom", "falcon"), _BLOOM),
+    "mpt": Architecture(
+        "transformer.blocks.{}", "transformer.blocks.{}.ffn", "transformer.blocks.{}.ffn.down_proj",
+        "transformer.blocks.{}.attn"
+    ),
+    "opt": Architecture(_OPT, f"{_OPT}.fc2", f"{_OPT}.fc2", f"{_OPT}.self_attn"),
 }
 """One row per `config.model_type`. A user may add a row at run time."""
+
+
+def experts(config: Any) -> str:
+    """The sentence that refuses a mixture of experts; "" for a model that is none."""
+    found = {k: n for k, n in config.to_dict().items() if "experts" in k and isinstance(n, int) and n > 1}
+    said = ", ".join(f"{name} = {count}" for name, count in found.items())
+    return said and (
+        f"{config.model_type!r} is a mixture of experts ({said}), of which a token visits some, so that no one weight "
+        "holds what a block knows: experts cannot be edited, take a dense model"
+    )
 
 
 def check_paths(row: Architecture, model: nn.Module) -> None:
@@ -45,12 +66,28 @@ def check_paths(row: Architecture, model: nn.Module) -> None:
     kind, modules = model.config.model_type, dict(model.named_modules())
     for what, inside in (("block", None), ("mlp", "block"), ("write", "mlp"), ("attention", "block")):
         path, whole = getattr(row, what), inside and getattr(row, inside)
+        paths = (path.replace("{}", str(i)) for i in range(model.config.num_hidden_layers))
+        missing = next((found for found in paths if found not in modules), "")
         flaws = {
             "which must contain exactly one {} for the block's number": path.count("{}") != 1,
-            "but the model has no such module": path.replace("{}", "0") not in modules,
+            f"but the model has no such module ({missing})": missing,
             f"which is not inside its {inside} = {whole!r}": whole and not f"{path}.".startswith(f"{whole}."),
         }
         if flaw := next((said for said, found in flaws.items() if found), ""):
+            instead = missing and (_wrapped(missing, modules) or experts(model.config))
             raise ArchitectureError(
-                f"row {kind!r} names {what} = {path!r}, {flaw}; correct metake.ARCHITECTURES[{kind!r}]"
+                f"row {kind!r} names {what} = {path!r}, {flaw}"
+                + (f": {instead}" if instead else f"; correct metake.ARCHITECTURES[{kind!r}]")
             )
+
+
+def _wrapped(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """The sentence for a module that is there under another name, which its wrapper gave it; "" if it is not."""
+    for name in modules:
+        plain = ".".join(part for part in name.split(".") if not part.startswith("_"))
+        if f".{plain}".endswith(f".{path}"):
+            return (
+                f"it is wrapped, and has {name!r}. Pass the model itself: of a compiled one its _orig_mod, of one with "
+                "adapters what merge_and_unload() returns, of a parallel one its module"
+            )
+    return ""

@@ -7,6 +7,7 @@ transformers: `hidden` and `rewrap` are the only two places that know.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -65,9 +66,10 @@ def _raise_stop(*_: Any) -> None:
 
 
 def moved(state: Tensor, vector: Tensor) -> Tensor:
-    """A hidden state, (rows, positions, width), with (rows, width) added at each row's first position."""
-    first = state[:, 0].to(vector.dtype) + vector
-    return torch.cat([first.to(state.dtype)[:, None], state[:, 1:]], 1)
+    """A hidden state, (rows, positions, width) or flat, with (rows, width) added at each row's first position."""
+    rows = state.reshape(len(vector), -1, state.shape[-1])
+    first = rows[:, 0].to(vector.dtype) + vector
+    return torch.cat([first.to(state.dtype)[:, None], rows[:, 1:]], 1).view_as(state)
 
 
 @contextlib.contextmanager
@@ -164,12 +166,12 @@ def gathered(head: nn.Module, last_mlp: nn.Module | None, places: Places) -> Ite
     def choose(_: nn.Module, args: tuple) -> tuple:
         return args[0].flatten(0, 1).index_select(0, places.asked), *args[1:]
 
-    def thin(_: nn.Module, args: tuple) -> tuple:
-        shape[:] = args[0].shape[:2]
-        return args[0].flatten(0, 1).index_select(0, places.once)[None], *args[1:]
+    def thin(_: nn.Module, args: tuple) -> tuple:  # the residual stream may come beside what is to be transformed
+        shape[:] = args[0].shape[:-1]
+        return tuple(state.flatten(0, -2).index_select(0, places.once)[None] for state in args)
 
     def spread(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
-        whole = output.new_zeros(shape[0] * shape[1], output.shape[-1])
+        whole = output.new_zeros(math.prod(shape), output.shape[-1])
         return whole.index_copy(0, places.once, output[0]).unflatten(0, shape)
 
     handles = [head.register_forward_pre_hook(choose)]

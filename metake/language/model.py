@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from metake.language import assets
-from metake.language.architecture import ARCHITECTURES, check_paths
-from metake.language.capture import Places, gathered, hidden, reading, resumed
+from metake.language import assets, checks
+from metake.language.architecture import ARCHITECTURES, check_paths, experts
+from metake.language.capture import Places, gathered, reading, resumed
 from metake.language.kernels import fast_products
 from metake.language.tokens import Padded, buckets, shared_beginnings
 from metake.support.errors import ArchitectureError, ParameterError, RequestError, near_misses
@@ -39,43 +39,18 @@ class LanguageModel:
     arity: int = 1  # items that a decoder block returns
 
     def __post_init__(self) -> None:
-        kind = getattr(self.model.config, "model_type", "?")
+        checks.check_whole(self.model, self.name)
+        kind = self.model.config.model_type
         if kind not in ARCHITECTURES:
             raise ArchitectureError(
-                near_misses(kind, ARCHITECTURES, "architecture")
+                experts(self.model.config) or near_misses(kind, ARCHITECTURES, "architecture")
                 + " Add a row: metake.ARCHITECTURES[model_type] = Architecture(...)."
             )
         self.architecture = ARCHITECTURES[kind]
-        self.model.eval().requires_grad_(False)
-        self._check()
-
-    @torch.no_grad()
-    def _check(self) -> None:
-        """One two-token forward with hooks: the row must name modules of the expected shapes.
-        Raises ArchitectureError.
-        """
         check_paths(self.architecture, self.model)
-        row, kind, width = self.architecture, self.model.config.model_type, self.width
-        seen: dict[str, Any] = {}
-        block, write = self.block(0), self.write(0)
-        handles = [
-            block.register_forward_hook(lambda *a: seen.__setitem__("block", a[2])),
-            write.register_forward_pre_hook(lambda _, a: seen.__setitem__("key", a[0])),
-        ]
-        try:
-            self.model(torch.tensor([[1, 2]], device=self.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        key, (d_out, d_in) = seen["key"].shape[-1], self.shape(row.write.format(0))
-        out = tuple(hidden(seen["block"]).shape)
-        if (d_out, d_in) != (width, key) or out != (1, 2, width):
-            raise ArchitectureError(
-                f"row {kind!r}: the weight of {row.write.format(0)!r} is {(d_out, d_in)} (d_out, d_in) where "
-                f"{(width, key)} was expected, and "
-                f"{row.block.format(0)!r} returns {out} where (1, 2, {width}) was expected; correct the row"
-            )
-        self.arity = len(seen["block"]) if isinstance(seen["block"], tuple) else 1
+        checks.check_tokenizer(self.model, self.tokenizer, self.name)
+        self.model.eval().requires_grad_(False)
+        self.arity = checks.check_row(self)
 
     @property
     def width(self) -> int:
@@ -86,6 +61,11 @@ class LanguageModel:
     def depth(self) -> int:
         """Number of decoder blocks."""
         return self.model.config.num_hidden_layers
+
+    @property
+    def scale(self) -> float:
+        """By what a block multiplies what its MLP writes, and adds it to the residual stream: 1 but for granite."""
+        return float(getattr(self.model.config, self.architecture.scale, 1.0))
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +108,7 @@ class LanguageModel:
                 f"a row of {batch.mask.shape[1]} tokens does not fit {self.name!r}, which has room for {room}; "
                 "shorten the prompt"
             )
+        checks.check_padding(self.model.config, self.dtype, batch)
         with fast_products(self.model.modules()):
             return self.model(
                 input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, past_key_values=past,
@@ -155,10 +136,11 @@ class LanguageModel:
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Keys (inputs of `write`) and block outputs of the given layers; blocks after the last of them are not run."""
         last = max((*keys, *states))
-        inputs = {("key", i): self.write(i) for i in keys}
+        inputs, rows = {("key", i): self.write(i) for i in keys}, len(batch.ids)
         outputs = {("state", i): self.block(i) for i in states}
         with reading(
-            inputs, outputs, then, stop_after=self.block(last) if last in states else self.write(last)
+            inputs, outputs, lambda t: then(t.reshape(rows, -1, t.shape[-1])),  # some blocks flatten for their MLP
+            stop_after=self.block(last) if last in states else self.write(last)
         ) as found:
             self.run(batch, past)
         return {i: found["key", i] for i in keys}, {i: found["state", i] for i in states}
@@ -201,12 +183,10 @@ class LanguageModel:
     def _parameter(self, module: str) -> tuple[nn.Parameter, bool]:
         """The stored parameter, and whether it is stored transposed: asked of the module, never of the shape."""
         owner = dict(self.model.named_modules()).get(module)
-        stored = getattr(getattr(owner, "weight", None), "dtype", "no weight")
-        if not isinstance(owner, nn.Linear | Conv1D) or not stored.is_floating_point:
-            found = f"a {type(owner).__name__} ({stored})" if owner is not None else "missing"
+        if found := checks.not_plain(owner):
             raise ArchitectureError(
-                f"{module!r} of {self.name!r} is {found}; only nn.Linear and Conv1D weights can be edited "
-                "(quantized weights cannot)"
+                f"{module!r} of {self.name!r} is {found}; only nn.Linear and Conv1D weights can be edited (quantized "
+                "weights cannot): dequantize it, merge its adapter, or unwrap it"
             )
         return owner.weight, isinstance(owner, Conv1D)
 
@@ -284,8 +264,8 @@ def load(
 
     dtype: default float32 (float64 for `tiny`), never taken silently from a checkpoint; device:
     default the best at hand.
-    Raises ParameterError for an unknown name, dtype or device, or a model that cannot be read; ArchitectureError if the
-    table has no matching row.
+    Raises ParameterError for an unknown name, dtype or device, or a model that cannot be read or does not have the
+    tensors and tokens of its configuration; ArchitectureError if the table has no row that it matches.
     """
     place = usable(device) if device else default_device()
     if isinstance(dtype, str):
@@ -296,14 +276,16 @@ def load(
     with no_bars_in_pipes():
         found = assets.resolve(os.fspath(name), source)
         try:
-            model, tokenizer = (
-                AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype), assets.read_tokenizer(found.path)
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                found.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True  # refused below
             )
-        except (OSError, ValueError, SafetensorError) as error:
+            tokenizer = assets.read_tokenizer(found.path)
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             said = str(error).strip().partition("\n")[0]
             raise ParameterError(
                 f"{os.fspath(name)!r} cannot be loaded: {said} Expected a folder with config.json, weights and "
                 "tokenizer, or a model of the hub."
             ) from error
+    checks.check_loaded(os.fspath(name), loaded)
     origin = {"origin": found.origin, "revision": found.revision, "note": found.note}
     return LanguageModel(model.to(place), tokenizer, os.fspath(name), origin)

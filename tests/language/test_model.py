@@ -240,6 +240,7 @@ def test_a_block_of_another_width_is_refused(monkeypatch):
     model = random_model("llama").model
 
     model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
     model.model.layers[0].register_forward_hook(lambda _, __, out: out.repeat(1, 1, 2))
     model.model.norm, model.lm_head = nn.Identity(), nn.Linear(64, 384).double()
     with pytest.raises(ArchitectureError, match=r"'model.layers.0' returns \(1, 2, 64\) where \(1, 2, 32\)"):

@@ -97,7 +97,7 @@ class Passes:
         for path, slope in zip(paths, slopes, strict=True):
             # half precision would lose the small gradients in what follows
             wide = torch.promote_types(slope.dtype, torch.float32)
-            keys, gradients = (t.flatten(0, 1)[part.kept].to(wide) for t in (probes[path].input, slope))
+            keys, gradients = (t.flatten(0, -2)[part.kept].to(wide) for t in (probes[path].input, slope))
             yield path, Slopes(keys, gradients)
 
     def _looks_into_the_last(self, paths: Sequence[str]) -> bool:

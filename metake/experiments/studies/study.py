@@ -180,9 +180,11 @@ def _outer(editor: Editor, traces: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in zip(names, found, strict=True)}
 
 
-def refined(edit: Edit, editor: Editor, plan: Targets) -> Tensor:
-    """The targets v that an edit was solved for, (n, d): the first layer still sees the anchor h itself."""
-    return plan.anchor + edit.updates[0].left.T / editor.allocation(0, len(editor.layers))
+def refined(edit: Edit, editor: Editor, plan: Targets, scale: float = 1.0) -> Tensor:
+    """The targets v that an edit was solved for, (n, d): the first layer still sees the anchor h itself. scale: the
+    model's.
+    """
+    return plan.anchor + scale * edit.updates[0].left.T / editor.allocation(0, len(editor.layers))
 
 
 def _realized(
@@ -192,11 +194,11 @@ def _realized(
     rows = Rows.of(lm.tokenizer, requests, state.contexts)
     reader = editor.reading.reader(lm, rows, layer)
     gamma = association(reader.read(layer).keys, state.metrics[layer])
-    value = refined(edit, editor, plan)
+    value = refined(edit, editor, plan, lm.scale)
     with edit.applied(lm):
         after = editor.reading.reader(lm, rows, layer).read(layer)
     last = edit.updates[-1]
-    written, share = after.keys @ last.delta.T, last.left.T
+    written, share = lm.scale * after.keys @ last.delta.T, lm.scale * last.left.T
     return {
         "gamma": gamma, "beta": attenuation(gamma),
         "planned": (value - plan.anchor).norm(dim=1),
