@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from metake.algebra.geometry import KeyStatistics
 from metake.language.model import LanguageModel
@@ -30,7 +32,24 @@ CONFIGS = {
     "qwen3": LLAMA | {"head_dim": 8},
     "phi": LLAMA | {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
 }
-DEPTH = {"gpt2": "n_layer", "gptj": "n_layer"}
+MORE = {  # whose rows are tested, and one edit on each of them: not every method on all
+    "bloom": {"hidden_size": 32, "n_head": 4},
+    "cohere": LLAMA,
+    "falcon": {"hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48},
+    "gemma": LLAMA | {"head_dim": 8},
+    "granite": LLAMA | {"residual_multiplier": 0.22, "attention_multiplier": 0.5, "embedding_multiplier": 12.0},
+    "mpt": {"d_model": 32, "n_heads": 4, "max_seq_len": 128, "expansion_ratio": 2},
+    "olmo": LLAMA,
+    "opt": {
+        "hidden_size": 32, "ffn_dim": 48, "num_attention_heads": 4, "max_position_embeddings": 128,
+        "word_embed_proj_dim": 32
+    },
+    "phi3": LLAMA,
+    "smollm3": LLAMA,
+    "stablelm": LLAMA,
+    "starcoder2": LLAMA,
+}
+DEPTH = {"gpt2": "n_layer", "gptj": "n_layer", "bloom": "n_layer", "mpt": "n_layers"}
 SENTENCES = [
     "The mother tongue of Danielle Darrieux is French. The capital of France is Paris.",
     "Beyoncé was born in Houston, and the Boeing 747 flies to Côte d'Ivoire.",
@@ -54,21 +73,29 @@ def small_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
 
 def random_model(
     kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, bos: bool | None = None, spread: float = 0.12,
-    depth: int = 4
+    depth: int = 4, **changes: Any
 ) -> LanguageModel:
     """A fresh random model of `depth` blocks; weights wide enough that attention and predictions are far from
-    uniform.
+    uniform. changes: to its configuration.
     """
+    own = (CONFIGS | MORE)[kind] | {DEPTH.get(kind, "num_hidden_layers"): depth}
+    model = random_weights(kind, own | changes, dtype, seed, spread)
+    return LanguageModel(model, small_tokenizer(kind == "llama" if bos is None else bos), f"random-{kind}")
+
+
+def random_weights(
+    kind: str, own: Mapping[str, Any], dtype: torch.dtype = torch.float64, seed: int = 0, spread: float = 0.12
+) -> PreTrainedModel:
+    """A random model of any family with this configuration, whether the table has a row for it or not."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **SMALL, **CONFIGS[kind] | {DEPTH.get(kind, "num_hidden_layers"): depth})
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL | own)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, spread)
             else:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    return LanguageModel(model, small_tokenizer(kind == "llama" if bos is None else bos), f"random-{kind}")
+    return model
 
 
 def stand_in(*_: object) -> LanguageModel:
@@ -87,7 +114,7 @@ def text_statistics(lm: LanguageModel, layers, tokens: int = 1500) -> dict[int, 
     for layer, one in found.items():
         seen = []
         handle = lm.write(layer).register_forward_pre_hook(
-            lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1))
+            lambda _, args, seen=seen: seen.append(args[0].flatten(0, -2))
         )
         with torch.no_grad():
             lm.model(ids)

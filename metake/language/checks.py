@@ -203,10 +203,10 @@ def _check_logits(lm: Any, own: Tensor, first: Tensor) -> None:
     for what, found, expected in (
         ("at chosen places, from a cache,", continuing, own[[1, 0]]), ("resumed after block 0", resumed, own[[0, 0, 1]])
     ):
-        apart = (found - expected).norm() / expected.norm()
-        if not apart <= torch.finfo(found.dtype).eps ** 0.5:
+        apart, norm = (found - expected).norm(), expected.norm()
+        if not apart <= torch.finfo(found.dtype).eps ** 0.5 * norm:
             raise _wrong(
-                lm, f"logits {what} differ from the model's own by {apart:.2g} of their norm, where rounding was "
+                lm, f"logits {what} differ from the model's own by {apart / norm:.2g} of their norm, where rounding was "
                 "expected: its mlp must act on each position alone and come last, and its block return the hidden "
                 "state, or a tuple that begins with it"
             )
