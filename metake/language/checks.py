@@ -114,10 +114,14 @@ def check_row(lm: Any) -> int:
 
     Where the model is not finite, nothing is compared. Cost: four forwards of two tokens, each block once more.
     """
+    modes = [(module, module.training) for module in lm.model.modules()]
     parts, calls = {"attention": lm.attention, "write": lm.write}, []
     outputs = {(part, i): module(i) for part, module in parts.items() for i in range(lm.depth)}
     handles = [block.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True) for block in lm.blocks]
+    lm.model.eval()
     try:
+        for i in range(lm.depth):
+            lm.weight(lm.write_path(i))
         # some blocks go on adding in place
         with reading({("key", i): lm.write(i) for i in range(lm.depth)}, outputs, torch.clone) as seen:
             own = lm.model(torch.tensor([[1, 2]], device=lm.device), use_cache=False).logits[0]
@@ -136,6 +140,8 @@ def check_row(lm: Any) -> int:
         said = str(error).strip().partition("\n")[0]
         raise _wrong(lm, f"two tokens do not run through the model ({type(error).__name__}: {said})") from error
     finally:
+        for module, mode in modes:
+            module.training = mode
         for handle in handles:
             handle.remove()
 
@@ -206,7 +212,7 @@ def _check_logits(lm: Any, own: Tensor, first: Tensor) -> None:
         apart, norm = (found - expected).norm(), expected.norm()
         if not apart <= torch.finfo(found.dtype).eps ** 0.5 * norm:
             raise _wrong(
-                lm, f"logits {what} differ from the model's own by {apart / norm:.2g} of their norm, where rounding was "
+                lm, f"logits {what} differ from the model's own by {apart / norm:.2g} of their norm, and rounding was "
                 "expected: its mlp must act on each position alone and come last, and its block return the hidden "
                 "state, or a tuple that begins with it"
             )

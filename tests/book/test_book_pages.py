@@ -172,7 +172,7 @@ def test_a_method_and_a_model_are_added_as_the_page_says(monkeypatch):
     monkeypatch.setattr(mk, "load", stand_in)
     monkeypatch.setattr(mk, "statistics", partial(statistics, tokens=3000))
     monkeypatch.setattr(mk, "facts", lambda limit: facts(limit=min(limit, 2)))
-    monkeypatch.delitem(mk.ARCHITECTURES, "starcoder2", raising=False)
+    monkeypatch.delitem(mk.ARCHITECTURES, "codegen", raising=False)
     blocks = re.findall(r"```python\n(.*?)```", (BOOK / "extend.md").read_text("utf-8"), re.DOTALL)
     method, used, own, slopes, row, closest = blocks
     names: dict = {}
@@ -193,8 +193,8 @@ def test_a_method_and_a_model_are_added_as_the_page_says(monkeypatch):
     exec(compile(slopes, "extend.md", "exec"), names)  # noqa: S102
     assert len(names["twice"].networks) == 2 and len(names["twice"].trained["losses"]) == 2
     exec(compile(row, "extend.md", "exec"), names)  # noqa: S102
-    assert isinstance(mk.ARCHITECTURES["starcoder2"], mk.Architecture)
-    del mk.ARCHITECTURES["starcoder2"]  # not by monkeypatch, which would put it back
+    assert isinstance(mk.ARCHITECTURES["codegen"], mk.Architecture)
+    del mk.ARCHITECTURES["codegen"]  # not by monkeypatch, which would put it back
     exec(compile(closest, "extend.md", "exec"), names)  # noqa: S102
     assert names["editor"].layers == (4, 5, 6)
 

@@ -72,7 +72,8 @@ def test_the_look_ahead_is_the_edited_model(kind, layers):
     with torch.no_grad():
         close(whole.task(value), expected)
         if len(layers) == 1:
-            gate = editor._frozen_gate(editor.reading.reader(lm, Rows.of(lm.tokenizer, REQUESTS, CONTEXTS), 1), state, 1)
+            reader = editor.reading.reader(lm, Rows.of(lm.tokenizer, REQUESTS, CONTEXTS), 1)
+            gate = editor._frozen_gate(reader, state, 1)
             close(LastLayer(lm, REQUESTS, CONTEXTS, initial, gate, rule).task(value), expected)
 
 
@@ -116,7 +117,8 @@ def test_slopes_are_the_gradients_of_the_weights(kind):
     for weight in weights:
         weight.requires_grad_(True)
     part = passes.parts[0]
-    gradients = torch.autograd.grad(passes._losses(part, lm.logits_at(part.batch, part.bucket.places))[:, 0].sum(), weights)
+    loss = passes._losses(part, lm.logits_at(part.batch, part.bucket.places))[:, 0].sum()
+    gradients = torch.autograd.grad(loss, weights)
     assert losses[:, 0].min() > 0
     for path, gradient in zip(paths, gradients, strict=True):
         found = slopes[path].gradients.T @ slopes[path].keys

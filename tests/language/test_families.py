@@ -1,12 +1,12 @@
-"""Families whose blocks differ: flat or tuple outputs, sums in place, a residual handed along, a scale. What is read and
-continued of them is what the plain model computes, to float32, in which their norms and attention compute.
+"""Families whose blocks differ: flat or tuple outputs, sums in place, a residual handed along, a scale. What is read
+and continued of them is what the plain model computes, to float32, in which their norms and attention compute.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from models import MORE, random_model
+from models import CONFIGS, MORE, random_model
 from same import fingerprint
 
 from metake import ARCHITECTURES, LayerUpdate
@@ -43,8 +43,6 @@ def plain(lm, row, layer):
 
 
 def test_every_row_of_the_table_is_tried():
-    from models import CONFIGS
-
     assert (CONFIGS | MORE).keys() == ARCHITECTURES.keys()
 
 

@@ -249,17 +249,14 @@ def test_a_block_of_another_width_is_refused(monkeypatch):
 
 def test_a_row_added_by_the_user_works(monkeypatch, tmp_path):
     donor = random_model("llama")
-    config = AutoConfig.for_model(
-        "starcoder2", vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2
-    )
+    config = AutoConfig.for_model("codegen", vocab_size=384, n_embd=32, n_layer=3, n_head=4, rotary_dim=4)
     model = AutoModelForCausalLM.from_config(config).double()
-    with pytest.raises(ArchitectureError, match="starcoder2"):
+    with pytest.raises(ArchitectureError, match="codegen"):
         LanguageModel(model, donor.tokenizer, "coder")
     monkeypatch.setitem(
-        ARCHITECTURES, "starcoder2",
+        ARCHITECTURES, "codegen",
         Architecture(
-            "model.layers.{}", "model.layers.{}.mlp", "model.layers.{}.mlp.c_proj", "model.layers.{}.self_attn"
+            "transformer.h.{}", "transformer.h.{}.mlp", "transformer.h.{}.mlp.fc_out", "transformer.h.{}.attn"
         )
     )
     lm = LanguageModel(model, donor.tokenizer, "coder")
