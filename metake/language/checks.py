@@ -18,7 +18,7 @@ from metake.language.capture import adding, hidden, reading
 from metake.language.tokens import Padded, continued, pad
 from metake.support.errors import ArchitectureError, MetakeError, NumericalError, ParameterError
 
-ROUNDINGS = 8  # of the dtype's, of the largest number at hand: how far two orders of summing may lie apart
+ROUNDINGS = 8  # of the dtype's, of the largest number at hand: how far apart two sums of a few terms may lie
 STORED_FORMERLY = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$|\brotary_emb\.(inv_freq|\w+_cached)$")
 """Constants that older versions of transformers saved with a model, which now computes them by itself."""
 
@@ -151,6 +151,11 @@ def _wrong(lm: Any, said: str) -> ArchitectureError:
     return ArchitectureError(f"row {kind!r}: {said}; correct metake.ARCHITECTURES[{kind!r}], or edit another model")
 
 
+def _near(found: Tensor, expected: Tensor) -> bool:
+    """Whether two long sums agree to half of the dtype's digits."""
+    return bool((found - expected).norm() <= torch.finfo(found.dtype).eps ** 0.5 * expected.norm())
+
+
 def _paths(lm: Any, layer: int) -> list[str]:
     return [getattr(lm.architecture, part).format(layer) for part in ("block", "write", "attention")]
 
@@ -173,9 +178,7 @@ def _check_sums(
 ) -> None:
     """One block, as it was called and what it returned: its write's linear map, and what becomes of vectors added."""
     name, write, attention = _paths(lm, layer)
-    weight, rounding = lm.weight(write), ROUNDINGS * torch.finfo(written.dtype).eps
-    apart = (written - linear(key, weight, lm.write(layer).bias)).abs()
-    if (apart > rounding * (linear(key.abs(), weight.abs()) + written.abs())).any():
+    if not _near(written, linear(key, lm.weight(write), lm.write(layer).bias)):
         raise _wrong(lm, f"{write!r} does not return its weight times its input: something else scales or adds there")
     own, scale = hidden(output), lm.scale
     size = max(own.abs().max().item() / abs(scale), written.abs().max().item(), 1.0)
@@ -188,7 +191,7 @@ def _check_sums(
     moved = (moved - scale * (again["write"] - written).view_as(own))[0].double()
     expected, sent = scale * sent.double().sum(0), sent.double()
     apart = max((moved[0] - expected).abs().max(), moved[1].abs().max())
-    if apart > rounding * max(abs(scale) * size, again["write"].abs().max()):
+    if apart > ROUNDINGS * torch.finfo(written.dtype).eps * max(abs(scale) * size, again["write"].abs().max()):
         shares = torch.linalg.lstsq(sent.T, moved[0]).solution
         aside = (moved[0] - shares @ sent).norm() / expected.norm()
         raise _wrong(
@@ -209,10 +212,10 @@ def _check_logits(lm: Any, own: Tensor, first: Tensor) -> None:
     for what, found, expected in (
         ("at chosen places, from a cache,", continuing, own[[1, 0]]), ("resumed after block 0", resumed, own[[0, 0, 1]])
     ):
-        apart, norm = (found - expected).norm(), expected.norm()
-        if not apart <= torch.finfo(found.dtype).eps ** 0.5 * norm:
+        if not _near(found, expected):
+            apart = (found - expected).norm() / expected.norm()
             raise _wrong(
-                lm, f"logits {what} differ from the model's own by {apart / norm:.2g} of their norm, and rounding was "
-                "expected: its mlp must act on each position alone and come last, and its block return the hidden "
-                "state, or a tuple that begins with it"
+                lm, f"logits {what} differ from the model's own by {apart:.2g} of their norm, and rounding was expected: "
+                "its mlp must act on each position alone and come last, and its block return the hidden state, or a "
+                "tuple that begins with it"
             )

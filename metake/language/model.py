@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -182,7 +183,7 @@ class LanguageModel:
 
     def _parameter(self, module: str) -> tuple[nn.Parameter, bool]:
         """The stored parameter, and whether it is stored transposed: asked of the module, never of the shape."""
-        owner = dict(self.model.named_modules()).get(module)
+        owner = reduce(lambda inside, part: getattr(inside, "_modules", {}).get(part), module.split("."), self.model)
         if found := checks.not_plain(owner):
             raise ArchitectureError(
                 f"{module!r} of {self.name!r} is {found}; only nn.Linear and Conv1D weights can be edited (quantized "
