@@ -18,9 +18,8 @@ from metake.language.capture import adding, hidden, reading
 from metake.language.tokens import Padded, continued, pad
 from metake.support.errors import ArchitectureError, MetakeError, NumericalError, ParameterError
 
-ROUNDINGS = 8  # of the dtype's, of the largest number at hand: how far apart two sums of a few terms may lie
+# constants that older versions of transformers saved with a model, which now computes them by itself
 STORED_FORMERLY = re.compile(r"\b(attn|attention)\.(bias|masked_bias)$|\brotary_emb\.(inv_freq|\w+_cached)$")
-"""Constants that older versions of transformers saved with a model, which now computes them by itself."""
 
 
 def check_loaded(name: str, found: Mapping[str, Any]) -> None:
@@ -105,8 +104,8 @@ def check_padding(config: Any, dtype: torch.dtype, batch: Padded) -> None:
 
 
 @torch.no_grad()
-def check_row(lm: Any) -> int:
-    """Raise ArchitectureError unless the row of a `LanguageModel` is right; how many items a block of it returns.
+def check_row(lm: Any) -> None:
+    """Raise ArchitectureError unless the row of a `LanguageModel` is right; else set its `arity`.
 
     * In every block the write returns its weight times its input, and vectors added to what the attention returns, and
       after it the write, move the block's output by `lm.scale` times them, beside what the MLP makes of the former.
@@ -114,26 +113,23 @@ def check_row(lm: Any) -> int:
 
     Where the model is not finite, nothing is compared. Cost: four forwards of two tokens, each block once more.
     """
-    modes = [(module, module.training) for module in lm.model.modules()]
-    parts, calls = {"attention": lm.attention, "write": lm.write}, []
-    outputs = {(part, i): module(i) for part, module in parts.items() for i in range(lm.depth)}
+    modes, calls, layers = [(m, m.training) for m in lm.model.modules()], [], range(lm.depth)
+    outputs = {("attention", i): lm.attention(i) for i in layers} | {("write", i): lm.write(i) for i in layers}
     handles = [block.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True) for block in lm.blocks]
     lm.model.eval()
     try:
-        for i in range(lm.depth):
-            lm.weight(lm.write_path(i))
+        shapes = [lm.shape(lm.write_path(i)) for i in layers]
         # some blocks go on adding in place
-        with reading({("key", i): lm.write(i) for i in range(lm.depth)}, outputs, torch.clone) as seen:
+        with reading({("key", i): lm.write(i) for i in layers}, outputs, torch.clone) as seen:
             own = lm.model(torch.tensor([[1, 2]], device=lm.device), use_cache=False).logits[0]
         for layer, call in enumerate(calls):
-            _check_shapes(lm, layer, seen, hidden(call[-1]))
+            paths = [getattr(lm.architecture, part).format(layer) for part in ("block", "write", "attention")]
+            _check_shapes(lm, paths, shapes[layer], {part: t for (part, i), t in seen.items() if i == layer}, call[-1])
             if torch.isfinite(hidden(call[-1])).all():
-                _check_sums(lm, layer, seen["key", layer], seen["write", layer], *call)
-        first = calls[0][-1]
-        lm.arity = len(first) if isinstance(first, tuple) else 1
+                _check_sums(lm, layer, paths, seen["key", layer], seen["write", layer], *call)
+        lm.arity = len(calls[0][-1]) if isinstance(calls[0][-1], tuple) else 1
         if torch.isfinite(own).all():
-            _check_logits(lm, own, hidden(first))
-        return lm.arity
+            _check_logits(lm, own, hidden(calls[0][-1]))
     except (MetakeError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the model's own, of any class
@@ -156,16 +152,12 @@ def _near(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).norm() <= torch.finfo(found.dtype).eps ** 0.5 * expected.norm())
 
 
-def _paths(lm: Any, layer: int) -> list[str]:
-    return [getattr(lm.architecture, part).format(layer) for part in ("block", "write", "attention")]
-
-
-def _check_shapes(lm: Any, layer: int, seen: dict[Any, Tensor], output: Tensor) -> None:
-    block, write, attention = _paths(lm, layer)
-    if (ran := [part for part, i in seen if i == layer]) != ["attention", "key", "write"]:
-        raise _wrong(lm, f"{block!r} must run its attention {attention!r} before its write {write!r}; found {ran}")
-    weight, wanted, shape = lm.shape(write), (lm.width, seen["key", layer].shape[-1]), (1, 2, lm.width)
-    mixed, out = tuple(seen["attention", layer].shape), tuple(output.shape)
+def _check_shapes(lm: Any, paths: list[str], weight: tuple[int, int], seen: dict[str, Tensor], output: Any) -> None:
+    block, write, attention = paths
+    if list(seen) != ["attention", "key", "write"]:
+        raise _wrong(lm, f"{block!r} must run its attention {attention!r} before its write {write!r}; found {[*seen]}")
+    wanted, shape = (lm.width, seen["key"].shape[-1]), (1, 2, lm.width)
+    mixed, out = tuple(seen["attention"].shape), tuple(hidden(output).shape)
     if (weight, mixed, out) != (wanted, shape, shape):
         raise _wrong(
             lm, f"the weight of {write!r} is {weight} (d_out, d_in) where {wanted} was expected, {attention!r} returns "
@@ -174,15 +166,15 @@ def _check_shapes(lm: Any, layer: int, seen: dict[Any, Tensor], output: Tensor) 
 
 
 def _check_sums(
-    lm: Any, layer: int, key: Tensor, written: Tensor, block: nn.Module, args: tuple, given: dict, output: Any
+    lm: Any, layer: int, paths: list[str], key: Tensor, written: Tensor, block: nn.Module, args: tuple, given: dict,
+    output: Any
 ) -> None:
     """One block, as it was called and what it returned: its write's linear map, and what becomes of vectors added."""
-    name, write, attention = _paths(lm, layer)
+    name, write, attention = paths
     if not _near(written, linear(key, lm.weight(write), lm.write(layer).bias)):
         raise _wrong(lm, f"{write!r} does not return its weight times its input: something else scales or adds there")
-    own, scale = hidden(output), lm.scale
-    size = max(own.abs().max().item() / abs(scale), written.abs().max().item(), 1.0)
-    size = min(size, torch.finfo(own.dtype).max / 16)
+    own, scale, kind = hidden(output), lm.scale, torch.finfo(written.dtype)
+    size = min(max(own.abs().max().item() / abs(scale), written.abs().max().item(), 1.0), kind.max / 16)
     angles = torch.arange(lm.width, device=lm.device, dtype=torch.float64)
     sent = (size * torch.stack([angles.cos(), angles.sin()])).to(own.dtype)
     with reading(outputs={"write": lm.write(layer)}, then=torch.clone) as again:
@@ -190,8 +182,8 @@ def _check_sums(
             moved = hidden(block.forward(*args, **given)) - own
     moved = (moved - scale * (again["write"] - written).view_as(own))[0].double()
     expected, sent = scale * sent.double().sum(0), sent.double()
-    apart = max((moved[0] - expected).abs().max(), moved[1].abs().max())
-    if apart > ROUNDINGS * torch.finfo(written.dtype).eps * max(abs(scale) * size, again["write"].abs().max()):
+    apart, largest = moved - torch.stack([expected, torch.zeros_like(expected)]), again["write"].abs().max().item()
+    if not apart.abs().max() <= 8 * kind.eps * max(abs(scale) * size, largest):  # a few roundings of a few terms
         shares = torch.linalg.lstsq(sent.T, moved[0]).solution
         aside = (moved[0] - shares @ sent).norm() / expected.norm()
         raise _wrong(
@@ -215,7 +207,7 @@ def _check_logits(lm: Any, own: Tensor, first: Tensor) -> None:
         if not _near(found, expected):
             apart = (found - expected).norm() / expected.norm()
             raise _wrong(
-                lm, f"logits {what} differ from the model's own by {apart:.2g} of their norm, and rounding was expected: "
-                "its mlp must act on each position alone and come last, and its block return the hidden state, or a "
-                "tuple that begins with it"
+                lm, f"logits {what} differ from the model's own by {apart:.2g} of their norm, more than by rounding: its "
+                "mlp must act on each position alone and come last, and its block return the hidden state, or a tuple "
+                "that begins with it"
             )

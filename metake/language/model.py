@@ -50,7 +50,7 @@ class LanguageModel:
         self.architecture = ARCHITECTURES[kind]
         check_paths(self.architecture, self.model)
         checks.check_tokenizer(self.model, self.tokenizer, self.name)
-        self.arity = checks.check_row(self)
+        checks.check_row(self)
         self.model.eval().requires_grad_(False)
 
     @property
