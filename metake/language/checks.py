@@ -207,7 +207,7 @@ def _check_logits(lm: Any, own: Tensor, first: Tensor) -> None:
         if not _near(found, expected):
             apart = (found - expected).norm() / expected.norm()
             raise _wrong(
-                lm, f"logits {what} differ from the model's own by {apart:.2g} of their norm, more than rounding: its mlp "
-                "must act on each position alone and come last, and its block return the hidden state, or a tuple that "
-                "begins with it"
+                lm, f"logits {what} differ from the model's own by {apart:.2g} of their norm, more than rounding: its "
+                "mlp must act on each position alone and come last, and its block return the hidden state, or a tuple "
+                "that begins with it"
             )
