@@ -67,9 +67,10 @@ def _raise_stop(*_: Any) -> None:
 
 def moved(state: Tensor, vector: Tensor) -> Tensor:
     """A hidden state, (rows, positions, width) or flat, with (rows, width) added at each row's first position."""
-    rows = state.reshape(len(vector), -1, state.shape[-1])
-    first = rows[:, 0].to(vector.dtype) + vector
-    return torch.cat([first.to(state.dtype)[:, None], rows[:, 1:]], 1).view_as(state)
+    if state.ndim == 2:
+        return moved(state.unflatten(0, (len(vector), -1)), vector).flatten(0, 1)
+    first = state[:, 0].to(vector.dtype) + vector
+    return torch.cat([first.to(state.dtype)[:, None], state[:, 1:]], 1)
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ class LanguageModel:
         inputs, rows = {("key", i): self.write(i) for i in keys}, len(batch.ids)
         outputs = {("state", i): self.block(i) for i in states}
         with reading(
-            inputs, outputs, lambda t: then(t.reshape(rows, -1, t.shape[-1])),  # some blocks flatten for their MLP
+            inputs, outputs, lambda t: then(t if t.ndim == 3 else t.unflatten(0, (rows, -1))),  # as some blocks flatten
             stop_after=self.block(last) if last in states else self.write(last)
         ) as found:
             self.run(batch, past)
