@@ -15,6 +15,7 @@ from metake.editing.editor import Editor
 from metake.editing.keys import Keys
 from metake.editing.state import EditorState
 from metake.language.model import LanguageModel
+from metake.language.ready import entry
 from metake.language.tokens import Rows
 from metake.support.errors import ParameterError
 
@@ -47,6 +48,7 @@ class Diagnosis(list[RequestDiagnosis]):
         return "\n".join(lines)
 
 
+@entry()
 def diagnose(
     lm: LanguageModel,
     requests: Sequence[EditRequest],

@@ -16,6 +16,7 @@ from metake.algebra.solve import Solution, association, gate, realization, solve
 from metake.data.requests import EditRequest
 from metake.language.model import LanguageModel
 from metake.language.prefixes import Prefixed, Split
+from metake.language.ready import check_finite, entry
 from metake.language.tokens import Rows
 from metake.support.machine import halving
 
@@ -70,11 +71,14 @@ class KeyReader:
         ends = [len(self.rows[i]) - cuts[i] - 1 for i in group]
         return _Group(torch.tensor(group, device=self.lm.device), run, torch.tensor(ends, device=self.lm.device))
 
+    @entry()
     def read(self, layer: int, last: int | None = None) -> Keys:
-        """Keys at `layer`, and the current value at `last` (default: the last edited layer)."""
+        """Keys at `layer`, and the current value at `last` (default: the last edited layer).
+
+        Raises NumericalError, naming the first broken weight, if they are not finite.
+        """
         return halving(lambda tokens: self._read(layer, self.last if last is None else last, tokens), self.tokens)
 
-    @torch.no_grad()
     def _read(self, layer: int, last: int, tokens: int) -> Keys:
         if tokens != self.tokens:
             self._divide(tokens)
@@ -98,6 +102,8 @@ class KeyReader:
             if layer:
                 below.append(states[layer - 1])
         self.below, self.start = below, layer - 1
+        check_finite(self.lm, rows_of_keys, self.rows.__getitem__)
+        check_finite(self.lm, current, self.rows[:: self.contexts].__getitem__)
         return Keys(average(rows_of_keys, self.contexts, self.flat), current, rows_of_keys[:: self.contexts])
 
 

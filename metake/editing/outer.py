@@ -24,6 +24,7 @@ from metake.editing.objective import Bucket
 from metake.editing.targets import Targets
 from metake.language.model import LanguageModel
 from metake.language.prefixes import Prefixed, Split
+from metake.language.ready import entry
 from metake.language.tokens import Row, Rows
 from metake.support.errors import ParameterError, near_misses
 
@@ -119,6 +120,7 @@ class OuterObjective:
         scale = {"sum": 1.0, "mean": value.shape[1], "relative": self.initial.square().sum(1)}[self.rule.anchor_norm]
         return (value - self.initial).square().sum(1) / scale
 
+    @entry(gradients=True)
     def evaluate(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """F, (), and ∇F, (n, d), at V = value."""
         leaf = value.detach().to(self.initial).clone().requires_grad_()
@@ -151,7 +153,7 @@ class LastLayer(OuterObjective):
         gate: Tensor, rule: Refinement
     ):
         super().__init__(targets, rule, torch.promote_types(lm.dtype, torch.float32))
-        self.layer, self.gate = targets.layer, gate
+        self.lm, self.layer, self.gate = lm, targets.layer, gate
         batch = Rows.of(lm.tokenizer, requests, contexts)
         rows = batch.rewriting(plain=rule.prompts == "plain") + batch.locality(rule.locality_position)
         self.parts = [self._part(lm, *group) for group in micro_batches(lm, rows, rule.tokens)]
@@ -194,7 +196,7 @@ MEASURED = Refinement(prompts="contexts", locality_direction="post_pre", localit
 """How edits are compared, whatever refined them: L_edit and L_loc as Stage I has them."""
 
 
-@torch.no_grad()
+@entry()
 def edited_losses(
     lm: LanguageModel, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str], edit: Edit,
     rule: Refinement = MEASURED

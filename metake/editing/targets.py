@@ -16,6 +16,7 @@ from torch import Tensor
 from metake.data.requests import EditRequest
 from metake.editing.plant import SITES, Plant, chunks, planted, score
 from metake.language.model import LanguageModel
+from metake.language.ready import cause, entry
 from metake.language.tokens import Rows
 from metake.support.errors import NumericalError, ParameterError, near_misses
 from metake.support.machine import halving
@@ -81,6 +82,7 @@ class Targets:
         return self.anchor + self.planned
 
 
+@entry(gradients=True)
 def optimize_targets(
     lm: LanguageModel, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str], layer: int,
     rule: TargetRule = TargetRule()
@@ -146,7 +148,7 @@ def _descend(
             # two plain numbers would give float32
             emphasis = torch.where(wrong == 0, emphasis.new_tensor(rule.relax), 1.0)
             still &= (wrong > 0) | ((kl * rule.kl_weight if rule.drift_weighted else kl) > rule.drift_below)
-        before, after = _record(trace, torch.stack([loss, nll, kl, active.to(loss), still.to(loss)]), step)
+        before, after = _record(lm, trace, torch.stack([loss, nll, kl, active.to(loss), still.to(loss)]), step)
         if step == rule.steps - 1 or not after:
             break
         penalty.sum().backward()
@@ -183,7 +185,7 @@ def _update(delta: Tensor, optimizer: torch.optim.Optimizer, active: Tensor, lim
         delta.copy_(torch.where(active[:, None], clamped, before))
 
 
-def _record(trace: dict[int, dict], numbers: Tensor, step: int) -> tuple[int, int]:
+def _record(lm: LanguageModel, trace: dict[int, dict], numbers: Tensor, step: int) -> tuple[int, int]:
     """Note the losses of the requests that were active, and count those and the ones that still are.
 
     numbers: (5, n) loss, NLL, KL, active before and after: one transfer a step.
@@ -191,8 +193,7 @@ def _record(trace: dict[int, dict], numbers: Tensor, step: int) -> tuple[int, in
     loss, *others, before, after = numbers.tolist()
     if bad := sorted(i for i, now, value in zip(trace, before, loss, strict=True) if now and not math.isfinite(value)):
         raise NumericalError(
-            f"the target loss of request(s) {bad} is not finite at step {step}; try a smaller step size, or a "
-            "wider dtype than the model's"
+            f"the target loss of request(s) {bad} is not finite at step {step}: {cause(lm)}, or try a smaller step size"
         )
     for one, now, *values in zip(trace.values(), before, loss, *others, strict=True):
         for name, value in zip(one, values, strict=True) if now else ():

@@ -23,6 +23,7 @@ from metake.language import assets, checks
 from metake.language.architecture import ARCHITECTURES, check_paths, experts
 from metake.language.capture import Places, gathered, reading, resumed
 from metake.language.kernels import fast_products
+from metake.language.ready import held, still_finite
 from metake.language.tokens import Padded, buckets, shared_beginnings
 from metake.support.errors import ArchitectureError, ParameterError, RequestError, near_misses
 from metake.support.machine import default_device, start_cost, usable, working_memory
@@ -31,7 +32,9 @@ from metake.support.progress import no_bars_in_pipes
 
 @dataclass
 class LanguageModel:
-    """Model, tokenizer and architecture row. Parameters are frozen (no gradients) and the model is in eval mode."""
+    """Model, tokenizer and architecture row. Parameters are frozen (no gradients) and the model is in eval mode; who
+    changes that finds it so again after every call (`ready`). One thread at a time may use it.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -206,10 +209,13 @@ class LanguageModel:
         self._fitting(module, weight).copy_(weight)
 
     def add(self, module: str, update: Any) -> None:
-        """W ← W + Δ, summed in float64 and rounded once to the parameter's dtype."""
+        """W ← W + Δ, summed in float64 and rounded once to the parameter's dtype.
+
+        Raises NumericalError if finite numbers would not stay finite; the weight is then as it was.
+        """
         delta = update.delta.to(device=self.device, dtype=torch.float64)
         view = self._fitting(module, delta)
-        view.copy_(view.double() + delta)
+        view.copy_(still_finite(module, view, view.double() + delta))
 
     def _fitting(self, module: str, given: Tensor) -> Tensor:
         view = self.weight(module)
@@ -218,25 +224,22 @@ class LanguageModel:
         return view
 
     @contextlib.contextmanager
-    def scratch(self, modules: Sequence[str]) -> Iterator[None]:
-        """Keep these weights' original tensors and copy them back on exit, bit for bit, also after an error."""
-        kept = {m: self.weight(m).clone() for m in modules}
-        try:
-            yield
-        finally:
-            for module, weight in kept.items():
-                self.write_weight(module, weight)
+    def scratch(self, modules: Sequence[str], keep: bool = False) -> Iterator[None]:
+        """Keep these weights' original tensors and copy them back on exit, bit for bit; with `keep` only after an
+        error. Until then no other thread may use the model.
+        """
+        with held(self.model):
+            kept = {m: self.weight(m).clone() for m in modules}
+            try:
+                yield
+                kept = {} if keep else kept
+            finally:
+                for module, weight in kept.items():
+                    self.write_weight(module, weight)
 
-    @contextlib.contextmanager
-    def restored_on_error(self, modules: Sequence[str]) -> Iterator[None]:
+    def restored_on_error(self, modules: Sequence[str]) -> contextlib.AbstractContextManager[None]:
         """Copy these weights back if the block raises; keep its changes if it does not."""
-        kept = {m: self.weight(m).clone() for m in modules}
-        try:
-            yield
-        except BaseException:
-            for module, weight in kept.items():
-                self.write_weight(module, weight)
-            raise
+        return self.scratch(modules, keep=True)
 
     def digest(self, module: str) -> str:
         """SHA-256 of a weight as (d_out, d_in) little-endian bytes of its own dtype."""

@@ -18,6 +18,7 @@ import torch
 from metake.data.requests import EditCase, Probe
 from metake.language.generation import sample
 from metake.language.model import LanguageModel
+from metake.language.ready import check_finite, entry, extremes
 from metake.language.tokens import continuation, encode, pad
 from metake.scoring.text_metrics import consistency, fluency
 from metake.support.errors import ParameterError, RequestError, near_misses
@@ -128,6 +129,7 @@ class Evaluation:
         return f"{len(self.cases)} cases: " + ", ".join(f"{name} {value:.2f}" for name, value in self.metrics.items())
 
 
+@entry()
 def evaluate(
     lm: LanguageModel, cases: Sequence[EditCase], generate: bool = False, before: Evaluation | None = None,
     seed: int = 0, length: int = 100, tokens: int = 8192
@@ -181,12 +183,12 @@ def _score(probe: Probe, readings: dict[tuple[str, str], Reading]) -> ProbeScore
     return ProbeScore(probe.kind, score, float(all(target.correct)), target, rival)
 
 
-@torch.no_grad()
+@entry()
 def read(lm: LanguageModel, pairs: Sequence[tuple[str, str]], tokens: int = 8192) -> list[Reading]:
     """Log-probabilities and arg-max tokens of continuations, (prompt, continuation) pairs, in the given order.
 
     Pairs that need the same forward (all continuations of one token share their prompt's) are run once; rows of similar
-    length go together.
+    length go together. Raises NumericalError, naming the first broken weight, for logits that are not finite.
     """
     wanted: dict[tuple[int, ...], list[tuple[int, int, tuple[int, ...]]]] = {}
     for i, (prompt, text) in enumerate(pairs):
@@ -211,6 +213,7 @@ def _read(
         row, column = (torch.tensor(x, device=lm.device) for x in zip(*where, strict=True))
         labels = torch.tensor([t for *_, answer in asked for t in answer], device=lm.device)
         logits = lm.logits(pad([rows[i] for i in group], lm.device), row, column)
+        check_finite(lm, extremes(logits), lambda i, group=group, where=where: rows[group[where[i][0]]])
         log_p = (
             torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
             .gather(1, labels[:, None])[:, 0]
@@ -240,6 +243,7 @@ def _generate(lm: LanguageModel, cases: list[EditCase], length: int, seed: int) 
     return [tuple(islice(texts, len(prompts))) for prompts in asked]
 
 
+@entry()
 def recall(lm: LanguageModel, cases: Sequence[EditCase]) -> dict[str, float]:
     """Share of what the cases hold true that the model gives by greedy arg-max: on plain prompts and on paraphrases.
 
