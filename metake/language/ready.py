@@ -102,8 +102,8 @@ def still_finite(module: str, weight: Tensor, changed: Tensor) -> Tensor:
     if not torch.equal(rounded.isfinite(), weight.isfinite()):
         raise NumericalError(
             f"{module} is left unchanged: with this update its largest number would be {changed.abs().max():.3g}, and "
-            f"{weight.dtype} ends at {torch.finfo(weight.dtype).max:.3g}; load the model in a wider dtype, or edit with "
-            "shorter targets or a larger ridge"
+            f"{weight.dtype} ends at {torch.finfo(weight.dtype).max:.3g}; load the model in a wider dtype, or edit "
+            "with shorter targets or a larger ridge"
         )
     return rounded
 
