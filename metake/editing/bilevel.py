@@ -21,7 +21,6 @@ from metake.editing.downstream import Downstream, StageTwo
 from metake.editing.outer import CHOICES, LastLayer, OuterObjective, Refinement
 from metake.editing.targets import Targets
 from metake.language.model import LanguageModel
-from metake.language.ready import entry
 from metake.language.tokens import Rows
 from metake.support.errors import NumericalError
 from metake.support.machine import halving
@@ -30,7 +29,7 @@ from metake.support.progress import progress
 log = logging.getLogger(__name__)
 
 
-@entry(gradients=True)
+@LanguageModel.entry(gradients=True)
 def refine(
     lm: LanguageModel, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str], targets: Targets,
     through: Tensor | StageTwo, rule: Refinement = Refinement()

@@ -15,7 +15,6 @@ from metake.editing.editor import Editor
 from metake.editing.keys import Keys
 from metake.editing.state import EditorState
 from metake.language.model import LanguageModel
-from metake.language.ready import entry
 from metake.language.tokens import Rows
 from metake.support.errors import ParameterError
 
@@ -48,7 +47,7 @@ class Diagnosis(list[RequestDiagnosis]):
         return "\n".join(lines)
 
 
-@entry()
+@LanguageModel.entry()
 def diagnose(
     lm: LanguageModel,
     requests: Sequence[EditRequest],

@@ -24,7 +24,6 @@ from metake.editing.state import EditorState
 from metake.editing.targets import TargetRule, Targets, optimize_targets
 from metake.language.generation import ContextRule, context_templates
 from metake.language.model import LanguageModel
-from metake.language.ready import entry
 from metake.language.tokens import Rows
 from metake.support.errors import ParameterError, StatisticsError
 from metake.support.machine import peak_memory, versions
@@ -93,7 +92,7 @@ class Editor:
         """The weights that an edit changes."""
         return tuple(map(lm.write_path, self.layers))
 
-    @entry()
+    @LanguageModel.entry()
     def init(self, lm: LanguageModel, statistics: Mapping[int, KeyStatistics]) -> EditorState:
         """The state before the first batch: a metric per layer, sampled context templates. `lm` is only read.
 
@@ -119,7 +118,6 @@ class Editor:
         )
         return EditorState(metrics, contexts, getattr(statistics, "digest", ""), original=original)
 
-    @entry(gradients=True)
     def edit(self, lm: LanguageModel, requests: Sequence[EditRequest], statistics: Mapping[int, KeyStatistics]) -> Edit:
         """One batch from a fresh state: `init`, one `step`, and `finish`. `lm` is bit-identical on return.
 
@@ -140,7 +138,7 @@ class Editor:
             ),
         )
 
-    @entry(gradients=True)
+    @LanguageModel.entry(gradients=True)
     def step(
         self, lm: LanguageModel, requests: Sequence[EditRequest], state: EditorState, planned: Targets | None = None
     ) -> tuple[Edit, EditorState]:
@@ -194,7 +192,7 @@ class Editor:
         edit = Edit(updates, record)
         return edit, state.after(edit, keys, len(requests))
 
-    @entry()
+    @LanguageModel.entry()
     def finish(self, lm: LanguageModel, state: EditorState) -> Edit | None:
         """What a method still does once all batches are applied: None, or an edit to apply on top of them (PRUNE).
 

@@ -20,7 +20,6 @@ from metake.editing.outer import Refinement
 from metake.editing.state import EditorState
 from metake.editing.targets import Targets
 from metake.language.model import LanguageModel
-from metake.language.ready import entry
 from metake.language.tokens import Rows
 from metake.support.errors import ParameterError
 
@@ -119,7 +118,7 @@ class Hypergradient(Downstream):
     at the last layer.
     """
 
-    @entry(gradients=True)
+    @LanguageModel.entry(gradients=True)
     def __init__(
         self, lm: LanguageModel, requests: Sequence[EditRequest], editor: Editor, state: EditorState, initial: Targets
     ):
@@ -145,12 +144,12 @@ class Hypergradient(Downstream):
         rule = replace(self.rule, gate=kind)
         return replace(self.editor, refine=rule)._frozen_gate(reader, self.state, self.last)
 
-    @entry()
+    @LanguageModel.entry()
     def after(self, value: Tensor) -> Tensor:
         """Weighted L_edit, L_loc and L_reg of each request after the edit towards V, (n, 3). Their sum is F(V)."""
         return self.losses(value) * self.weights
 
-    @entry(gradients=True)
+    @LanguageModel.entry(gradients=True)
     def gradients(self, value: Tensor) -> Gradients:
         """g through the whole edit and ĝ through the frozen gate, with their parts, at V, (n, d).
 

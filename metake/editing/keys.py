@@ -16,7 +16,6 @@ from metake.algebra.solve import Solution, association, gate, realization, solve
 from metake.data.requests import EditRequest
 from metake.language.model import LanguageModel
 from metake.language.prefixes import Prefixed, Split
-from metake.language.ready import check_finite, entry
 from metake.language.tokens import Rows
 from metake.support.machine import halving
 
@@ -71,7 +70,7 @@ class KeyReader:
         ends = [len(self.rows[i]) - cuts[i] - 1 for i in group]
         return _Group(torch.tensor(group, device=self.lm.device), run, torch.tensor(ends, device=self.lm.device))
 
-    @entry()
+    @LanguageModel.entry()
     def read(self, layer: int, last: int | None = None) -> Keys:
         """Keys at `layer`, and the current value at `last` (default: the last edited layer).
 
@@ -102,9 +101,9 @@ class KeyReader:
             if layer:
                 below.append(states[layer - 1])
         self.below, self.start = below, layer - 1
-        check_finite(self.lm, rows_of_keys, self.rows.__getitem__)
-        check_finite(self.lm, current, self.rows[:: self.contexts].__getitem__)
-        return Keys(average(rows_of_keys, self.contexts, self.flat), current, rows_of_keys[:: self.contexts])
+        found = Keys(average(rows_of_keys, self.contexts, self.flat), current, rows_of_keys[:: self.contexts])
+        self.lm.check_finite(torch.cat(found[:2], 1), self.rows[:: self.contexts].__getitem__)
+        return found
 
 
 def average(rows: Tensor, contexts: int, flat: bool = False) -> Tensor:

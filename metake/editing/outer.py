@@ -24,7 +24,6 @@ from metake.editing.objective import Bucket
 from metake.editing.targets import Targets
 from metake.language.model import LanguageModel
 from metake.language.prefixes import Prefixed, Split
-from metake.language.ready import entry
 from metake.language.tokens import Row, Rows
 from metake.support.errors import ParameterError, near_misses
 
@@ -120,7 +119,7 @@ class OuterObjective:
         scale = {"sum": 1.0, "mean": value.shape[1], "relative": self.initial.square().sum(1)}[self.rule.anchor_norm]
         return (value - self.initial).square().sum(1) / scale
 
-    @entry(gradients=True)
+    @LanguageModel.entry(gradients=True)
     def evaluate(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """F, (), and ∇F, (n, d), at V = value."""
         leaf = value.detach().to(self.initial).clone().requires_grad_()
@@ -196,7 +195,7 @@ MEASURED = Refinement(prompts="contexts", locality_direction="post_pre", localit
 """How edits are compared, whatever refined them: L_edit and L_loc as Stage I has them."""
 
 
-@entry()
+@LanguageModel.entry()
 def edited_losses(
     lm: LanguageModel, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str], edit: Edit,
     rule: Refinement = MEASURED

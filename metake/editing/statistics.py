@@ -18,7 +18,6 @@ from metake.data.facts import prose, reference_texts, rendered_sentences
 from metake.editing.recipes import recipe
 from metake.language import assets
 from metake.language.model import LanguageModel
-from metake.language.ready import entry
 from metake.language.tokens import encode, pad
 from metake.scoring.tasks import lessons
 from metake.support.errors import ParameterError, StatisticsError
@@ -123,7 +122,7 @@ def _untokenize(line: str) -> str:
     return re.sub(r"([(\[]) ", r"\1", re.sub(r"\s+", " ", line)).strip()
 
 
-@entry()
+@LanguageModel.entry()
 def statistics(
     lm: LanguageModel, text: str = "embedded", layers: Sequence[int] | None = None, tokens: int | None = None,
     context: int = 256, seed: int = 1, cache: bool = True

@@ -16,7 +16,6 @@ from torch import Tensor
 from metake.data.requests import EditRequest
 from metake.editing.plant import SITES, Plant, chunks, planted, score
 from metake.language.model import LanguageModel
-from metake.language.ready import cause, entry
 from metake.language.tokens import Rows
 from metake.support.errors import NumericalError, ParameterError, near_misses
 from metake.support.machine import halving
@@ -50,20 +49,14 @@ class TargetRule:
     drift_weighted: bool = True
 
     def __post_init__(self) -> None:
-        ranges = {
-            "steps": self.steps >= 1, "step_size": self.step_size > 0, "clamp": self.clamp > 0,
-            "tokens": self.tokens >= 1
-        }
-        ranges |= {k: getattr(self, k) >= 0 for k in ("kl_weight", "decay", "stop_below", "drift_below")} | {
-            "relax": self.relax is None or self.relax >= 0
-        }
         if self.site not in SITES:
             raise ParameterError(near_misses(str(self.site), SITES, "site"))
-        for name, fine in ranges.items():
-            if not fine:
+        positive = ("steps", "step_size", "clamp", "tokens")
+        for name in (*positive, "kl_weight", "decay", "stop_below", "drift_below", "relax"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 if name in positive else value >= 0):
                 raise ParameterError(
-                    f"{name}={getattr(self, name)} is out of range; steps, step_size, clamp and tokens must be "
-                    "positive, the others ≥ 0"
+                    f"{name}={value} is out of range; {', '.join(positive)} must be positive, the others ≥ 0"
                 )
 
 
@@ -82,7 +75,7 @@ class Targets:
         return self.anchor + self.planned
 
 
-@entry(gradients=True)
+@LanguageModel.entry(gradients=True)
 def optimize_targets(
     lm: LanguageModel, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str], layer: int,
     rule: TargetRule = TargetRule()
@@ -193,7 +186,7 @@ def _record(lm: LanguageModel, trace: dict[int, dict], numbers: Tensor, step: in
     loss, *others, before, after = numbers.tolist()
     if bad := sorted(i for i, now, value in zip(trace, before, loss, strict=True) if now and not math.isfinite(value)):
         raise NumericalError(
-            f"the target loss of request(s) {bad} is not finite at step {step}: {cause(lm)}, or try a smaller step size"
+            f"the target loss of request(s) {bad} is not finite at step {step}: {lm.cause()}, or take a smaller step"
         )
     for one, now, *values in zip(trace.values(), before, loss, *others, strict=True):
         for name, value in zip(one, values, strict=True) if now else ():

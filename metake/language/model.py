@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -23,15 +23,15 @@ from metake.language import assets, checks
 from metake.language.architecture import ARCHITECTURES, check_paths, experts
 from metake.language.capture import Places, gathered, reading, resumed
 from metake.language.kernels import fast_products
-from metake.language.ready import held, still_finite
+from metake.language.ready import Ready
 from metake.language.tokens import Padded, buckets, shared_beginnings
-from metake.support.errors import ArchitectureError, ParameterError, RequestError, near_misses
+from metake.support.errors import ArchitectureError, NumericalError, ParameterError, RequestError, near_misses
 from metake.support.machine import default_device, start_cost, usable, working_memory
 from metake.support.progress import no_bars_in_pipes
 
 
 @dataclass
-class LanguageModel:
+class LanguageModel(Ready):
     """Model, tokenizer and architecture row. Parameters are frozen (no gradients) and the model is in eval mode; who
     changes that finds it so again after every call (`ready`). One thread at a time may use it.
     """
@@ -129,10 +129,15 @@ class LanguageModel:
         """`logits` at places that were worked out before, for who asks again and again.
 
         thin: the last block's MLP runs at these places alone; not for who looks into it.
+        Raises NumericalError, naming the first broken weight, if they are not finite.
         """
         last = self.model.get_submodule(self.architecture.mlp.format(self.depth - 1)) if thin else None
         with gathered(self.model.get_output_embeddings(), last, places):
-            return self.run(batch, past).logits
+            logits = self.run(batch, past).logits
+        if not torch.is_grad_enabled():  # else who asks looks at the loss
+            row, own = places.asked // batch.ids.shape[1], batch.mask[:, -batch.ids.shape[1] :].bool()
+            self.check_finite(torch.stack(logits.aminmax(dim=-1), 1), lambda i: batch.ids[row[i]][own[row[i]]])
+        return logits
 
     def read(
         self, batch: Padded, keys: Sequence[int] = (), states: Sequence[int] = (), then: Any = lambda t: t,
@@ -215,31 +220,20 @@ class LanguageModel:
         """
         delta = update.delta.to(device=self.device, dtype=torch.float64)
         view = self._fitting(module, delta)
-        view.copy_(still_finite(module, view, view.double() + delta))
+        total = view.double() + delta
+        rounded = total.to(view.dtype)
+        if not torch.equal(rounded.isfinite(), view.isfinite()):
+            raise NumericalError(
+                f"{module} is left unchanged: its largest number would be {total.abs().max():.3g}, and {view.dtype} "
+                "does not hold that; load the model in a wider dtype, or edit with shorter targets or a larger ridge"
+            )
+        view.copy_(rounded)
 
     def _fitting(self, module: str, given: Tensor) -> Tensor:
         view = self.weight(module)
         if view.shape != given.shape:
             raise ArchitectureError(f"{module!r} is {tuple(view.shape)} (d_out, d_in); found {tuple(given.shape)}")
         return view
-
-    @contextlib.contextmanager
-    def scratch(self, modules: Sequence[str], keep: bool = False) -> Iterator[None]:
-        """Keep these weights' original tensors and copy them back on exit, bit for bit; with `keep` only after an
-        error. Until then no other thread may use the model.
-        """
-        with held(self.model):
-            kept = {m: self.weight(m).clone() for m in modules}
-            try:
-                yield
-                kept = {} if keep else kept
-            finally:
-                for module, weight in kept.items():
-                    self.write_weight(module, weight)
-
-    def restored_on_error(self, modules: Sequence[str]) -> contextlib.AbstractContextManager[None]:
-        """Copy these weights back if the block raises; keep its changes if it does not."""
-        return self.scratch(modules, keep=True)
 
     def digest(self, module: str) -> str:
         """SHA-256 of a weight as (d_out, d_in) little-endian bytes of its own dtype."""

@@ -1,6 +1,5 @@
-"""What a model must be like while it is edited or read, whatever its owner does with it; and that it gives numbers.
-
-It may come in training mode, with gradients on, inside `torch.no_grad()`: it leaves as it came.
+"""How a model comes into the state that editing and reading need, whatever its owner does with it, and leaves as it
+came; and that what it gives are numbers.
 """
 
 from __future__ import annotations
@@ -8,109 +7,107 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metake.support.errors import NumericalError, ParameterError
 
 
-@contextmanager
-def held(model: nn.Module) -> Iterator[None]:
-    """Keep other threads from a model; this one may enter again. Raises ParameterError if another has it."""
-    attributes, own = vars(model), (threading.get_ident(), id(model))
-    found = attributes.setdefault("_held", own)  # one step: of two threads one is first
-    if found[1] != id(model):  # it came along when a model was copied that was held
-        found = attributes["_held"] = own
-    if found[0] != own[0]:
-        raise ParameterError(
-            "another thread uses this model, and may be changing its weights: wait until it is done, or give each "
-            "thread a model of its own"
-        )
-    try:
-        yield
-    finally:
-        if found is own:
-            attributes.pop("_held", None)
+class Ready:
+    """This part of a `LanguageModel`."""
 
-
-@contextmanager
-def ready(lm: Any, gradients: bool = False) -> Iterator[None]:
-    """Inside the block a model is held, in eval mode (no dropout, no checkpoints), frozen and in its own dtype, and
-    gradients of other tensors are on or off; afterwards all is as it was.
-
-    Raises ParameterError where gradients are needed and inference mode forbids them.
-    """
-    model, device = lm.model, lm.device.type
-    if gradients and (torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters())):
-        raise ParameterError(
-            "gradients are needed, and tensors of torch.inference_mode() have none: load the model and call this "
-            "outside of it (torch.no_grad() does no harm)"
-        )
-    own_dtype = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with held(model), torch.inference_mode(False), torch.set_grad_enabled(gradients), own_dtype:
-        training = [m for m in model.modules() if m.training]
-        learning = [p for p in model.parameters() if p.requires_grad]
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other threads out; this one may enter again. Raises ParameterError if another is in."""
+        attributes, own = vars(self.model), (threading.get_ident(), id(self.model))
+        found = attributes.setdefault("_held", own)  # one step: of two threads one is first
+        if found[1] != id(self.model):  # it came along when a model was copied that was held
+            found = attributes["_held"] = own
+        if found[0] != own[0]:
+            raise ParameterError(
+                "another thread uses this model, and may be changing its weights: wait until it is done, or give each "
+                "thread a model of its own"
+            )
         try:
-            for module in training:
-                module.training = False
-            for parameter in learning:
-                parameter.requires_grad_(False)
             yield
         finally:
-            for module in training:
-                module.training = True
-            for parameter in learning:
-                parameter.requires_grad_(True)
+            if found is own:
+                attributes.pop("_held", None)
 
+    @contextmanager
+    def scratch(self, modules: Sequence[str], keep: bool = False) -> Iterator[None]:
+        """Keep these weights' original tensors, and other threads out, and copy them back on exit, bit for bit; with
+        `keep` only after an error.
+        """
+        with self.held():
+            originals = {m: self.weight(m).clone() for m in modules}
+            try:
+                yield
+                originals = {} if keep else originals
+            finally:
+                for module, weight in originals.items():
+                    self.write_weight(module, weight)
 
-def entry(gradients: bool = False) -> Callable[[Callable], Callable]:
-    """For a function of a model, its argument `lm` or its object's own: it runs while that is `ready`."""
+    def restored_on_error(self, modules: Sequence[str]) -> AbstractContextManager[None]:
+        """Copy these weights back if the block raises; keep its changes if it does not."""
+        return self.scratch(modules, keep=True)
 
-    def decorate(function: Callable) -> Callable:
-        signature = inspect.signature(function)
+    @contextmanager
+    def ready(self, gradients: bool = False) -> Iterator[None]:
+        """Inside the block the model is held, in eval mode (no dropout, no checkpoints), frozen and in its own dtype,
+        and gradients of other tensors are on or off; afterwards all is as it was.
 
-        @wraps(function)
-        def entered(*args: Any, **named: Any) -> Any:
-            given = signature.bind(*args, **named).arguments
-            with ready(given["lm"] if "lm" in given else given["self"].lm, gradients):
-                return function(*args, **named)
+        Raises ParameterError where gradients are needed and inference mode forbids them.
+        """
+        if gradients and (torch.is_inference_mode_enabled() or any(p.is_inference() for p in self.model.parameters())):
+            raise ParameterError(
+                "gradients are needed, and tensors of torch.inference_mode() have none: load the model and call this "
+                "outside of it (torch.no_grad() does no harm)"
+            )
+        kind = self.device.type
+        own_dtype = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with self.held(), torch.inference_mode(False), torch.set_grad_enabled(gradients), own_dtype:
+            flags = [(module, "training") for module in self.model.modules()]
+            flags += [(parameter, "requires_grad") for parameter in self.model.parameters()]
+            flags = [(owner, flag) for owner, flag in flags if getattr(owner, flag)]
+            try:
+                for owner, flag in flags:
+                    setattr(owner, flag, False)
+                yield
+            finally:
+                for owner, flag in flags:
+                    setattr(owner, flag, True)
 
-        return entered
+    @staticmethod
+    def entry(gradients: bool = False) -> Callable[[Callable], Callable]:
+        """Decorator: a function runs while the model is `ready` that is its argument `lm`, or its object's."""
 
-    return decorate
+        def decorate(function: Callable) -> Callable:
+            signature = inspect.signature(function)
 
+            @wraps(function)
+            def entered(*args: Any, **named: Any) -> Any:
+                given = signature.bind(*args, **named).arguments
+                with (given["lm"] if "lm" in given else given["self"].lm).ready(gradients):
+                    return function(*args, **named)
 
-def check_finite(lm: Any, values: Tensor, tokens: Callable[[int], Sequence[int]]) -> None:
-    """Raise NumericalError unless all numbers of each row of (n, …) are finite. tokens: those that gave a row."""
-    if len(bad := (~values.isfinite()).flatten(1).any(1).nonzero()):
-        text = lm.tokenizer.decode(tokens(int(bad[0])))
-        raise NumericalError(f"what {lm.name!r} computes at {text!r} is not finite: {cause(lm)}")
+            return entered
 
+        return decorate
 
-def extremes(logits: Tensor) -> Tensor:
-    """Lowest and highest of each row of (n, vocabulary), (n, 2): finite if and only if all of the row is."""
-    return torch.stack(logits.aminmax(dim=-1), 1)
+    def check_finite(self, values: Tensor, tokens: Callable[[int], Sequence[int]]) -> None:
+        """Raise NumericalError unless all numbers of each row of (n, …) are finite. tokens: those that gave a row."""
+        if len(bad := (~values.isfinite()).any(1).nonzero()):
+            text = self.tokenizer.decode(tokens(int(bad[0])))
+            raise NumericalError(f"what {self.name!r} computes at {text!r} is not finite: {self.cause()}")
 
-
-def still_finite(module: str, weight: Tensor, changed: Tensor) -> Tensor:
-    """The changed weight in the weight's dtype. Raises NumericalError if finite numbers would not stay finite."""
-    rounded = changed.to(weight.dtype)
-    if not torch.equal(rounded.isfinite(), weight.isfinite()):
-        raise NumericalError(
-            f"{module} is left unchanged: with this update its largest number would be {changed.abs().max():.3g}, and "
-            f"{weight.dtype} ends at {torch.finfo(weight.dtype).max:.3g}; load the model in a wider dtype, or edit "
-            "with shorter targets or a larger ridge"
-        )
-    return rounded
-
-
-def cause(lm: Any) -> str:
-    """Why a model's numbers are not finite, as far as its weights tell, and what to do."""
-    for name, weight in lm.model.named_parameters():
-        if count := int((~weight.isfinite()).sum()):
-            return f"{count} numbers of its weight {name} are not finite; undo what changed it, or load the model again"
-    return f"all of its weights are finite, so a number on the way exceeds {lm.dtype}; load it in a wider dtype"
+    def cause(self) -> str:
+        """Why numbers are not finite, as far as the weights tell, and what to do."""
+        for name, weight in self.model.named_parameters():
+            if count := int((~weight.isfinite()).sum()):
+                return f"{count} numbers of the weight {name} are not; undo what changed it, or load the model again"
+        return f"all weights are, so a number on the way exceeds {self.dtype}; load the model in a wider dtype"

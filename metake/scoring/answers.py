@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from metake.language.model import LanguageModel
-from metake.language.ready import check_finite, entry, extremes
 from metake.language.tokens import Padded, continuation, encode
 from metake.scoring.evaluation import read
 from metake.support.errors import RequestError
@@ -29,7 +28,7 @@ class Answer(NamedTuple):
     log_p: tuple[float, ...]  # of each candidate, mean over its tokens
 
 
-@entry()
+@LanguageModel.entry()
 def answer(
     lm: LanguageModel, questions: Sequence[tuple[str, Sequence[str]]], length: int = LENGTH, tokens: int = 8192
 ) -> list[Answer]:
@@ -74,15 +73,12 @@ def _continue(lm: LanguageModel, rows: Sequence[tuple[int, ...]], length: int) -
     """
     step, cache, every = _aligned(rows, lm.device), DynamicCache(), torch.arange(len(rows), device=lm.device)
     new: list[Tensor] = []
-    spans: list[Tensor] = []
     for _ in range(length):
         logits = lm.logits(step, every, torch.full_like(every, step.ids.shape[1] - 1), past=cache)
         if not new:
             first = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-        spans.append(extremes(logits))
         new.append(logits.argmax(-1, keepdim=True))
         step = Padded(new[-1], torch.cat([step.mask, torch.ones_like(new[-1])], 1), step.positions[:, -1:] + 1)
-    check_finite(lm, torch.cat(spans, 1), rows.__getitem__)
     return torch.cat(new, 1), first
 
 

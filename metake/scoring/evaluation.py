@@ -18,7 +18,6 @@ import torch
 from metake.data.requests import EditCase, Probe
 from metake.language.generation import sample
 from metake.language.model import LanguageModel
-from metake.language.ready import check_finite, entry, extremes
 from metake.language.tokens import continuation, encode, pad
 from metake.scoring.text_metrics import consistency, fluency
 from metake.support.errors import ParameterError, RequestError, near_misses
@@ -129,7 +128,7 @@ class Evaluation:
         return f"{len(self.cases)} cases: " + ", ".join(f"{name} {value:.2f}" for name, value in self.metrics.items())
 
 
-@entry()
+@LanguageModel.entry()
 def evaluate(
     lm: LanguageModel, cases: Sequence[EditCase], generate: bool = False, before: Evaluation | None = None,
     seed: int = 0, length: int = 100, tokens: int = 8192
@@ -183,7 +182,7 @@ def _score(probe: Probe, readings: dict[tuple[str, str], Reading]) -> ProbeScore
     return ProbeScore(probe.kind, score, float(all(target.correct)), target, rival)
 
 
-@entry()
+@LanguageModel.entry()
 def read(lm: LanguageModel, pairs: Sequence[tuple[str, str]], tokens: int = 8192) -> list[Reading]:
     """Log-probabilities and arg-max tokens of continuations, (prompt, continuation) pairs, in the given order.
 
@@ -213,7 +212,6 @@ def _read(
         row, column = (torch.tensor(x, device=lm.device) for x in zip(*where, strict=True))
         labels = torch.tensor([t for *_, answer in asked for t in answer], device=lm.device)
         logits = lm.logits(pad([rows[i] for i in group], lm.device), row, column)
-        check_finite(lm, extremes(logits), lambda i, group=group, where=where: rows[group[where[i][0]]])
         log_p = (
             torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
             .gather(1, labels[:, None])[:, 0]
@@ -243,7 +241,7 @@ def _generate(lm: LanguageModel, cases: list[EditCase], length: int, seed: int) 
     return [tuple(islice(texts, len(prompts))) for prompts in asked]
 
 
-@entry()
+@LanguageModel.entry()
 def recall(lm: LanguageModel, cases: Sequence[EditCase]) -> dict[str, float]:
     """Share of what the cases hold true that the model gives by greedy arg-max: on plain prompts and on paraphrases.
 

@@ -13,12 +13,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from metake.language.model import LanguageModel
-from metake.language.ready import entry
 from metake.scoring.tasks import TASKS, Task, asked, read_items, task
 from metake.support.errors import ParameterError
 
 
-@entry()
+@LanguageModel.entry()
 def harness(
     lm: LanguageModel, source: str = "facts", names: Sequence[str] = tuple(TASKS), tests: int = 100,
     reading: str = "corrected", edited: Iterable[str] = ()

@@ -17,7 +17,6 @@ from metake.editing.hypergradient import Hypergradient
 from metake.editing.keys import KeyReader
 from metake.editing.outer import edited_losses
 from metake.language.generation import sample
-from metake.language.ready import ready
 from metake.scoring.answers import answer
 from metake.support.errors import ParameterError
 
@@ -212,7 +211,7 @@ def test_a_model_is_put_back_after_an_error(error):
     lm = model()
     checkpointing(lm)
     before = state(lm)
-    with pytest.raises(error), torch.no_grad(), ready(lm, gradients=True):
+    with pytest.raises(error), torch.no_grad(), lm.ready(gradients=True):
         assert torch.is_grad_enabled() and not any(m.training for m in lm.model.modules())
         assert not any(p.requires_grad for p in lm.model.parameters())
         raise error
@@ -251,7 +250,7 @@ def elsewhere(call):
 def test_a_model_in_use_is_refused_to_other_threads(name, given, expected):
     lm = model(dtype=torch.float32)
     edit = mk.Edit((mk.LayerUpdate(lm.write_path(1), torch.zeros(32, 1), torch.zeros(1, 128)),))
-    for use in (ready(lm), lm.scratch([lm.write_path(1)]), edit.applied(lm)):
+    for use in (lm.ready(), lm.scratch([lm.write_path(1)]), edit.applied(lm)):
         with use:
             refused = elsewhere(lambda: CALLS[name](lm, given))
             assert isinstance(refused, ParameterError) and "another thread uses this model" in str(refused)

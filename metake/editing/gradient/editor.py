@@ -23,7 +23,6 @@ from metake.editing.gradient.slopes import Passes, Slopes
 from metake.editing.record import Clock, SolvedLayer, describe, digest_of, norms
 from metake.editing.state import EditorState
 from metake.language.model import LanguageModel
-from metake.language.ready import entry
 from metake.language.tokens import rewriting_rows
 from metake.support.errors import NumericalError, ProvenanceError
 from metake.support.machine import peak_memory, versions
@@ -64,7 +63,6 @@ class GradientEditor:
         """SHA-256 over modules, rule and every network's parameters: what tells one trained editor from another."""
         return hashlib.sha256(repr((self.modules, describe(self.rule), self.networks)).encode()).hexdigest()
 
-    @entry()
     def init(self, lm: LanguageModel, statistics: Any = None) -> EditorState:
         """The state before the first batch. `lm` is only read; statistics are not needed and not looked at.
 
@@ -87,7 +85,6 @@ class GradientEditor:
             return Moments(self.networks[-1][shape].table.to(lm.device))
         return Moments.of(torch.zeros(0, width, device=lm.device))
 
-    @entry(gradients=True)
     def edit(self, lm: LanguageModel, requests: Sequence[EditRequest], statistics: Any = None) -> Edit:
         """One batch from a fresh state. `lm` is bit-identical on return."""
         return self.step(lm, requests, self.init(lm, statistics))[0]
@@ -99,7 +96,7 @@ class GradientEditor:
     def finished(self, lm: LanguageModel, edit: Edit, state: EditorState) -> Edit:
         return edit
 
-    @entry(gradients=True)
+    @LanguageModel.entry(gradients=True)
     def step(
         self, lm: LanguageModel, requests: Sequence[EditRequest], state: EditorState, planned: None = None
     ) -> tuple[Edit, EditorState]:

@@ -26,7 +26,6 @@ from metake.editing.gradient.slopes import Passes, Slopes
 from metake.editing.gradient.stored import checkpoint, finished, resumed, save
 from metake.editing.record import describe, digest_of
 from metake.language.model import LanguageModel
-from metake.language.ready import entry
 from metake.language.tokens import Row, continuation, encode, rewriting_rows
 from metake.support.errors import NumericalError, ParameterError, near_misses
 from metake.support.machine import versions
@@ -71,7 +70,6 @@ class Training:
                 raise ParameterError(f"{f.name} must be above 0; found {value}")
 
 
-@entry(gradients=True)
 def train(
     lm: LanguageModel, cases: Cases, rule: GradientRule, modules: Sequence[str], training: Training = Training(),
     exclude: Sequence[str] = (), out: str | Path | None = None
@@ -167,7 +165,7 @@ def _step(
     return mean
 
 
-@entry(gradients=True)
+@LanguageModel.entry(gradients=True)
 def meta_gradient(
     lm: LanguageModel, made: GradientEditor, batch: Sequence[EditCase], training: Training, draw: random.Random
 ) -> dict[str, float]:
