@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from metake.support.errors import ParameterError, StatisticsError
+from metake.support.errors import NumericalError, ParameterError, StatisticsError
 
 
 class Metric(Protocol):
@@ -213,10 +213,9 @@ class Conditioned:
         return self.base.dim
 
     def apply(self, rows: Tensor) -> Tensor:
-        flat = self.base.apply(rows)
-        past_metric = self.past_metric.to(rows.dtype)
-        overlap = torch.cholesky_solve(past_metric @ rows.T, self.factor.to(rows.dtype))
-        return flat - overlap.T @ past_metric
+        wide = rows.double()
+        overlap = torch.cholesky_solve(self.past_metric @ wide.T, self.factor)
+        return (self.base.apply(wide) - overlap.T @ self.past_metric).to(rows.dtype)
 
 
 @dataclass(frozen=True)
@@ -233,49 +232,52 @@ class Dense:
         return self.operator.shape[0]
 
     def apply(self, rows: Tensor) -> Tensor:
-        return rows @ self.operator.to(rows.dtype)
+        return (rows.double() @ self.operator).to(rows.dtype)
 
     def condition(self, keys: Tensor) -> Dense:
-        """Q − QK (I + KᵀQK)⁻¹ KᵀQ as L⁻¹KᵀQ squared, symmetric to the last bit, which not every BLAS makes of a
-        square.
-        """
-        flat = self.apply(keys)
-        corner = flat @ keys.T
-        corner.diagonal().add_(1.0)
-        half = torch.linalg.solve_triangular(torch.linalg.cholesky(corner), flat, upper=False)
+        """Q − QK (I + KᵀQK)⁻¹ KᵀQ as L⁻¹KᵀQ squared, symmetric to the last bit, which not every BLAS makes it."""
+        thin = _remember(self, keys)
+        factor = thin.factor.T.contiguous().T  # as LAPACK writes it: the last digit depends on the layout
+        half = torch.linalg.solve_triangular(factor, thin.past_metric, upper=False)
         square = half.T @ half
         return Dense(self.operator - (square + square.T) / 2)
 
 
 def condition(metric: Metric, keys: Tensor) -> Metric:
-    """Q | K: the metric that also remembers `keys`, (n, d_in). Exact; conditioning twice equals conditioning on both.
+    """Q | K: the metric that also remembers `keys`, (n, d_in). Conditioning twice equals conditioning on both.
 
-    The past is kept as a thin factor up to d_in / 2 keys, where it costs as much time and memory as the matrix itself,
-    and as the matrix from there on: the cost of an edit stops growing.
+    The past is kept in float64, as a thin factor up to d_in / 2 keys, where it costs as much time and memory as the
+    matrix itself, and as the matrix from there on: the cost of an edit stops growing.
+    Exact up to ε‖KᵀQK‖, ε = 2e-16: what a remembered key may still realize is a difference of numbers so large.
+    Raises NumericalError where that is more than 1e-6, or not a number.
     """
     if not keys.shape[0]:
         return metric
     if isinstance(metric, Dense):
-        return metric.condition(keys)
-    thin = _remember(metric, keys)
+        return metric.condition(keys.double())
+    thin = _remember(metric, keys.double())
     if len(thin.past_metric) <= thin.dim / 2:
         return thin
-    operator = thin.apply(torch.eye(thin.dim, dtype=keys.dtype, device=keys.device))
+    operator = thin.apply(torch.eye(thin.dim, dtype=torch.float64, device=keys.device))
     return Dense((operator + operator.T) / 2)
 
 
 def _remember(metric: Metric, keys: Tensor) -> Conditioned:
-    base = metric.base if isinstance(metric, Conditioned) else metric
-    keys_metric = base.apply(keys)
+    if not isinstance(metric, Conditioned):
+        metric = Conditioned(metric, keys[:0], keys.new_zeros(0, 0))
+    keys_metric = metric.base.apply(keys)
     corner = keys_metric @ keys.T
     corner.diagonal().add_(1.0)
-    if not isinstance(metric, Conditioned):
-        return Conditioned(base, keys_metric, torch.linalg.cholesky(corner))
     border = torch.linalg.solve_triangular(metric.factor, metric.past_metric @ keys.T, upper=False)
-    low = torch.linalg.cholesky(corner - border.T @ border)
+    low = torch.linalg.cholesky_ex(corner - border.T @ border).L
     top = torch.cat([metric.factor, torch.zeros_like(border)], dim=1)
     factor = torch.cat([top, torch.cat([border.T, low], dim=1)])
-    return Conditioned(base, torch.cat([metric.past_metric, keys_metric]), factor)
+    if not (trace := factor.square().sum()) <= 1e-6 / torch.finfo(factor.dtype).eps:
+        raise NumericalError(
+            f"these keys cannot be remembered: I + KᵀQK has the trace {trace:.1e}; expected a finite one below 4e9, beyond "
+            "which float64 loses more than 1e-6 of what they realize: give the metric a larger ridge (or weight)"
+        )
+    return Conditioned(metric.base, torch.cat([metric.past_metric, keys_metric]), factor)
 
 
 class MetricRule(Protocol):

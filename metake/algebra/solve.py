@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metake.algebra.geometry import Metric
-from metake.support.errors import ParameterError, StatisticsError
+from metake.support.errors import NumericalError, ParameterError, StatisticsError
 
 
 class Solution(NamedTuple):
@@ -34,7 +34,7 @@ def gate(keys: Tensor, metric: Metric, noise: float = 1.0, at: Tensor | None = N
     by default K (ROME: the plain
             prompt's key, while K is averaged over contexts)
     Returns (n, d_in), same dtype and device as keys. Differentiable in keys.
-    Raises  StatisticsError if noise = 0 and two keys coincide under the metric.
+    Raises  StatisticsError if noise = 0 and two keys coincide under the metric, NumericalError if KᵀQK is not finite.
     Cost    one application of the metric, n² d_in + n³ after.
     """
     if noise < 0:
@@ -43,7 +43,7 @@ def gate(keys: Tensor, metric: Metric, noise: float = 1.0, at: Tensor | None = N
     metric_keys = metric.apply(keys)
     if at is not None:
         return _gate_at(metric_keys, at.to(keys), noise).to(given)
-    inner = metric_keys @ keys.T
+    inner = _finite(metric_keys @ keys.T)
     inner = (inner + inner.T) / 2 + noise * torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
     factor, failed = torch.linalg.cholesky_ex(inner)
     singular = failed.item() or (noise == 0 and _nearly_singular(factor, keys, metric_keys))
@@ -53,7 +53,7 @@ def gate(keys: Tensor, metric: Metric, noise: float = 1.0, at: Tensor | None = N
 
 
 def _gate_at(metric_keys: Tensor, at: Tensor, noise: float) -> Tensor:
-    inner = metric_keys @ at.T + noise * torch.eye(len(at), dtype=at.dtype, device=at.device)
+    inner = _finite(metric_keys @ at.T) + noise * torch.eye(len(at), dtype=at.dtype, device=at.device)
     own = (metric_keys.norm(dim=1) * at.norm(dim=1)).detach()
     factor, pivots, failed = torch.linalg.lu_factor_ex(inner)
     if failed.item() or (
@@ -61,6 +61,15 @@ def _gate_at(metric_keys: Tensor, at: Tensor, noise: float) -> Tensor:
     ):
         raise _undetermined(len(at))
     return torch.linalg.lu_solve(factor, pivots, metric_keys)
+
+
+def _finite(inner: Tensor) -> Tensor:
+    if not inner.isfinite().all():
+        raise NumericalError(
+            f"KᵀQK is not finite: keys or metric hold numbers that are not, or it exceeds {inner.dtype}; see which "
+            "weights of the model are broken, or solve in a wider dtype"
+        )
+    return inner
 
 
 def _undetermined(count: int) -> StatisticsError:
