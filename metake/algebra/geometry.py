@@ -274,8 +274,8 @@ def _remember(metric: Metric, keys: Tensor) -> Conditioned:
     factor = torch.cat([top, torch.cat([border.T, low], dim=1)])
     if not (trace := factor.square().sum()) <= 1e-6 / torch.finfo(factor.dtype).eps:
         raise NumericalError(
-            f"these keys cannot be remembered: I + KᵀQK has the trace {trace:.1e}; expected a finite one below 4e9, beyond "
-            "which float64 loses more than 1e-6 of what they realize: give the metric a larger ridge (or weight)"
+            f"these keys cannot be remembered: I + KᵀQK has the trace {trace:.1e}, and float64 keeps 1e-6 of what they "
+            "realize up to 4e9; give finite keys, and the metric a larger ridge or weight"
         )
     return Conditioned(metric.base, torch.cat([metric.past_metric, keys_metric]), factor)
 

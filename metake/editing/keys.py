@@ -72,9 +72,7 @@ class KeyReader:
 
     @LanguageModel.entry()
     def read(self, layer: int, last: int | None = None) -> Keys:
-        """Keys at `layer`, and the current value at `last` (default: the last edited layer).
-
-        Raises NumericalError, naming the first broken weight, if they are not finite.
+        """Keys at `layer`, and the current value at `last` (default: the last edited layer): finite, or NumericalError.
         """
         return halving(lambda tokens: self._read(layer, self.last if last is None else last, tokens), self.tokens)
 

@@ -32,9 +32,7 @@ from metake.support.progress import no_bars_in_pipes
 
 @dataclass
 class LanguageModel(Ready):
-    """Model, tokenizer and architecture row. Parameters are frozen (no gradients) and the model is in eval mode; who
-    changes that finds it so again after every call (`ready`). One thread at a time may use it.
-    """
+    """Model, tokenizer and architecture row; frozen (no gradients) and in eval mode, for one thread at a time."""
 
     model: nn.Module
     tokenizer: Any
@@ -214,10 +212,7 @@ class LanguageModel(Ready):
         self._fitting(module, weight).copy_(weight)
 
     def add(self, module: str, update: Any) -> None:
-        """W ← W + Δ, summed in float64 and rounded once to the parameter's dtype.
-
-        Raises NumericalError if finite numbers would not stay finite; the weight is then as it was.
-        """
+        """W ← W + Δ, summed in float64 and rounded once to the parameter's dtype: finite, or NumericalError."""
         delta = update.delta.to(device=self.device, dtype=torch.float64)
         view = self._fitting(module, delta)
         total = view.double() + delta

@@ -7,8 +7,8 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from contextlib import contextmanager, nullcontext
+from functools import partialmethod, wraps
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Ready:
         """Keep other threads out; this one may enter again. Raises ParameterError if another is in."""
         attributes, own = vars(self.model), (threading.get_ident(), id(self.model))
         found = attributes.setdefault("_held", own)  # one step: of two threads one is first
-        if found[1] != id(self.model):  # it came along when a model was copied that was held
+        if found[1] != own[1]:  # it came along when a model was copied that was held
             found = attributes["_held"] = own
         if found[0] != own[0]:
             raise ParameterError(
@@ -40,9 +40,7 @@ class Ready:
 
     @contextmanager
     def scratch(self, modules: Sequence[str], keep: bool = False) -> Iterator[None]:
-        """Keep these weights' original tensors, and other threads out, and copy them back on exit, bit for bit; with
-        `keep` only after an error.
-        """
+        """Copy these weights back on exit, bit for bit; with `keep` after an error only. Other threads stay out."""
         with self.held():
             originals = {m: self.weight(m).clone() for m in modules}
             try:
@@ -52,9 +50,7 @@ class Ready:
                 for module, weight in originals.items():
                     self.write_weight(module, weight)
 
-    def restored_on_error(self, modules: Sequence[str]) -> AbstractContextManager[None]:
-        """Copy these weights back if the block raises; keep its changes if it does not."""
-        return self.scratch(modules, keep=True)
+    restored_on_error = partialmethod(scratch, keep=True)  # what is made without an error stays
 
     @contextmanager
     def ready(self, gradients: bool = False) -> Iterator[None]:
@@ -71,15 +67,14 @@ class Ready:
         kind = self.device.type
         own_dtype = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
         with self.held(), torch.inference_mode(False), torch.set_grad_enabled(gradients), own_dtype:
-            flags = [(module, "training") for module in self.model.modules()]
-            flags += [(parameter, "requires_grad") for parameter in self.model.parameters()]
-            flags = [(owner, flag) for owner, flag in flags if getattr(owner, flag)]
+            on = [(m, "training") for m in self.model.modules() if m.training]
+            on += [(p, "requires_grad") for p in self.model.parameters() if p.requires_grad]
             try:
-                for owner, flag in flags:
+                for owner, flag in on:
                     setattr(owner, flag, False)
                 yield
             finally:
-                for owner, flag in flags:
+                for owner, flag in on:
                     setattr(owner, flag, True)
 
     @staticmethod
@@ -109,5 +104,5 @@ class Ready:
         """Why numbers are not finite, as far as the weights tell, and what to do."""
         for name, weight in self.model.named_parameters():
             if count := int((~weight.isfinite()).sum()):
-                return f"{count} numbers of the weight {name} are not; undo what changed it, or load the model again"
+                return f"{count} of {weight.numel()} numbers in {name} are not; undo what changed it, or load it again"
         return f"all weights are, so a number on the way exceeds {self.dtype}; load the model in a wider dtype"

@@ -47,14 +47,10 @@ def answer(
     longer = {(prompt, c) for prompt, candidates in questions for c in candidates if len(words[c]) > 1}
     apart = dict(zip(longer, (r.log_p for r in read(lm, list(longer), tokens)), strict=True)) if longer else {}
     found = halving(lambda size: _written(lm, rows, length, size), min(tokens, lm.room(1, gradients=False)))
-    answers = []
-    for (prompt, candidates), (text, first) in zip(questions, found, strict=True):
-        answers.append(
-            Answer(
-                text, tuple(apart[prompt, c] if (prompt, c) in apart else first[words[c][0]].item() for c in candidates)
-            )
-        )
-    return answers
+    return [
+        Answer(text, tuple(apart[p, c] if (p, c) in apart else first[words[c][0]].item() for c in candidates))
+        for (p, candidates), (text, first) in zip(questions, found, strict=True)
+    ]
 
 
 def _written(lm: LanguageModel, rows: Sequence[tuple[int, ...]], length: int, tokens: int) -> list[tuple[str, Tensor]]:

@@ -119,7 +119,7 @@ class GradientEditor:
             for j in range(self.rule.steps if requests else 0):
                 losses, slopes = passes.slopes(self.modules)
                 history.append(losses[:, 0])
-                _check_finite(history, slopes)
+                _check_finite(lm, history, slopes)
                 clock("slopes")
                 seen = self._moments(places, slopes, seen)
                 for path in self.modules:
@@ -201,12 +201,11 @@ def _nothing(lm: LanguageModel, path: str) -> LayerUpdate:
     return LayerUpdate(path, torch.zeros(d_out, 0, **kind), torch.zeros(0, d_in, **kind))
 
 
-def _check_finite(history: Sequence[Tensor], slopes: Mapping[str, Slopes]) -> None:
+def _check_finite(lm: LanguageModel, history: Sequence[Tensor], slopes: Mapping[str, Slopes]) -> None:
     if not torch.isfinite(history[-1]).all():
         bad = (~torch.isfinite(history[-1])).nonzero()[:, 0].tolist()
         raise NumericalError(
-            f"the loss of request(s) {bad} is not finite at step {len(history) - 1}: the model, or the step before, "
-            "is broken; try a smaller step"
+            f"the loss of request(s) {bad} is not finite at step {len(history) - 1}: {lm.cause()}, or step less"
         )
     for path, found in slopes.items():
         if not torch.isfinite(found.rows).all():
