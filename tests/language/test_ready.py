@@ -250,7 +250,8 @@ def elsewhere(call):
 def test_a_model_in_use_is_refused_to_other_threads(name, given, expected):
     lm = model(dtype=torch.float32)
     edit = mk.Edit((mk.LayerUpdate(lm.write_path(1), torch.zeros(32, 1), torch.zeros(1, 128)),))
-    for use in (lm.ready(), lm.scratch([lm.write_path(1)]), edit.applied(lm)):
+    uses = (lm.ready(), lm.scratch([lm.write_path(1)]), edit.applied(lm))
+    for use in uses if name in ("evaluate", "targets") else uses[:1]:
         with use:
             refused = elsewhere(lambda: CALLS[name](lm, given))
             assert isinstance(refused, ParameterError) and "another thread uses this model" in str(refused)
