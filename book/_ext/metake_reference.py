@@ -163,9 +163,10 @@ def own_docstring(thing: object) -> str:
 
 
 def methods_of(kind: type) -> list[tuple[str, str, str]]:
-    """Name, signature and docstring of the public methods and properties that a class itself defines and describes."""
+    """Name, signature and docstring of the public methods and properties that a class, or its part, describes."""
     found = []
-    for name, thing in vars(kind).items():
+    own = (base for base in kind.__mro__ if base.__module__.startswith("metake."))
+    for name, thing in (item for base in own for item in vars(base).items()):
         function = getattr(thing, "__func__", getattr(thing, "fget", thing))
         if not name.startswith("_") and inspect.isfunction(function) and inspect.getdoc(function):
             found.append(
