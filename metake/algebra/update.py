@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metake.support.errors import ArchitectureError, ParameterError, ProvenanceError
-from metake.support.storage import atomic_path, load_tensors, save_tensors
+from metake.algebra import base
+from metake.support.errors import ParameterError, ProvenanceError
+from metake.support.models import findable
+from metake.support.storage import load_tensors, write_folder
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,19 @@ class LayerUpdate:
         """Upper bound of the rank of the thin part: its inner dimension."""
         return self.left.shape[1]
 
+    def to(self, device: Any) -> LayerUpdate:
+        """This update on a device."""
+        dense = None if self.dense is None else self.dense.to(device)
+        return LayerUpdate(self.module, self.left.to(device), self.right.to(device), dense)
+
     def __add__(self, other: LayerUpdate) -> LayerUpdate:
-        """Sum of two updates of one weight: factors side by side."""
+        """Sum of two updates of one weight: factors side by side, on the accelerator if one of them is there."""
         if self.module != other.module:
             raise ParameterError(f"updates of different weights do not add: {self.module} and {other.module}")
-        parts = [d for d in (self.dense, other.dense) if d is not None]
+        lefts, rights = _together([self.left, other.left]), _together([self.right, other.right])
+        parts = _together([d for d in (self.dense, other.dense) if d is not None])
         return LayerUpdate(
-            self.module, torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right]),
-            sum(parts[1:], parts[0]) if parts else None
+            self.module, torch.cat(lefts, 1), torch.cat(rights), sum(parts[1:], parts[0]) if parts else None
         )
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,6 +88,12 @@ class LayerUpdate:
         return LayerUpdate(self.module, u[:, :rank] * root, root[:, None] * vh[:rank]), lost
 
 
+def _together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors on one device: where the first stands that is not on the CPU."""
+    place = next((t.device for t in tensors if t.device.type != "cpu"), None)
+    return [t if place is None else t.to(place) for t in tensors]
+
+
 @dataclass(frozen=True)
 class EditRecord:
     """Where an edit came from: enough to repeat it and to refuse a base that it was not made for."""
@@ -88,6 +101,9 @@ class EditRecord:
     recipe: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)  # id, origin, revision, dtype, device
     weights: dict[str, str] = field(default_factory=dict)  # module → SHA-256 of the tensor before the edit
+    # of a base that carries edits of the same run already: module → `base.sketch`, and how far another machine's may be
+    sketches: dict[str, list[float]] = field(default_factory=dict)
+    tolerance: float = 0.0  # a share of the weight's norm
     requests: tuple[str, ...] = ()
     requests_digest: str = ""
     statistics_digest: str = ""
@@ -100,6 +116,7 @@ class EditRecord:
     refinement: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0  # bytes
+    discarded: dict[str, float] = field(default_factory=dict)  # module → share of ‖Δ‖² that `compress` dropped
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
@@ -135,14 +152,15 @@ class Edit:
         return tuple(u.module for u in self.updates)
 
     def apply(self, model: Any, check: bool = True) -> None:
-        """Add the update to the model's weights, for good. Raises ProvenanceError on another base than the recorded
-        one.
+        """Add the update to the model's weights, for good; Δ is formed where the weight is, wherever the factors are.
+
+        Raises ProvenanceError on another base than the recorded one.
         """
         if check:
             self.check_base(model)
         with model.restored_on_error(self.modules):
             for update in self.updates:
-                model.add(update.module, update)
+                model.add(update.module, update.to(model.weight(update.module).device))
 
     @contextlib.contextmanager
     def applied(self, model: Any, check: bool = True) -> Iterator[Any]:
@@ -152,28 +170,25 @@ class Edit:
             yield model
 
     def check_base(self, model: Any) -> None:
-        """Raise ProvenanceError unless every weight to be edited has the digest that the record names."""
-        for module, expected in self.record.weights.items():
-            try:
-                found = model.digest(module)
-            except ArchitectureError as error:
-                raise ProvenanceError(
-                    f"the edit was made on {self.record.base.get('id', '?')!r}; apply it to that base: {error}"
-                ) from error
-            if found != expected:
-                raise ProvenanceError(
-                    f"{module} of {model.name!r} has SHA-256 {found[:12]}…, but the edit was made on {expected[:12]}… "
-                    f"(base {self.record.base.get('id', '?')!r}); apply it to that base, or pass check=False"
-                )
+        """Raise ProvenanceError unless every weight to be edited is the recorded one: to the bit, or, where the base
+        carries edits of the same run already, within the tolerance that the record states.
+        """
+        record = self.record
+        base.check(model, record.weights, record.sketches, record.tolerance, record.base.get("id", "?"))
 
     def __add__(self, other: Edit) -> Edit:
         """One edit that does what `self` then `other` do: `total` of the two."""
         return total((self, other))
 
     def compress(self, rank: int) -> tuple[Edit, dict[str, float]]:
-        """Every update at most of the given rank, and the discarded share of its energy per module."""
+        """Every update at most of the given rank, and the discarded share of its energy per module.
+
+        The record keeps what all compressions so far have discarded.
+        """
         pairs = {u.module: u.compress(rank) for u in self.updates}
-        return Edit(tuple(p[0] for p in pairs.values()), self.record), {m: p[1] for m, p in pairs.items()}
+        lost, before = {m: p[1] for m, p in pairs.items()}, self.record.discarded
+        discarded = {m: 1 - (1 - share) * (1 - before.get(m, 0.0)) for m, share in lost.items()}
+        return Edit(tuple(p[0] for p in pairs.values()), replace(self.record, discarded=discarded)), lost
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write factors (safetensors) and record (JSON) to `folder`, which appears whole or not at all."""
@@ -183,9 +198,7 @@ class Edit:
             for part in ("left", "right", "dense")
             if (t := getattr(u, part)) is not None
         }
-        return _write_folder(
-            folder, "edit.safetensors", tensors, {"record.json": self.record.to_json()}, marker="record.json"
-        )
+        return write_folder(folder, "edit.safetensors", tensors, {"record.json": self.record.to_json()}, "record.json")
 
     @classmethod
     def load(cls, folder: str | os.PathLike, device: Any = "cpu") -> Edit:
@@ -230,32 +243,18 @@ class Edit:
             tensors[f"base_model.model.{u.module}.lora_A.weight"] = torch.nn.functional.pad(u.right, (0, 0, 0, pad))
             tensors[f"base_model.model.{u.module}.lora_B.weight"] = torch.nn.functional.pad(u.left, (0, pad))
         config = {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": self.record.base.get("id"),
+            "peft_type": "LORA", "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": findable(self.record.base["id"]) if self.record.base else None,
             "r": size, "lora_alpha": size,
             "target_modules": list(edit.modules), "fan_in_fan_out": bool(self.record.base.get("conv1d", False)),
             "bias": "none", "inference_mode": True,
         }  # fmt: skip
         provenance = json.dumps(
-            {"discarded_energy": lost, "record": json.loads(self.record.to_json())}, indent=1, ensure_ascii=False
+            {"discarded_energy": lost, "record": json.loads(edit.record.to_json())}, indent=1, ensure_ascii=False
         )
         files = {"adapter_config.json": json.dumps(config, indent=1), "metake.json": provenance}
-        _write_folder(folder, "adapter_model.safetensors", tensors, files, marker="metake.json")
+        write_folder(folder, "adapter_model.safetensors", tensors, files, "metake.json")
         return lost
-
-
-def _write_folder(
-    folder: str | os.PathLike, weights: str, tensors: dict[str, Tensor], files: dict[str, str], marker: str
-) -> Path:
-    """Write a folder whole; replaces only one that holds `marker`, never a stranger's."""
-    folder = Path(folder)
-    if folder.exists() and not (folder / marker).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ParameterError(f"{folder} exists and is not of this kind (no {marker} in it); choose another folder")
-    with atomic_path(folder) as scratch:
-        scratch.mkdir()
-        save_tensors(tensors, scratch / weights)
-        for name, text in files.items():
-            (scratch / name).write_text(text, encoding="utf-8")
-    return folder
 
 
 def total(edits: Sequence[Edit]) -> Edit:
@@ -276,21 +275,24 @@ def total(edits: Sequence[Edit]) -> Edit:
         for u in edit.updates:
             thin.setdefault(u.module, []).append((u.left, u.right))
             if u.dense is not None:
-                dense[u.module] = dense[u.module] + u.dense if u.module in dense else u.dense
+                dense[u.module] = sum(_together([dense[u.module], u.dense])) if u.module in dense else u.dense
     updates = tuple(
-        LayerUpdate(module, torch.cat(lefts, 1), torch.cat(rights), dense.get(module))
+        LayerUpdate(module, torch.cat(_together(lefts), 1), torch.cat(_together(rights)), dense.get(module))
         for module, (lefts, rights) in ((m, zip(*factors, strict=True)) for m, factors in thin.items())
     )
     return Edit(updates, _joined(records))
 
 
 def _joined(records: Sequence[EditRecord]) -> EditRecord:
-    weights, seconds = {}, Counter()
+    weights, sketches, discarded, seconds = {}, {}, Counter(), Counter()
     for record in records:
+        sketches |= {module: own for module, own in record.sketches.items() if module not in weights}
         weights = {**record.weights, **weights}
+        discarded |= record.discarded  # the largest of each
         seconds.update(record.seconds)
     return replace(
-        records[0], weights=weights, layers={}, trace={}, seconds=dict(seconds),
+        records[0], weights=weights, sketches=sketches, discarded=dict(discarded), layers={}, trace={},
+        tolerance=max(record.tolerance for record in records) if sketches else 0.0, seconds=dict(seconds),
         requests=tuple(request for record in records for request in record.requests),
         requests_digest="+".join(record.requests_digest for record in records if record.requests_digest),
         peak_memory=max(record.peak_memory for record in records),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from metake.algebra import base
 from metake.algebra.geometry import Isotropic, KeyStatistics, Metric, MetricRule
 from metake.algebra.postprocess import PostProcess, correction
 from metake.algebra.update import Edit, EditRecord, LayerUpdate
@@ -160,7 +161,7 @@ class Editor:
                 "plans otherwise: leave them out"
             )
         paths = self.paths(lm)
-        hashes = {path: lm.digest(path) for path in paths}
+        known = base.known(lm, paths, state.edits > 0)
         clock = Clock(lm.device)
         rows = Rows.of(lm.tokenizer, requests, state.contexts)
         with lm.scratch(paths):
@@ -173,7 +174,7 @@ class Editor:
         )
         trace = {r.id: t for r, t in zip(requests, (t for s in solved for t in s.trace), strict=True)}
         record = EditRecord(
-            recipe=describe(self), base=lm.base(), weights=hashes, requests=tuple(r.id for r in requests),
+            recipe=describe(self), base=lm.base(), **known, requests=tuple(r.id for r in requests),
             requests_digest=digest_of(requests),
             statistics_digest=state.statistics_digest, context_templates=state.contexts, seed=self.seed,
             versions=versions(),
@@ -201,10 +202,10 @@ class Editor:
         if not (rules := self._at("sequence")) or not state.totals:
             return None
         updates = tuple(correction(rules, total, state.original[path]) for path, total in state.totals.items())
-        weights = {path: lm.digest(path) for path in state.totals}
         record = EditRecord(
-            recipe=describe(self), base=lm.base(), weights=weights, statistics_digest=state.statistics_digest,
-            context_templates=state.contexts, seed=self.seed, versions=versions()
+            recipe=describe(self), base=lm.base(), **base.known(lm, state.totals, True),
+            statistics_digest=state.statistics_digest, context_templates=state.contexts, seed=self.seed,
+            versions=versions()
         )
         return Edit(updates, record)
 

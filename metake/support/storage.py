@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from metake.support.errors import ParameterError
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
@@ -39,6 +41,19 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.replace(retired, path)
         remove(partial)
         remove(retired)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
+    """A folder to fill that takes its name when it is whole; replaces only one that holds `marker`, never a
+    stranger's: ParameterError.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / marker).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ParameterError(f"{folder} exists and is not of this kind (no {marker} in it); choose another folder")
+    with atomic_path(folder) as scratch:
+        scratch.mkdir()
+        yield scratch
 
 
 def write_file(path: str | os.PathLike, content: bytes | str) -> None:
@@ -80,3 +95,14 @@ def _checksum(tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def write_folder(
+    folder: str | os.PathLike, weights: str, tensors: Mapping[str, Tensor], files: Mapping[str, str], marker: str
+) -> Path:
+    """A `whole_folder` of tensors, in the file `weights`, and texts."""
+    with whole_folder(folder, marker) as scratch:
+        save_tensors(tensors, scratch / weights)
+        for name, text in files.items():
+            (scratch / name).write_text(text, encoding="utf-8")
+    return Path(folder)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metake.algebra import base
 from metake.algebra.solve import Solution, realization
 from metake.algebra.update import Edit, EditRecord, LayerUpdate
 from metake.data.requests import EditRequest, check_batch
@@ -108,7 +109,7 @@ class GradientEditor:
         """
         requests = list(requests)
         check_batch(requests)
-        hashes, clock = {path: lm.digest(path) for path in self.modules}, Clock(lm.device)
+        known, clock = base.known(lm, self.modules, state.edits > 0), Clock(lm.device)
         share = self.rule.shares(len(requests))
         rows = rewriting_rows(lm.tokenizer, requests, PLAIN)
         passes = Passes(lm, [row._replace(weight=share[row.request] * row.weight) for row in rows], self.rule.tokens)
@@ -135,7 +136,7 @@ class GradientEditor:
                 history.append(passes.losses()[:, 0])
         record = EditRecord(
             recipe=describe(self.rule) | {"modules": list(self.modules), "trained": dict(self.trained)}, base=lm.base(),
-            weights=hashes, requests=tuple(r.id for r in requests), requests_digest=digest_of(requests),
+            **known, requests=tuple(r.id for r in requests), requests_digest=digest_of(requests),
             statistics_digest=state.statistics_digest, context_templates=PLAIN, seed=self.seed, versions=versions(),
             layers={path: self._norms(lm, update, solved[path]) for path, update in sums.items()},
             trace={r.id: {"nll": [step[i].item() / share[i] for step in history]} for i, r in enumerate(requests)},
