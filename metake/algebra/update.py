@@ -22,7 +22,7 @@ from torch import Tensor
 from metake.algebra import base
 from metake.support.errors import ParameterError, ProvenanceError
 from metake.support.models import findable
-from metake.support.storage import load_tensors, write_folder
+from metake.support.storage import load_tensors, save_tensors, whole_folder
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,10 @@ class Edit:
             for part in ("left", "right", "dense")
             if (t := getattr(u, part)) is not None
         }
-        return write_folder(folder, "edit.safetensors", tensors, {"record.json": self.record.to_json()}, "record.json")
+        with whole_folder(folder, "record.json") as scratch:
+            save_tensors(tensors, scratch / "edit.safetensors")
+            (scratch / "record.json").write_text(self.record.to_json(), encoding="utf-8")
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | os.PathLike, device: Any = "cpu") -> Edit:
@@ -252,8 +255,10 @@ class Edit:
         provenance = json.dumps(
             {"discarded_energy": lost, "record": json.loads(edit.record.to_json())}, indent=1, ensure_ascii=False
         )
-        files = {"adapter_config.json": json.dumps(config, indent=1), "metake.json": provenance}
-        write_folder(folder, "adapter_model.safetensors", tensors, files, "metake.json")
+        with whole_folder(folder, "metake.json") as scratch:
+            save_tensors(tensors, scratch / "adapter_model.safetensors")
+            (scratch / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+            (scratch / "metake.json").write_text(provenance, encoding="utf-8")
         return lost
 
 

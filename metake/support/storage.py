@@ -95,14 +95,3 @@ def _checksum(tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def write_folder(
-    folder: str | os.PathLike, weights: str, tensors: Mapping[str, Tensor], files: Mapping[str, str], marker: str
-) -> Path:
-    """A `whole_folder` of tensors, in the file `weights`, and texts."""
-    with whole_folder(folder, marker) as scratch:
-        save_tensors(tensors, scratch / weights)
-        for name, text in files.items():
-            (scratch / name).write_text(text, encoding="utf-8")
-    return Path(folder)
