@@ -21,6 +21,7 @@ from torch import Tensor
 
 from metake.algebra import base
 from metake.support.errors import ParameterError, ProvenanceError
+from metake.support.machine import usable
 from metake.support.models import findable
 from metake.support.storage import load_tensors, save_tensors, whole_folder
 
@@ -207,9 +208,9 @@ class Edit:
     def load(cls, folder: str | os.PathLike, device: Any = "cpu") -> Edit:
         """Read an edit that `save` wrote. device: of its tensors.
 
-        Raises ProvenanceError if the folder is not one, or damaged.
+        Raises ProvenanceError if the folder is not one, or damaged; ParameterError for an unknown device.
         """
-        folder = Path(folder)
+        folder, place = Path(folder), usable(device)
         if not (folder / "record.json").is_file() or not (folder / "edit.safetensors").is_file():
             raise ProvenanceError(f"{folder} holds no saved edit (expected edit.safetensors and record.json)")
         parts: dict[str, dict[str, Tensor]] = {}
@@ -217,7 +218,7 @@ class Edit:
         try:
             for name, tensor in load_tensors(folder / "edit.safetensors")[0].items():
                 module, part = name.rsplit(":", 1)
-                parts.setdefault(module, {})[part] = tensor.to(device)
+                parts.setdefault(module, {})[part] = tensor.to(place)
             updates = tuple(LayerUpdate(m, **parts[m]) for m in {**record.weights, **parts})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ProvenanceError(f"{folder} is damaged or no saved edit: {type(error).__name__}: {error}") from error

@@ -56,7 +56,10 @@ def _edit(args: argparse.Namespace) -> None:
         edit.save(args.out)
         _wrote(args.out)
     if args.peft:
+        from metake.experiments.export import served
+
         _wrote(args.peft, edit.to_peft(args.peft, args.rank), args.rank)
+        print(served(args.peft))
 
 
 def _own_editor(args: argparse.Namespace) -> dict[str, str]:
@@ -79,7 +82,7 @@ def _run(args: argparse.Namespace) -> None:
 
     config = RunConfig(
         args.model, args.method, args.data, args.edits, args.batch, args.seed, args.text, args.text_tokens, args.dtype,
-        args.generate, _own_editor(args)
+        args.generate, _own_editor(args), recipe=args.recipe, layers=args.layers and sorted({*args.layers})
     )
     _show(run(config, args.out, args.device))
     print(f"wrote {args.out}")
@@ -92,17 +95,12 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from metake.algebra.update import total
-    from metake.experiments.runs import open_run
+    from metake.experiments.export import export, served
 
     out = args.out or f"{args.folder.rstrip('/')}-{args.format}"
-    edit = total(open_run(args.folder)[1])
+    _wrote(out, export(args.folder, out, args.format, args.rank, args.device), args.rank)
     if args.format == "peft":
-        lost = edit.to_peft(out, args.rank)
-    else:
-        edit, lost = edit.compress(args.rank) if args.rank else (edit, {})
-        edit.save(out)
-    _wrote(out, lost, args.rank)
+        print(served(out))
 
 
 def _diagnose(args: argparse.Namespace) -> None:
@@ -127,6 +125,15 @@ def _stats(args: argparse.Namespace) -> None:
             f"layer {layer}: {one.count} tokens, d_in {one.dim}, eigenvalues {one.spectrum[0]:.2e} to "
             f"{one.spectrum[-1]:.2e}, null space at {threshold:g}: rank {rank}"
         )
+
+
+def _layers(args: argparse.Namespace) -> None:
+    from metake.experiments.studies import layers
+
+    print(layers.text(layers.layer_sweep(
+        args.model, args.method, args.data, args.edits, args.width, args.stride, args.first, args.last, args.recipe,
+        args.text, args.text_tokens, args.dtype, args.device, args.seed
+    )))  # fmt: skip
 
 
 def _fetch(args: argparse.Namespace) -> None:
@@ -191,7 +198,7 @@ COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
     ("run", _run, options.run_options, "edit many facts in sequential batches and evaluate them; resumable"),
     ("train", _train, options.train_options, "train an editor of the gradient family; goes on where it stopped"),
     ("eval", _eval, options.eval_options, "evaluate a run's saved edits again"),
-    ("export", _export, options.export_options, "write a run's total edit as a LoRA adapter or as one edit"),
+    ("export", _export, options.export_options, "write a run's total edit as a LoRA adapter, an edit or a whole model"),
     (
         "diagnose", _diagnose, options.diagnose_options,
         "before editing: association, attenuation and feasible interval per request"
@@ -199,6 +206,10 @@ COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
     (
         "bench", _bench, options.bench_options,
         "time the stages of one batch of edits; beside the literal path, if asked"
+    ),
+    (
+        "layers", _layers, options.layers_options,
+        "which layers of a model to edit: try windows of them, and print a recipe to paste"
     ),
     ("stats", _stats, options.stats_options, "key statistics of a model: tokens, spectrum, rank of the null space"),
     ("fetch", _fetch, options.fetch_options, "download a real model once, checksum verified"),
@@ -233,7 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = None
     try:
         args = _parser().parse_args(arguments)
-        args.call(args)
+        with _recipe(args):
+            args.call(args)
         sys.stdout.flush()
     except MetakeError as error:
         return _complain(f"error: {error}", 2)
@@ -252,6 +264,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = f"; the same command goes on after the last {goes_on}" if goes_on else ""
         return _complain(f"interrupted{told}", 130)
     return 0
+
+
+def _recipe(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Whose recipe and which layers the command's model is given, for who asked for that."""
+    like, layers = getattr(args, "recipe", None), getattr(args, "layers", None)
+    if args.call is _layers or not (like or layers):
+        return contextlib.nullcontext()
+    from metake.editing.recipes import borrowed
+
+    return borrowed(args.model, like, None if args.call is _stats else layers)  # statistics need no recipe
 
 
 def _complain(message: str, code: int) -> int:

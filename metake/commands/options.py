@@ -6,10 +6,21 @@ import argparse
 
 from metake.commands import listing
 from metake.commands.arguments import assignment, number
-from metake.support.errors import near_misses
+from metake.support.errors import ParameterError, near_misses
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")  # as `load` takes them; importing its table would load torch
 _COUNT, _SEED, _POSITIVE = number(int, 1), number(int, 0), number(float, 0, open_end=True)
+
+
+def _recipe(name: str) -> str:
+    from metake.editing import recipes
+
+    try:
+        recipes.recipe(name)
+    except ParameterError:
+        known = (*recipes.models(), "default")
+        raise argparse.ArgumentTypeError(near_misses(name, known, "model of a recipe").rstrip(".")) from None
+    return name
 
 
 def _method(name: str) -> str:
@@ -42,6 +53,19 @@ def model_options(parser: argparse.ArgumentParser, positional: bool = False, met
         help="float64, float32, bfloat16 or float16; default: float32, float64 for tiny"
     )
     device_option(parser)
+
+
+def recipe_options(parser: argparse.ArgumentParser, layers: str = "those of the recipe") -> None:
+    """For a model of one's own, which has no recipe."""
+    parser.add_argument(
+        "--recipe", type=_recipe, metavar="NAME",
+        help="take the numbers of this model's recipe, the closest one's for a model of your own, or default; "
+        "default: the model's own"
+    )
+    parser.add_argument(
+        "--layers", type=number(int, 0), nargs="+", metavar="N",
+        help=f"blocks to edit, counted from 0 (see: metake layers); default: {layers}"
+    )
 
 
 def editor_option(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +109,7 @@ def data_options(parser: argparse.ArgumentParser, edits: int) -> None:
 
 def edit_options(parser: argparse.ArgumentParser) -> None:
     model_options(parser, positional=True)
+    recipe_options(parser)
     editor_option(parser)
     for name, text in (
         ("prompt", 'with {} for the subject, such as "The capital of {} is"'), ("subject", "such as France"),
@@ -107,6 +132,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_COUNT, default=20, metavar="N", help="edits a batch; default: %(default)s")
     parser.add_argument("--generate", action="store_true", help="also fluency and consistency (slow)")
     editor_option(parser)
+    recipe_options(parser)
     model_options(parser)
 
 
@@ -118,15 +144,17 @@ def eval_options(parser: argparse.ArgumentParser) -> None:
 def export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="of a run")
     parser.add_argument(
-        "--format", choices=("peft", "edit"), default="peft", metavar="FORMAT",
-        help="peft (a LoRA adapter) or edit; default: %(default)s"
+        "--format", choices=("peft", "edit", "model"), default="peft", metavar="FORMAT",
+        help="peft (a LoRA adapter; prints what a server must allow for it), edit, or model (the whole edited model); "
+        "default: %(default)s"
     )
     parser.add_argument(
         "--rank", type=_COUNT, metavar="N", help="compress to this rank; the discarded share of the energy is printed"
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="where to; default: the run's folder with -peft or -edit at its end"
+        "--out", metavar="DIR", help="where to; default: the run's folder with -peft, -edit or -model at its end"
     )
+    device_option(parser)
 
 
 def diagnose_options(parser: argparse.ArgumentParser) -> None:
@@ -138,18 +166,35 @@ def diagnose_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epsilon", type=_POSITIVE, default=0.25, help="norm that may stay unrealized, likewise; default: %(default)s"
     )
+    recipe_options(parser)
     model_options(parser)
 
 
 def stats_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--layers", type=number(int, 0), nargs="+", metavar="N",
-        help="blocks, counted from 0; default: those the recipe edits"
-    )
+    recipe_options(parser, "those that the recipe edits")
     parser.add_argument(
         "--threshold", type=_POSITIVE, help="eigenvalues below it span the null space; default: the recipe's"
     )
     model_options(parser, method=False)
+
+
+def layers_options(parser: argparse.ArgumentParser) -> None:
+    data_options(parser, 10)
+    parser.add_argument(
+        "--recipe", type=_recipe, metavar="NAME",
+        help="whose numbers to take beside the layers; default: the model's own, or what most models share"
+    )
+    for name, what in (
+        ("width", "layers a window; default: 5, at most half of the model's"),
+        ("stride", "layers from one window to the next; default: 1 to 16 layers, then more"),
+    ):
+        parser.add_argument(f"--{name}", type=_COUNT, metavar="N", help=what)
+    parser.add_argument(
+        "--first", type=_SEED, default=0, metavar="N", help="the lowest layer to try; default: %(default)s"
+    )
+    parser.add_argument("--last", type=_SEED, metavar="N", help="the highest one; default: the last but one")
+    model_options(parser, positional=True)
+    parser.set_defaults(method="alphaedit", seed=1)
 
 
 def fetch_options(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +207,7 @@ def fetch_options(parser: argparse.ArgumentParser) -> None:
 
 def record_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="default: %(default)s")
+    recipe_options(parser)
     parser.add_argument("--counterfact", metavar="FILE", help="CounterFact records; default: the embedded facts")
     parser.add_argument("--zsre", metavar="FILE", help="ZsRE records; default: the embedded facts")
     parser.add_argument(
@@ -205,6 +251,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
         help="repetitions, of which medians are told; default: %(default)s"
     )
     parser.add_argument("--json", metavar="FILE", help="write the whole result there")
+    recipe_options(parser)
     model_options(parser)
     parser.set_defaults(method="alphaedit")
 

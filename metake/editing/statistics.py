@@ -125,18 +125,18 @@ def statistics(
     found = [] if file else documents(text)
     content = assets.sha256_file(text) if file else hashlib.sha256(repr(found).encode()).hexdigest()
     digests = _digests(lm, [content, tokens, context, seed], layers)
-    files = {i: assets.cache_dir() / "statistics" / f"{digest}.safetensors" for i, digest in digests.items()}
-    kept = {i: one for i, file in files.items() if cache and (one := _cached(file, digests[i], lm.device))}
+    paths = {i: assets.cache_dir() / "statistics" / f"{digest}.safetensors" for i, digest in digests.items()}
+    kept = {i: one for i, path in paths.items() if cache and (one := _cached(path, digests[i], lm.device))}
     made, source = {i: one[i] for i, one in kept.items()}, next((one.source for one in kept.values()), None)
     if missing := [i for i in layers if i not in kept]:
-        rows = _rows(lm, found or documents(text), tokens, context, seed, file)
+        rows = token_rows(lm, found or documents(text), tokens, context, seed, file)
         made |= halving(lambda size: _stream(lm, rows, missing, size), min(8192, lm.room(1, gradients=False)))
         name = text if text == "embedded" else Path(text).name
         source = {"text": name, "tokens": sum(map(len, rows)), "model": lm.name}
         for i in missing if cache else ():
-            Statistics({i: made[i]}, digests[i], source).save(files[i])
+            Statistics({i: made[i]}, digests[i], source).save(paths[i])
     if cache:
-        made = {i: _OnDisk(one, files[i].with_suffix(".eigh")) for i, one in made.items()}
+        made = {i: _OnDisk(one, paths[i].with_suffix(".eigh")) for i, one in made.items()}
     whole = hashlib.sha256("".join(digests.values()).encode()).hexdigest() if len(layers) > 1 else digests[layers[0]]
     return Statistics({i: made[i] for i in layers}, whole, source)
 
@@ -149,9 +149,10 @@ def _cached(path: Path, digest: str, device: torch.device) -> Statistics | None:
         path.unlink()
 
 
-def _rows(
-    lm: LanguageModel, found: list[str], tokens: int | None, context: int, seed: int, pieces: bool = False
+def token_rows(
+    lm: LanguageModel, found: list[str], tokens: int | None, context: int = 256, seed: int = 1, pieces: bool = False
 ) -> list[tuple[int, ...]]:
+    """The rows that statistics are computed over, as `statistics` says; pieces: whether long texts may go on."""
     order = list(range(len(found)))
     random.Random(seed).shuffle(order)
     rows: list[tuple[int, ...]] = []
@@ -244,7 +245,7 @@ def _settings(module: nn.Module) -> list[tuple[str, str]]:
 def checksum(tensor: Tensor) -> bytes:
     """Σ wᵢ aᵢ mod 2⁶⁴ over every 2¹⁷ eight-byte words of a tensor, a odd and fixed: exact on every device.
 
-    The memory is read once, where it is. SHA-256 needs it on the CPU, and there several times as long.
+    The memory is read once, where it is; SHA-256 would need it on the CPU, byte after byte.
     """
     factors = torch.arange(1, 2**17 + 1, device=tensor.device) * -7046029254386353131
     factors = (factors ^ factors >> 29) * -4658895280553007687 | 1

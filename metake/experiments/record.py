@@ -17,6 +17,7 @@ import pandas as pd
 
 from metake import report
 from metake.editing.gradient.trained import SHIPPED_RANK
+from metake.editing.recipes import borrowing
 from metake.experiments.cases import read_cases
 from metake.experiments.speed.run_time import PLAIN, run_time
 from metake.experiments.studies.ablation import ablation
@@ -83,7 +84,7 @@ def record(
     data = {"CounterFact": counterfact or "facts", "ZsRE": zsre or "facts-zsre"}
     common: dict[str, Any] = {"model": model, "text": text, "text_tokens": tokens}
     # of one folder: what one part has run, the other reads
-    runs = report.project_root() / "runs" / f"record-{Path(model).name}"
+    runs = report.project_root() / "runs" / "-".join([f"record-{Path(model).name}", *_borrowed(model)])
     parts = _parts(common, data, edits, batch, seeds, runs, tasks or "", list(methods or ()))
     if unknown := [name for name in only or () if name not in parts]:
         raise ParameterError(near_misses(unknown[0], parts, "recording"))
@@ -102,6 +103,12 @@ def record(
             yield f"{'kept' if there else 'left out'} results/{target}.jsonl" + (
                 "" if there or tasks or name != TASKED else ": no task data, name a folder of it with --tasks"
             )
+
+
+def _borrowed(model: str) -> list[str]:
+    """Whose recipe and which layers the model is given, if not its own."""
+    told = borrowing(model)
+    return [word for word in (told.get("recipe"), "_".join(map(str, told.get("layers") or ()))) if word]
 
 
 def _check_methods(methods: Sequence[str] | None, only: Sequence[str] | None) -> None:
@@ -228,6 +235,7 @@ def _provenance(model: str, data: dict[str, str], text: str, tokens: int | None)
         "model": model, "model_origin": lm.origin, "model_digest": lm.digest(lm.write_path(lm.depth - 1)),
         "dataset": ", ".join(digests.values()),
         "metake": ", ".join(f"{k} {v}" for k, v in CHOSEN.items()),
+        **({"recipe": " ".join(_borrowed(model))} if borrowing(model) else {}),
         "statistics": f"{Path(text).name}, {tokens} tokens", "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "device": str(default_device()), "dtype": str(lm.dtype).removeprefix("torch."), "versions": versions(),

@@ -24,11 +24,14 @@ from metake.algebra.geometry import KeyStatistics
 from metake.algebra.update import Edit, EditRecord
 from metake.data.requests import Cases, EditRequest, batches
 from metake.editing.editor import Editor
+from metake.editing.gradient.editor import GradientEditor
+from metake.editing.recipes import borrowed, borrowing
 from metake.editing.record import digest_of
 from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
 from metake.experiments.cases import PARTS, part_of, read_cases, select
+from metake.experiments.former import same_statistics
 from metake.language.model import LanguageModel, load
 from metake.scoring.evaluation import Evaluation, evaluate, require_prompts
 from metake.support.errors import ParameterError, ProvenanceError, near_misses
@@ -55,13 +58,23 @@ class RunConfig:
     generate: bool = False
     changes: dict[str, Any] = field(default_factory=dict)  # parts of the editor to replace
     part: str = "all"  # of the data's subjects: see `part_of`
+    recipe: str | None = None  # of another model, and the edited layers: see `recipes.borrowed`
+    layers: list[int] | None = None
 
     def __post_init__(self) -> None:
+        if not (self.recipe or self.layers):
+            for name, own in borrowing(self.model).items():
+                object.__setattr__(self, name, own)
         if self.part not in PARTS:
             raise ParameterError(near_misses(self.part, PARTS, "part of the subjects"))
         for name in ("edits", "batch"):
             if getattr(self, name) < 1:
                 raise ParameterError(f"{name} must be at least 1; found {getattr(self, name)}")
+
+    def editor(self) -> Editor | GradientEditor:
+        """The editor of this run."""
+        with borrowed(self.model, self.recipe, self.layers):
+            return methods.method(self.method, self.model, seed=self.seed, **self.changes)
 
 
 def edit_sequence(
@@ -104,13 +117,17 @@ def run(config: RunConfig, out: str | Path, device: str | None = None, shared: U
     Returns the evaluation of all edited cases after the last batch. Raises ParameterError if `out` holds anything else.
     """
     out = Path(out)
-    editor = methods.method(config.method, config.model, seed=config.seed, **config.changes)
+    editor = config.editor()
     resumes = holds(out, config)
     lm = load(config.model, config.dtype, device)
     cases = select(lm, part_of(read_cases(config.data), config.part), config.edits, config.seed)
     if config.generate:
         require_prompts(cases)
     state = editor.init(lm, statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens))
+    if resumes and (out / "batches" / "0000").is_dir():
+        recorded = EditRecord.load(out / "batches" / "0000").statistics_digest
+        if same_statistics(lm, recorded, state.statistics_digest, config.text, editor.layers, config.text_tokens):
+            state = replace(state, statistics_digest=recorded)
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     original = shared.before if shared and shared.before else evaluate(lm, cases, config.generate, seed=config.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,7 @@ from metake.editing.editor import Editor
 from metake.editing.gradient.editor import GradientEditor
 from metake.editing.gradient.slopes import Passes
 from metake.editing.keys import KeyReader
-from metake.editing.recipes import recipe
+from metake.editing.recipes import borrowed, recipe
 from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.editing.targets import optimize_targets
@@ -63,7 +63,8 @@ def bench(
     model: str = "tiny", method: str = "alphaedit", edits: int = 100, data: str = "facts", steps: int = 25,
     literal: int = 0, random_weights: bool = False, rounds: int = 1,
     evaluate: bool = True, text: str = "embedded", text_tokens: int | None = None, dtype: str | None = None,
-    device: str | None = None, seed: int = 0, prompts: str = "",
+    device: str | None = None, seed: int = 0, prompts: str = "", recipe: str | None = None,
+    layers: Sequence[int] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds of one batch of `edits` requests by stage (MetaKE v3 Tables 5, 6), medians over `rounds`, once warm.
 
@@ -73,7 +74,7 @@ def bench(
     of the slopes. literal: also time the literal path on the first so many of the requests, in alternating order with
     the accelerated one, and multiply up (`literal.parts` says how); of methods that plan, and only in a checkout.
     random_weights: a model of this size (`sizes.random_model`), random key statistics. prompts: of the refinement,
-    default the method's own.
+    default the method's own. recipe, layers: as in `recipes.borrowed`.
     Returns plain data: "stages" (a row per stage: seconds, flops, literal_*, ratio), "total", "stage_one",
     "peak_memory" in bytes (the process's highest until the end of the first batch), "counts", and where they come from.
     Raises ParameterError for unknown names and values out of range, before a model is loaded where it can.
@@ -93,7 +94,8 @@ def bench(
             f"the literal path is timed of methods that plan targets; {method} does not: leave --literal out"
         )
     reference = slow.load_reference() if literal else None
-    job = _job(model, method, edits, data, steps, random_weights, text, text_tokens, dtype, device, seed, prompts)
+    with borrowed(size_of(model) if random_weights else model, recipe, layers):
+        job = _job(model, method, edits, data, steps, random_weights, text, text_tokens, dtype, device, seed, prompts)
     rate = matmul_rate(job.lm)
     rounded, peak, calls = _rounds(job, reference, literal, rounds, evaluate)
     work = _operations(job)

@@ -12,7 +12,9 @@ from metake import methods
 from metake.data.requests import batches
 from metake.editing.diagnosis import diagnose
 from metake.editing.keys import KeyReader
+from metake.editing.recipes import borrowed
 from metake.editing.statistics import statistics
+from metake.experiments.former import same_statistics
 from metake.experiments.studies.comparison import PRIMARY, case_rows, comparison
 from metake.experiments.studies.finished import finished
 from metake.language.tokens import continuation
@@ -59,11 +61,12 @@ def from_run(folder: str | Path) -> pd.DataFrame:
     Raises ProvenanceError if the run was made on another model, data, or key statistics.
     """
     config, lm, cases, edit = finished(folder)
-    editor = methods.planning(
-        config.method, config.model, seed=config.seed, **config.changes | {"contexts": edit.record.context_templates}
-    )
+    changes = config.changes | {"contexts": edit.record.context_templates}
+    with borrowed(config.model, config.recipe, config.layers):
+        editor = methods.planning(config.method, config.model, seed=config.seed, **changes)
     given = statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens)
-    if given.digest != edit.record.statistics_digest.partition("+")[0]:
+    recorded = edit.record.statistics_digest.partition("+")[0]
+    if not same_statistics(lm, recorded, given.digest, config.text, editor.layers, config.text_tokens):
         raise ProvenanceError(
             f"{folder} was made with other key statistics than {config.text} gives now: repeat the run in another "
             "folder"

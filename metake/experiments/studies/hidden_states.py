@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from metake import methods
 from metake.data.requests import Cases, EditRequest
 from metake.editing.keys import KeyReader
+from metake.editing.recipes import borrowed
 from metake.experiments.cases import read_cases, select
 from metake.experiments.decision import (
     Decision,
@@ -149,7 +150,8 @@ def read_states(folders: Sequence[Path], held_out: int) -> States:
 
 
 def _last_layer(config: RunConfig) -> int:
-    return methods.planning(config.method, config.model, **config.changes).layers[-1]
+    with borrowed(config.model, config.recipe, config.layers):
+        return methods.planning(config.method, config.model, **config.changes).layers[-1]
 
 
 def _read(lm: LanguageModel, requests: Sequence[EditRequest], layer: int) -> np.ndarray:
