@@ -11,7 +11,7 @@ import logging
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -247,9 +247,14 @@ def checksum(tensor: Tensor) -> bytes:
 
     The memory is read once, where it is; SHA-256 would need it on the CPU, byte after byte.
     """
-    factors = torch.arange(1, 2**17 + 1, device=tensor.device) * -7046029254386353131
-    factors = (factors ^ factors >> 29) * -4658895280553007687 | 1
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    factors, whole = _factors().to(tensor.device), tensor.detach().contiguous()
+    raw = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
     raw = torch.cat([raw, raw.new_zeros(-len(raw) % 8)]) if len(raw) % 8 else raw
     sums = [(words * factors[: len(words)]).sum() for words in raw.view(torch.int64).split(2**17)]
     return torch.stack(sums).cpu().numpy().tobytes()
+
+
+@cache
+def _factors() -> Tensor:
+    mixed = torch.arange(1, 2**17 + 1) * -7046029254386353131
+    return (mixed ^ mixed >> 29) * -4658895280553007687 | 1
