@@ -121,6 +121,8 @@ def statistics(
     layers = sorted({*(layers if layers is not None else recipe(lm.name).layers)})
     if not layers:  # of a method that needs none, nothing is read
         return Statistics({})
+    for layer in layers:
+        lm.write_path(layer)  # refuses one that does not exist
     file = text.partition("+")[0] != "embedded" and Path(text).is_file()
     found = [] if file else documents(text)
     content = assets.sha256_file(text) if file else hashlib.sha256(repr(found).encode()).hexdigest()

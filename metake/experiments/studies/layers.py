@@ -89,11 +89,11 @@ def _own(model: str) -> str:
 def _windows(
     depth: int, width: int | None, stride: int | None, first: int, last: int | None
 ) -> list[tuple[int, ...]]:
-    last = max(0, depth - 2) if last is None else last
-    width = width or min(5, max(1, depth // 2))
-    if not 0 <= first <= last < depth or width > last - first + 1:
+    last, width = depth - 2 if last is None else last, width or min(5, max(1, depth // 2))
+    if not 0 <= first <= last < depth - 1 or width > last - first + 1:
         raise ParameterError(
-            f"no window of {width} layers fits between {first} and {last}; the model has blocks 0 to {depth - 1}"
+            f"no window of {width} layers fits between {first} and {last}; the model has blocks 0 to {depth - 1}, of "
+            "which the last cannot be edited"
         )
     return [tuple(range(i, i + width)) for i in range(first, last - width + 2, stride or max(1, round(depth / 16)))]
 
