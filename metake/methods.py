@@ -19,7 +19,8 @@ from metake.editing.gradient.trained import TRAINED as TRAINED
 from metake.editing.gradient.trained import maps, trained
 from metake.editing.gradient.trained import to_train as to_train
 from metake.editing.outer import Refinement
-from metake.editing.recipes import Recipe, borrowing, recipe
+from metake.editing.recipes import BORROWED, Recipe, recipe
+from metake.editing.recipes import CHOSEN as CHOSEN_LAYERS
 from metake.editing.targets import TargetRule
 from metake.language.generation import ContextRule
 from metake.support.errors import ParameterError, near_misses
@@ -299,6 +300,7 @@ def method(name: str, model: str, **changes: Any) -> Editor | GradientEditor:
     """The editor of a method by name. Raises ParameterError, with near matches, for an unknown name."""
     if name not in (known := named()):
         raise ParameterError(near_misses(name, known, "method"))
-    if name.partition("/")[0] in GRADIENT and borrowing(model).get("layers"):
+    own = BORROWED.get()
+    if name.partition("/")[0] in GRADIENT and own and own.names == (model,) and own.sources["layers"] == CHOSEN_LAYERS:
         raise ParameterError(f"{name} edits the linear maps that a recipe names, not whole layers: leave layers out")
     return known[name](model, **changes)

@@ -271,7 +271,7 @@ def _recipe(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]
     like, layers = getattr(args, "recipe", None), getattr(args, "layers", None)
     if args.call is _layers or not (like or layers):
         return contextlib.nullcontext()
-    from metake.editing.recipes import borrowed
+    from metake.experiments.borrowed import borrowed
 
     return borrowed(args.model, like, None if args.call is _stats else layers)  # statistics need no recipe
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import tomllib
-from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import PurePath
@@ -31,31 +29,8 @@ class Recipe:
         raise AttributeError(near_misses(name, numbers, "number of a recipe"))
 
 
-_BORROWED: ContextVar[tuple[str, Recipe, dict[str, Any]] | None] = ContextVar("borrowed recipe", default=None)
-
-
-@contextlib.contextmanager
-def borrowed(model: str, like: str | None = None, layers: Sequence[int] | None = None) -> Iterator[None]:
-    """Within the block `model` has the recipe of `like`, "default" for what most models share, and these edited layers:
-    ROME and EMMET take the middle one, BLUE the first and the last. Without either nothing changes.
-    """
-    found = recipe(like or model) if like or layers else None
-    if found and layers:
-        chosen = sorted({*layers})
-        own = {"layers": chosen, "rome_layer": chosen[len(chosen) // 2], "blue_layers": sorted({chosen[0], chosen[-1]})}
-        found = replace(found, numbers=found.numbers | own)
-    told = {"recipe": like, "layers": sorted({*layers}) if layers else None}
-    token = _BORROWED.set((model, found, told) if found else _BORROWED.get())
-    try:
-        yield
-    finally:
-        _BORROWED.reset(token)
-
-
-def borrowing(model: str) -> dict[str, Any]:
-    """What of a model's recipe is borrowed now: "recipe", whose it is, and "layers"; {} if it is its own."""
-    now = _BORROWED.get()
-    return now[2] if now and now[0] == model else {}
+CHOSEN = "chosen"  # the source of layers that a user has named
+BORROWED: ContextVar[Recipe | None] = ContextVar("borrowed", default=None)  # in a block of `experiments.borrowed`
 
 
 @cache
@@ -76,10 +51,11 @@ def models() -> tuple[str, ...]:
 def recipe(model: str) -> Recipe:
     """The recipe of a model by its name, its hub name, or the last part of a path.
 
-    Raises ParameterError, with near matches, if there is none: take a known model's of the same family, see `borrowed`.
+    Raises ParameterError, with near matches, if there is none: take a known model's of the same family, see
+    `experiments.borrowed`.
     """
-    if borrowing(model):
-        return _BORROWED.get()[1]
+    if (own := BORROWED.get()) and own.names == (model,):
+        return own
     table = _table()
     wanted = {model.lower(), PurePath(model).name.lower()}
     for name in ("default",) if model == "default" else models():

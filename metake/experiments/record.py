@@ -17,7 +17,7 @@ import pandas as pd
 
 from metake import report
 from metake.editing.gradient.trained import SHIPPED_RANK
-from metake.editing.recipes import borrowing
+from metake.experiments.borrowed import borrowing
 from metake.experiments.cases import read_cases
 from metake.experiments.speed.run_time import PLAIN, run_time
 from metake.experiments.studies.ablation import ablation

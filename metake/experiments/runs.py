@@ -25,11 +25,11 @@ from metake.algebra.update import Edit, EditRecord
 from metake.data.requests import Cases, EditRequest, batches
 from metake.editing.editor import Editor
 from metake.editing.gradient.editor import GradientEditor
-from metake.editing.recipes import borrowed, borrowing
 from metake.editing.record import digest_of
 from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
+from metake.experiments.borrowed import borrowed, borrowing
 from metake.experiments.cases import PARTS, part_of, read_cases, select
 from metake.experiments.former import same_statistics
 from metake.language.model import LanguageModel, load
@@ -58,7 +58,7 @@ class RunConfig:
     generate: bool = False
     changes: dict[str, Any] = field(default_factory=dict)  # parts of the editor to replace
     part: str = "all"  # of the data's subjects: see `part_of`
-    recipe: str | None = None  # of another model, and the edited layers: see `recipes.borrowed`
+    recipe: str | None = None  # of another model, and the edited layers: see `experiments.borrowed`
     layers: list[int] | None = None
 
     def __post_init__(self) -> None:

@@ -13,8 +13,9 @@ import metake as mk
 from metake.commands import cli
 from metake.commands.cli import main
 from metake.editing import recipes
-from metake.editing.recipes import borrowed, recipe
+from metake.editing.recipes import recipe
 from metake.experiments import record, runs
+from metake.experiments.borrowed import borrowed, borrowing
 from metake.experiments.speed import bench
 from metake.experiments.studies import layers
 from metake.experiments.studies.layers import layer_sweep, recipe_block, traced
@@ -67,7 +68,7 @@ def test_a_recipe_is_borrowed_within_the_block_alone():
             assert recipe("my/own").model == "gpt-j-6b"
     with borrowed("tiny", "default", [3]):
         assert recipe("tiny").ridge == 10.0 and recipe("tiny").blue_layers == (3,)
-    assert recipe("tiny").layers == (0, 1, 2) and not recipes.borrowing("tiny")
+    assert recipe("tiny").layers == (0, 1, 2) and not borrowing("tiny")
     with pytest.raises(ParameterError, match="my/own"), borrowed("my/own", None, [3]):
         pass
 

@@ -23,10 +23,11 @@ from metake.editing.editor import Editor
 from metake.editing.gradient.editor import GradientEditor
 from metake.editing.gradient.slopes import Passes
 from metake.editing.keys import KeyReader
-from metake.editing.recipes import borrowed, recipe
+from metake.editing.recipes import recipe
 from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.editing.targets import optimize_targets
+from metake.experiments.borrowed import borrowed
 from metake.experiments.cases import read_cases, select
 from metake.experiments.speed import literal as slow
 from metake.experiments.speed.sizes import random_contexts, random_model, random_statistics, size_of
@@ -74,7 +75,7 @@ def bench(
     of the slopes. literal: also time the literal path on the first so many of the requests, in alternating order with
     the accelerated one, and multiply up (`literal.parts` says how); of methods that plan, and only in a checkout.
     random_weights: a model of this size (`sizes.random_model`), random key statistics. prompts: of the refinement,
-    default the method's own. recipe, layers: as in `recipes.borrowed`.
+    default the method's own. recipe, layers: as in `experiments.borrowed`.
     Returns plain data: "stages" (a row per stage: seconds, flops, literal_*, ratio), "total", "stage_one",
     "peak_memory" in bytes (the process's highest until the end of the first batch), "counts", and where they come from.
     Raises ParameterError for unknown names and values out of range, before a model is loaded where it can.

@@ -12,8 +12,8 @@ from metake import methods
 from metake.data.requests import batches
 from metake.editing.diagnosis import diagnose
 from metake.editing.keys import KeyReader
-from metake.editing.recipes import borrowed
 from metake.editing.statistics import statistics
+from metake.experiments.borrowed import borrowed
 from metake.experiments.former import same_statistics
 from metake.experiments.studies.comparison import PRIMARY, case_rows, comparison
 from metake.experiments.studies.finished import finished

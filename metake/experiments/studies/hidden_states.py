@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from metake import methods
 from metake.data.requests import Cases, EditRequest
 from metake.editing.keys import KeyReader
-from metake.editing.recipes import borrowed
+from metake.experiments.borrowed import borrowed
 from metake.experiments.cases import read_cases, select
 from metake.experiments.decision import (
     Decision,

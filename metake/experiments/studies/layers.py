@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from metake import methods
 from metake.data.requests import Cases, EditRequest
-from metake.editing.recipes import borrowed, recipe
+from metake.editing.recipes import recipe
 from metake.editing.statistics import statistics
+from metake.experiments.borrowed import borrowed
 from metake.experiments.cases import read_cases, select
 from metake.experiments.studies.comparison import METRICS, harmonic_mean
 from metake.language.capture import hidden, reading, rewrap
