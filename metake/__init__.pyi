@@ -24,6 +24,7 @@ from .editing.state import EditorState
 from .editing.statistics import Statistics, statistics
 from .editing.targets import TargetRule, Targets, optimize_targets
 from .language.architecture import ARCHITECTURES, Architecture
+from .language.chat import chat
 from .language.model import LanguageModel, load
 from .methods import METHODS
 from .scoring.evaluation import Evaluation, evaluate, recall
@@ -43,8 +44,8 @@ __all__ = [
     "InverseCovariance", "Isotropic", "KeyStatistics", "LanguageModel",
     "LayerUpdate", "MetakeError", "NullSpace", "NumericalError", "ParameterError", "Probe", "ProvenanceError",
     "Refinement", "RequestError", "Solution", "Statistics", "StatisticsError", "TargetRule", "Targets", "Training",
-    "association", "attenuation", "batches", "condition", "counterfact", "counterfact_cases", "diagnose", "evaluate",
-    "facts", "feasible_interval", "gate", "inverse_covariance", "load", "methods", "null_space", "optimize_targets",
-    "realization", "recall", "refine", "solve", "statistics", "train", "zsre", "zsre_cases",
+    "association", "attenuation", "batches", "chat", "condition", "counterfact", "counterfact_cases", "diagnose",
+    "evaluate", "facts", "feasible_interval", "gate", "inverse_covariance", "load", "methods", "null_space",
+    "optimize_targets", "realization", "recall", "refine", "solve", "statistics", "train", "zsre", "zsre_cases",
 ]  # fmt: skip
 __version__: str

@@ -44,8 +44,10 @@ def _methods(_: argparse.Namespace) -> None:
 def _edit(args: argparse.Namespace) -> None:
     from metake.experiments.studies.quickstart import compare
 
-    request = mk.EditRequest(args.prompt, args.subject, args.target, "edit")
+    request = mk.EditRequest(args.prompt, args.subject, args.target, "edit", args.direct)
     lm = mk.load(args.model, args.dtype, args.device)
+    if args.chat:
+        (request,) = mk.chat(lm, [request])
     editor = mk.methods.method(args.method, args.model, seed=args.seed, **_own_editor(args))
     found = mk.statistics(lm, args.text, layers=editor.layers, tokens=args.text_tokens)
     if editor.layers:  # the gradient family plans nothing that could be diagnosed
@@ -82,7 +84,8 @@ def _run(args: argparse.Namespace) -> None:
 
     config = RunConfig(
         args.model, args.method, args.data, args.edits, args.batch, args.seed, args.text, args.text_tokens, args.dtype,
-        args.generate, _own_editor(args), recipe=args.recipe, layers=args.layers and sorted({*args.layers})
+        args.generate, _own_editor(args), recipe=args.recipe, layers=args.layers and sorted({*args.layers}),
+        chat=args.chat
     )
     _show(run(config, args.out, args.device))
     print(f"wrote {args.out}")
@@ -91,7 +94,7 @@ def _run(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from metake.experiments.runs import reevaluate
 
-    _show(reevaluate(args.folder, args.device))
+    _show(reevaluate(args.folder, args.device, args.chat))
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -74,6 +74,10 @@ def editor_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def chat_option(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--chat", action="store_true", help=f"{what} by the tokenizer's chat template")
+
+
 def train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("method", metavar="METHOD", help="malmen, mend or smedit")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the editor")
@@ -116,6 +120,12 @@ def edit_options(parser: argparse.ArgumentParser) -> None:
         ("target", "what it shall say, such as Rome")
     ):
         parser.add_argument(f"--{name}", required=True, help=text)
+    parser.add_argument(
+        "--direct", action="store_const", const="",
+        help="the target directly after the prompt; default: after a blank, but where the prompt ends in white space "
+        "or in a script that writes no blanks"
+    )
+    chat_option(parser, "ask")
     parser.add_argument("--out", metavar="DIR", help="save the edit there")
     parser.add_argument("--peft", metavar="DIR", help="export it there as a LoRA adapter")
     parser.add_argument(
@@ -131,6 +141,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     data_options(parser, 100)
     parser.add_argument("--batch", type=_COUNT, default=20, metavar="N", help="edits a batch; default: %(default)s")
     parser.add_argument("--generate", action="store_true", help="also fluency and consistency (slow)")
+    chat_option(parser, "edit and evaluate")
     editor_option(parser)
     recipe_options(parser)
     model_options(parser)
@@ -138,6 +149,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
 
 def eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="of a run")
+    chat_option(parser, "evaluate, whatever the run did,")
     device_option(parser)
 
 

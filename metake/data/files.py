@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from metake.data.requests import Cases, EditCase, EditRequest, Probe, whole_number
+from metake.data.requests import Cases, EditCase, EditRequest, Probe, unspaced, whole_number
 from metake.support.errors import ParameterError, RequestError, near_misses
 
 # How a record is laid out: dotted path → what stands there; a "?" at the end marks a field that may be absent.
 _TEXT, _TEXTS, _EITHER = "a string", "a list of strings", "a string or a list of strings"
+_NAME, _NAMES = "a string or a whole number", "a list of strings or whole numbers"  # of things: 1984, 747
 _ROME = {
-    "requested_rewrite.prompt": _TEXT, "requested_rewrite.subject": _TEXT, "requested_rewrite.target_new.str": _TEXT,
-    "requested_rewrite.target_true.str": _TEXT, "paraphrase_prompts": _TEXTS, "neighborhood_prompts": _TEXTS,
-    "generation_prompts?": _TEXTS, "reference?": _TEXT
+    "requested_rewrite.prompt": _TEXT, "requested_rewrite.subject": _NAME, "requested_rewrite.target_new.str": _NAME,
+    "requested_rewrite.target_true.str": _NAME, "paraphrase_prompts": _TEXTS, "neighborhood_prompts": _TEXTS,
+    "generation_prompts?": _TEXTS, "reference?": _TEXT, "seam?": _TEXT
 }
 _EASYEDIT = {
-    "prompt": _TEXT, "subject": _TEXT, "target_new": _TEXT, "ground_truth": _TEXT, "rephrase_prompt": _EITHER,
-    "locality_prompt": _TEXT, "locality_ground_truth": _TEXT
+    "prompt": _TEXT, "subject": _NAME, "target_new": _NAME, "ground_truth": _NAME, "rephrase_prompt": _EITHER,
+    "locality_prompt": _TEXT, "locality_ground_truth": _NAME, "seam?": _TEXT
 }
-_ZSRE = {"src": _TEXT, "subject": _TEXT, "rephrase": _TEXT, "loc": _TEXT, "loc_ans": _TEXT}
+_ZSRE = {"src": _TEXT, "subject": _NAME, "rephrase": _TEXT, "loc": _TEXT, "loc_ans": _NAME, "seam?": _TEXT}
 
 
 def counterfact(path: str | Path, limit: int | None = None, offset: int = 0) -> Cases:
     """Cases of a CounterFact file: ROME's layout (also MultiCounterFact) or EasyEdit's, told from its first record.
+
+    The file is one JSON list or JSON Lines. Every request's text is the file's, to the letter; a record's field "seam",
+    which may be absent, says what stands between its prompts and their targets: "" or " ".
 
     limit, offset: number of usable records to return (None: all) and to pass over first
     Returns Cases. Probes of a record: 1 efficacy and its paraphrases (new object against true one), its neighborhood
@@ -65,16 +71,16 @@ def zsre_cases(
     """`zsre` on records in memory; see there."""
     if target not in ("answers", "alt"):
         raise ParameterError(near_misses(str(target), ("answers", "alt"), "ZsRE target"))
-    layout = ({**_ZSRE, target: _TEXTS if target == "answers" else _TEXT}, partial(_mend, answer=target))
+    layout = ({**_ZSRE, target: _NAMES if target == "answers" else _NAME}, partial(_mend, answer=target))
     return _collect(list(records), *layout, "zsre", source, limit, offset)
 
 
 def _rome(record: dict, id: str) -> EditCase:
     rewrite, prompts = record["requested_rewrite"], record.get("generation_prompts") or ()
-    new, true = rewrite["target_new"]["str"], rewrite["target_true"]["str"]
+    subject, new, true = rewrite["subject"], rewrite["target_new"]["str"], rewrite["target_true"]["str"]
     return _case(
-        id, rewrite["prompt"], rewrite["subject"], new, true, record["paraphrase_prompts"],
-        [(prompt, true) for prompt in record["neighborhood_prompts"]],
+        id, rewrite["prompt"].replace("{}", _template(str(subject), subject)), subject, new, true,
+        record["paraphrase_prompts"], [(prompt, true) for prompt in record["neighborhood_prompts"]], record.get("seam"),
         [Probe("generation", prompt, record.get("reference") or "") for prompt in prompts]
     )
 
@@ -84,44 +90,58 @@ def _easyedit(record: dict, id: str) -> EditCase:
     return _case(
         id, _template(record["prompt"], subject), subject, record["target_new"], record["ground_truth"],
         [rephrased] if isinstance(rephrased, str) else rephrased,
-        [(record["locality_prompt"], record["locality_ground_truth"])]
+        [(record["locality_prompt"], record["locality_ground_truth"])], record.get("seam")
     )
 
 
 def _mend(record: dict, id: str, answer: str) -> EditCase:
     target = record["alt"] if answer == "alt" else next(iter(record["answers"]), "")
-    question = record["loc"] if record["loc"].endswith("?") else record["loc"] + "?"
+    question = record["loc"] if record["loc"].rstrip().endswith(("?", "？", "؟")) else record["loc"].rstrip() + "?"
     return _case(
         id, _template(record["src"], record["subject"]), record["subject"], target, None, [record["rephrase"]],
-        [(question, record["loc_ans"])]
+        [(question, record["loc_ans"])], record.get("seam")
     )
 
 
-def _template(prompt: str, subject: str) -> str:
-    """The prompt with the subject's first occurrence, matched exactly, turned into "{}"."""
-    if subject not in prompt:
-        raise RequestError("subject not in prompt")
-    return prompt.replace(subject, "{}", 1) if subject.strip() else prompt
+def _template(prompt: str, subject: str | int) -> str:
+    """The prompt with the subject's first occurrence as a whole word turned into "{}"; nothing else changes."""
+    name = str(subject).strip()
+    at = prompt.find(name)
+    while name and at >= 0 and not _whole(prompt, at, at + len(name)):
+        at = prompt.find(name, at + 1)
+    if at < 0:
+        raise RequestError("subject only inside other words" if name in prompt else "subject not in prompt")
+    return prompt[:at] + "{}" + prompt[at + len(name) :] if name else prompt
+
+
+def _whole(text: str, start: int, end: int) -> bool:
+    """Whether no word reaches over the ends of text[start:end]. Any place may be one in a script that writes no blanks,
+    or endings to a word, as Korean; but none before a mark that belongs to the character before it."""
+
+    def joins(char: str, kinds: str) -> bool:
+        return char in ("\u200c", "\u200d", "_") or unicodedata.category(char or " ")[0] in kinds
+
+    def free(part: str) -> bool:
+        return unspaced(part) or "HANGUL" in unicodedata.name(part[-1:] or " ", "")
+
+    before, after = text[:start], text[end : end + 1]
+    first, last = free(before) or free(text[start]), free(text[:end]) or free(after)
+    return not (joins(after, "M" if last else "LMN") or not first and joins(before[-1:], "LMN"))
 
 
 def _case(
-    id: str,
-    prompt: str,
-    subject: str,
-    target: str,
-    true: str | None,
-    paraphrases: list[str],
-    neighbors: list[tuple[str, str]],
-    generation: Iterable[Probe] = (),
+    id: str, prompt: str, subject: str | int, target: str | int, true: str | int | None, paraphrases: list[str],
+    neighbors: list[tuple[str, str | int]], seam: str | None, generation: Iterable[Probe] = ()
 ) -> EditCase:
     """The request and its probes. Where a true object is given they compare it with the target, else none compares."""
-    request = EditRequest(prompt, subject, target, id)
+    target, true = str(target), None if true is None else str(true)
+    request = EditRequest(prompt, str(subject), target, id, seam)
     if true is not None and true.strip() == request.target:
         raise RequestError("target equals truth")
     probes = (
-        Probe("efficacy", request.text, target, true),
-        *(Probe("paraphrase", text, target, true) for text in paraphrases),
-        *(Probe("neighborhood", text, kept, None if true is None else target) for text, kept in neighbors),
+        Probe("efficacy", request.text, target, true, seam),
+        *(Probe("paraphrase", text, target, true, seam) for text in paraphrases),
+        *(Probe("neighborhood", text, str(kept), None if true is None else target, seam) for text, kept in neighbors),
         *generation,
     )
     for probe in probes:
@@ -141,7 +161,8 @@ def _collect(
     for index, record in enumerate(records):
         if len(usable) >= wanted:
             break
-        id = str(record.get("case_id", index) if isinstance(record, dict) else index)
+        given = record.get("case_id") if isinstance(record, dict) else None
+        id = str(index if given is None or given != given or not str(given).strip() else given)  # NaN: an empty cell
         try:
             if wrong := _misfit(record, schema):
                 raise RequestError(f"malformed: {wrong}")
@@ -150,7 +171,8 @@ def _collect(
             skipped.append((str(error).partition(";")[0], id))
     counts, read = dict(Counter(reason for reason, _ in skipped)), len(skipped) + len(usable)
     if skipped:
-        logging.getLogger("metake").warning("%s: %d of %d records skipped: %s", source, len(skipped), read, counts)
+        told = (source, len(skipped), read, counts, ", ".join(id for _, id in skipped[:9]) + ", …" * (len(skipped) > 9))
+        logging.getLogger("metake").warning("%s: %d of %d records skipped: %s (case_id %s)", *told)
     return Cases(usable[offset:], format, source, counts, (id for _, id in skipped))
 
 
@@ -162,8 +184,9 @@ def _misfit(record: Any, schema: dict[str, str]) -> str:
         value: Any = record
         for name in path.rstrip("?").split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
-        fits = isinstance(value, str) and expected != _TEXTS or texts and expected != _TEXT
+        kinds = {str, int} if "number" in expected else {str}
+        many = isinstance(value, list) and {type(text) for text in value} <= kinds
+        fits = many and expected not in (_TEXT, _NAME) or type(value) in kinds and expected not in (_TEXTS, _NAMES)
         if not fits and not (value is None and path.endswith("?")):
             return f"{path.rstrip('?')!r} {'missing' if value is None else f'is {value!r:.40}'}; expected {expected}"
     return ""
@@ -182,12 +205,22 @@ def _next_step(records: list, format: str) -> str:
 
 def _load(path: str | Path) -> list:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        if isinstance(found, list):
+        found = list(_values(Path(path).read_text(encoding="utf-8-sig")))
+        if len(found) != 1 or Path(path).suffix in (".jsonl", ".ndjson") and isinstance(found[0], dict):
             return found
-        raise ValueError(f"it holds {type(found).__name__}")
+        if isinstance(found[0], list):
+            return found[0]
+        raise ValueError(f"it holds {type(found[0]).__name__}")
     except (OSError, ValueError) as error:
         raise RequestError(
-            f"{path}: cannot be read ({error}); expected one JSON list of records, in UTF-8: "
+            f"{path}: cannot be read ({error}); expected one JSON list of records, or one record a line, in UTF-8: "
             "pass the path of such a file, or use facts() for the embedded set."
         ) from error
+
+
+def _values(text: str) -> Iterator[Any]:
+    """The JSON values that stand in a text, one after the other."""
+    at, blanks = 0, re.compile(r"[ \t\r\n]*")
+    while (at := blanks.match(text, at).end()) < len(text):
+        value, at = json.JSONDecoder().raw_decode(text, at)
+        yield value

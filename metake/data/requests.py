@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from metake.support.errors import ParameterError, RequestError, near_misses
 
 KINDS = ("efficacy", "paraphrase", "neighborhood", "generation")
+_UNSPACED = ("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ", "JAVANESE ", "BALINESE ", "TAI ", "NEW TAI ")
+_LATER = {"seam": None, "frame": "{}"}  # fields that digests of before do not know: left out where they say nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,23 +25,28 @@ class EditRequest:
     subject: "Danielle Darrieux"
     target:  the continuation to be written, "English"; surrounding space is dropped, as it is from the subject
     id:      how records and messages name the request
-    Raises   RequestError if the prompt has no "{}" or several, or a field is blank or no string.
+    seam:    what stands between prompt and target, to the letter: "" or " "; None: the rule of `language.tokens.seam`
+    frame:   text around the prompt, which stands at its "{}": a chat's turns. Context templates stand inside it
+    Raises   RequestError if prompt or frame has no "{}" or several, or a field is blank, no string or no Unicode.
     """
 
     prompt: str
     subject: str
     target: str
     id: str
+    seam: str | None = None
+    frame: str = "{}"
 
     def __post_init__(self) -> None:
+        require_text(*(texts := (self.prompt, self.subject, self.target, self.id, self.frame)), seam=self.seam)
         flaw = (
             "not all strings"
-            if not all(isinstance(text, str) for text in astuple(self))
-            else "empty subject"
-            if not self.subject.strip()
-            else "empty target"
-            if not self.target.strip()
-            else {0: "no placeholder", 1: ""}.get(self.prompt.count("{}"), "several placeholders")
+            if not all(isinstance(text, str) for text in texts)
+            else f"empty {'target' if self.subject.strip() else 'subject'}"
+            if not (self.subject.strip() and self.target.strip())
+            else {0: "no placeholder", 1: ""}.get(
+                self.prompt.count("{}") * self.frame.count("{}"), "several placeholders"
+            )
         )
         if flaw:
             raise RequestError(
@@ -49,8 +58,8 @@ class EditRequest:
 
     @property
     def text(self) -> str:
-        """The prompt with the subject filled in."""
-        return self.prompt.replace("{}", self.subject)
+        """All that the model reads before the target: the prompt with the subject filled in, in its frame."""
+        return self.frame.replace("{}", self.prompt.replace("{}", self.subject))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +71,20 @@ class Probe:
     target: the continuation asked for, surrounding space dropped; for "generation" a reference text or ""
     rival:  the probe succeeds if p(target) > p(rival), strictly (CounterFact);
             None scores the arg-max accuracy of the target's tokens (ZsRE)
-    Raises  RequestError if the kind is another word.
+    seam:   as an `EditRequest` has it
+    Raises  RequestError if the kind is another word, the seam another blank, or a text no Unicode.
     """
 
     kind: str
     prompt: str
     target: str = ""
     rival: str | None = None
+    seam: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise RequestError(near_misses(str(self.kind), KINDS, "probe kind"))
+        require_text(self.prompt, self.target, self.rival, seam=self.seam)
         object.__setattr__(self, "target", self.target.strip())
         object.__setattr__(self, "rival", self.rival and self.rival.strip())
 
@@ -110,8 +122,32 @@ class Cases(list):
     @property
     def digest(self) -> str:
         """SHA-256 of every request and probe in the list, in order; independent of path and layout of the file."""
-        content = [[astuple(case.request), [astuple(probe) for probe in case.probes]] for case in self]
+        content = [[[*told(c.request).values()], [[*told(p).values()] for p in c.probes]] for c in self]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def told(item: EditRequest | Probe) -> dict[str, Any]:
+    """The fields of a request or probe as digests see them: an optional one only where it says something."""
+    return {name: value for name, value in asdict(item).items() if name not in _LATER or value != _LATER[name]}
+
+
+def require_text(*texts: Any, seam: str | None = None) -> None:
+    """Raises RequestError for half a character, which no tokenizer takes, and for a seam that is none."""
+    if seam not in (None, "", " "):
+        raise RequestError(f"unknown seam {seam!r}; expected '' or ' ' between prompt and target: choose one, or none.")
+    for half in filter(None, (re.search("[\ud800-\udfff]", text) for text in texts if isinstance(text, str))):
+        raise RequestError(
+            f"text with an unpaired surrogate or stray byte; found {half[0]!r} at character {half.start()} of "
+            f"{half.string!r:.200}; expected Unicode: write the text anew, in UTF-8."
+        )
+
+
+def unspaced(text: str) -> bool:
+    """Whether a text ends in a script that writes no blanks between words, such as Chinese, Japanese or Thai."""
+    wide = unicodedata.east_asian_width
+    last = next((c for c in reversed(text) if wide(c) in "WFH" or unicodedata.category(c)[0] not in "MCP"), " ")
+    name = "" if unicodedata.category(last) in ("So", "Sc") else unicodedata.name(last, "")
+    return name.startswith(_UNSPACED) or wide(last) in "WFH" and name != "" and "HANGUL" not in name
 
 
 def check_batch(requests: Iterable[EditRequest]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metake.algebra.solve import Solution, spectrum
 from metake.algebra.update import LayerUpdate
-from metake.data.requests import EditRequest
+from metake.data.requests import EditRequest, told
 from metake.language.model import LanguageModel
 from metake.support.machine import synchronize
 
@@ -104,5 +104,5 @@ def digest_of(requests: Sequence[EditRequest]) -> str:
     """SHA-256 of the requests' content, in order."""
     digest = hashlib.sha256()
     for request in requests:
-        digest.update(repr(sorted(asdict(request).items())).encode())
+        digest.update(repr(sorted(told(request).items())).encode())
     return digest.hexdigest()

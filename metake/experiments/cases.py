@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import zlib
 from pathlib import Path
 
 from metake.data.facts import facts
 from metake.data.files import counterfact, zsre
-from metake.data.requests import Cases
+from metake.data.requests import Cases, EditCase
 from metake.language.model import LanguageModel
-from metake.language.tokens import locate
+from metake.language.tokens import in_context, locate, prompted
 from metake.support.errors import ParameterError, RequestError, near_misses
 
 PARTS = ("all", "choosing", "testing")
+OPENING = 16  # tokens that a context template may take before a prompt: the methods' have ten, and a full stop
+TOO_LONG = "longer than the model's window"
 
 
 def read_cases(data: str) -> Cases:
@@ -45,17 +48,20 @@ def part_of(cases: Cases, part: str) -> Cases:
 
 
 def select(lm: LanguageModel, cases: Cases, edits: int, seed: int) -> Cases:
-    """`edits` cases in an order drawn by `seed`; those that this model's tokenizer cannot locate, and second requests
-    about the same prompt and subject, are passed over and counted in `.skipped`."""
-    order, chosen, seen, skipped = list(range(len(cases))), [], set(), dict(cases.skipped)
+    """`edits` cases in an order drawn by `seed`; those that this model's tokenizer cannot locate, or whose rows do not
+    fit its window, and second requests about the same prompt and subject, are passed over and counted in `.skipped`."""
+    order, chosen, seen, skipped, long = list(range(len(cases))), [], set(), dict(cases.skipped), []
     random.Random(seed).shuffle(order)
     for i in order:
         if len(chosen) == edits:
             break
         request = cases[i].request
         try:
-            locate(lm.tokenizer, request.prompt, request.subject)
+            locate(lm.tokenizer, in_context(request.frame, request.prompt), request.subject)
             reason = "second request about the same prompt and subject" if request.text in seen else None
+            if not reason and not _fits(lm, cases[i]):
+                reason = TOO_LONG
+                long.append(request.id)
         except RequestError:
             reason = "subject ends inside a token"
         if reason:
@@ -63,9 +69,26 @@ def select(lm: LanguageModel, cases: Cases, edits: int, seed: int) -> Cases:
             continue
         seen.add(request.text)
         chosen.append(i)
+    if long:
+        told = (cases.source, len(long), TOO_LONG, lm.window, ", ".join(long[:9]) + ", …" * (len(long) > 9))
+        logging.getLogger("metake").warning("%s: %d records skipped: %s of %d tokens (case_id %s)", *told)
     if len(chosen) < edits:
         raise ParameterError(
             f"{edits} edits were asked for, but the data has only {len(chosen)} usable cases for this model; "
             f"skipped: {skipped or 'none'}"
         )
-    return Cases([cases[i] for i in chosen], cases.format, cases.source, skipped, cases.skipped_ids)
+    return Cases([cases[i] for i in chosen], cases.format, cases.source, skipped, (*cases.skipped_ids, *long))
+
+
+def _fits(lm: LanguageModel, case: EditCase) -> bool:
+    """Whether a case's rows, its request's in any context, fit the model's window."""
+    request = case.request
+    rows = [(request.text, request.target, request.seam, OPENING)]
+    for p in case.probes:
+        texts = (".",) if p.kind == "generation" else (p.target, p.rival)
+        rows += [(p.prompt, text, p.seam, 0) for text in texts if text]
+    return all(
+        len(f"{prompt} {text}".encode()) + before < lm.window  # no token is shorter than a byte
+        or sum(map(len, prompted(lm.tokenizer, prompt, text, seam))) - 1 + before <= lm.window
+        for prompt, text, seam, before in rows
+    )

@@ -32,6 +32,7 @@ from metake.editing.targets import Targets, optimize_targets
 from metake.experiments.borrowed import borrowed, borrowing
 from metake.experiments.cases import PARTS, part_of, read_cases, select
 from metake.experiments.former import same_statistics
+from metake.language.chat import chat
 from metake.language.model import LanguageModel, load
 from metake.scoring.evaluation import Evaluation, evaluate, require_prompts
 from metake.support.errors import ParameterError, ProvenanceError, near_misses
@@ -60,6 +61,7 @@ class RunConfig:
     part: str = "all"  # of the data's subjects: see `part_of`
     recipe: str | None = None  # of another model, and the edited layers: see `experiments.borrowed`
     layers: list[int] | None = None
+    chat: bool = False  # ask by the tokenizer's chat template
 
     def __post_init__(self) -> None:
         if not (self.recipe or self.layers):
@@ -75,6 +77,12 @@ class RunConfig:
         """The editor of this run."""
         with borrowed(self.model, self.recipe, self.layers):
             return methods.method(self.method, self.model, seed=self.seed, **self.changes)
+
+
+def cases_of(config: RunConfig, lm: LanguageModel) -> Cases:
+    """The cases of a run, in the order of its edits."""
+    cases = part_of(read_cases(config.data), config.part)
+    return select(lm, chat(lm, cases) if config.chat else cases, config.edits, config.seed)
 
 
 def edit_sequence(
@@ -120,7 +128,7 @@ def run(config: RunConfig, out: str | Path, device: str | None = None, shared: U
     editor = config.editor()
     resumes = holds(out, config)
     lm = load(config.model, config.dtype, device)
-    cases = select(lm, part_of(read_cases(config.data), config.part), config.edits, config.seed)
+    cases = cases_of(config, lm)
     if config.generate:
         require_prompts(cases)
     state = editor.init(lm, statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens))
@@ -276,11 +284,14 @@ def open_run(folder: str | Path) -> tuple[RunConfig, SavedEdits]:
     return config, edits
 
 
-def reevaluate(folder: str | Path, device: str | None = None) -> Evaluation:
-    """Evaluate a finished run again, from its saved edits on a freshly loaded base."""
+def reevaluate(folder: str | Path, device: str | None = None, chat: bool = False) -> Evaluation:
+    """Evaluate a finished run again, from its saved edits on a freshly loaded base.
+
+    chat: ask by the tokenizer's chat template also what was edited without it.
+    """
     config, edits = open_run(folder)
     lm = load(config.model, config.dtype, device)
-    cases = select(lm, part_of(read_cases(config.data), config.part), config.edits, config.seed)
+    cases = cases_of(replace(config, chat=chat or config.chat), lm)
     done = [id for record in edits.records() for id in record.requests]
     if done != [c.request.id for c in cases[: len(done)]]:
         raise ProvenanceError(f"{folder} holds edits of other cases than {config.data} gives now: the data has changed")

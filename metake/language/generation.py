@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from metake.language.model import LanguageModel
-from metake.language.tokens import encode, pad
+from metake.language.tokens import encode, pad, seam
 from metake.support.errors import ParameterError
 from metake.support.machine import halving
 from metake.support.progress import progress
@@ -36,7 +36,7 @@ def sample(
     lm: LanguageModel, prompts: Sequence[str], length: int, top_k: int = 5, seed: int = 0, rows: int = 64,
     streams: Sequence[str] | None = None
 ) -> list[str]:
-    """One continuation of each prompt by top-k sampling, `length` tokens in all, prompt included.
+    """One continuation of each prompt by top-k sampling, `length` tokens in all, prompt included (up to its seam).
 
     Softmax, the k largest probabilities renormalized, no temperature, no stop token (the family's protocol). rows:
     sequences run together, which does not change the result; streams: names of the random streams, one a prompt
@@ -44,7 +44,7 @@ def sample(
     special tokens. Raises NumericalError if the model gives numbers that are not finite.
     """
     streams = prompts if streams is None else streams
-    ids = [encode(lm.tokenizer, p) for p in prompts]
+    ids = [encode(lm.tokenizer, seam(p)[0]) for p in prompts]
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(ids):
         by_length.setdefault(len(row), []).append(i)

@@ -70,6 +70,11 @@ class LanguageModel(Ready):
         return float(getattr(self.model.config, self.architecture.scale, 1.0))
 
     @property
+    def window(self) -> float:
+        """Tokens that fit in one row."""
+        return getattr(self.model.config, "max_position_embeddings", None) or float("inf")
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -104,12 +109,15 @@ class LanguageModel(Ready):
 
         Raises RequestError for a row that is longer than the model's window.
         """
-        room = getattr(self.model.config, "max_position_embeddings", None)
-        if room is not None and batch.mask.shape[1] > room:
-            raise RequestError(
-                f"a row of {batch.mask.shape[1]} tokens does not fit {self.name!r}, which has room for {room}; "
-                "shorten the prompt"
-            )
+        if batch.mask.shape[1] > self.window:
+            length, longest = batch.mask.sum(1).max(0)
+            if length > self.window:
+                own = batch.ids[longest][batch.mask[longest, -batch.ids.shape[1] :].bool()]
+                raise RequestError(
+                    f"a row of {length} tokens does not fit {self.name!r}, which has room for {self.window}: "
+                    f"{self.tokenizer.decode(own)!r:.200}; shorten its prompt"
+                )
+            batch = batch._replace(positions=batch.positions.clamp_max(self.window - 1))  # of padding alone
         checks.check_padding(self.model.config, self.dtype, batch)
         with fast_products(self.model.modules()):
             return self.model(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metake.data.requests import EditRequest
+from metake.data.requests import EditRequest, require_text, unspaced
 from metake.support.errors import RequestError
 
 
@@ -44,25 +44,55 @@ class Padded(NamedTuple):
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids as the model expects a text to begin: with its special tokens (BOS), if it has any."""
+    """Token ids as the model expects a text to begin and to go on: with the special tokens that the tokenizer puts
+    before it (BOS), once if the text carries them already, and without those that it puts after it (EOS).
+    """
+    require_text(text)
     # not verbose: a text may be longer than the model's window
-    return tuple(tokenizer(text, verbose=False)["input_ids"])
+    found = tokenizer(text, verbose=False, return_special_tokens_mask=True)
+    ids, own = tuple(found["input_ids"]), [i for i, added in enumerate(found["special_tokens_mask"]) if not added]
+    if not own:
+        return ids[:1] if ids[:1] == (getattr(tokenizer, "bos_token_id", None),) else ()
+    head, body = ids[: own[0]], ids[own[0] : own[-1] + 1]
+    return body if body[: len(head)] == head else head + body
 
 
-def continuation(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids of `text` as it continues a sentence: after exactly one space, without special tokens.
+def seam(prompt: str, given: str | None = None) -> tuple[str, str]:
+    """A prompt up to where its target begins, and what stands between: " ", or "" for a target directly after it.
+
+    given: the seam to the letter. None: blanks at the prompt's end are the seam; there is none after a line's end or
+    other white space, nor in a script that writes no blanks between words; else it is one blank.
+    """
+    if given is not None:
+        return prompt, given
+    bare = prompt.rstrip(" \u200b\ufeff")  # and what has no width
+    if bare[-1:].isspace():  # blanks that begin a line indent it: the last of them belongs to the word
+        return (prompt[:-1], " ") if prompt.endswith(" ") else (bare, "")
+    return bare, " " if " " in prompt[len(bare) :] or not unspaced(bare) else ""
+
+
+def prompted(tokenizer: Any, prompt: str, answer: str, given: str | None = None) -> tuple[tuple[int, ...], ...]:
+    """Token ids of a prompt and of the answer that continues it; `given` is their seam, as `seam` takes it."""
+    start, between = seam(prompt, given)
+    return encode(tokenizer, start), continuation(tokenizer, answer, None if between else start)
+
+
+def continuation(tokenizer: Any, text: str, prompt: str | None = None) -> tuple[int, ...]:
+    """Token ids of `text` as it continues a sentence: after exactly one space, or directly after `prompt`.
 
     Read off as the difference of "is" and "is text", which serves tokenizers that carry the space in the token
-    (byte-level BPE) and those that mark the beginning of words alike.
+    (byte-level BPE) and those that mark the beginning of words alike. Where a token reaches over the prompt's end: of
+    the text as it begins a line.
     """
-    text = text.strip()
+    require_text(text := text.strip())
     if not text:
         raise RequestError("the target is empty or only white space; expected at least one word")
-    stem = tokenizer("is", add_special_tokens=False)["input_ids"]
-    both = tokenizer(f"is {text}", add_special_tokens=False)["input_ids"]
-    if both[: len(stem)] == stem:
-        return tuple(both[len(stem) :])
-    return tuple(tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
+    blank = " " if prompt is None else ""
+    for stem in ("is",) if prompt is None else (prompt, "\n"):
+        first, both = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (stem, stem + blank + text))
+        if both[: len(first)] == first:
+            return tuple(both[len(first) :])
+    return tuple(tokenizer(blank + text, add_special_tokens=False)["input_ids"])
 
 
 def locate(tokenizer: Any, template: str, subject: str) -> Located:
@@ -84,9 +114,11 @@ def locate(tokenizer: Any, template: str, subject: str) -> Located:
     return Located(full, len(upto) - 1)
 
 
-def in_context(context: str, template: str) -> str:
-    """The prompt template inside a context template: `context`'s {} becomes the prompt, whose own {} stays."""
-    return context.replace("{}", template, 1)
+def in_context(context: str, template: str, bos: str | None = None) -> str:
+    """The prompt template inside a context template: `context`'s {} becomes the prompt, whose own {} stays, and so does
+    a beginning token before all."""
+    first = bos if bos and template.startswith(bos) else ""
+    return first + context.replace("{}", template.removeprefix(first), 1)
 
 
 def rewriting_rows(tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]) -> list[Row]:
@@ -94,19 +126,22 @@ def rewriting_rows(tokenizer: Any, requests: Sequence[EditRequest], contexts: Se
 
     The weight of a position is 1/(contexts · target tokens), so that a request's weighted sum is its mean loss.
     """
-    rows = []
+    rows, bos = [], getattr(tokenizer, "bos_token", None)
     for i, request in enumerate(requests):
-        target = continuation(tokenizer, request.target)
+        start, between = seam(request.text, request.seam)
+        target = continuation(tokenizer, request.target, None if between else start)
+        cut = len(request.text) - len(start)
         for context in contexts:
-            prompt, lookup = locate(tokenizer, in_context(context, request.prompt), request.subject)
+            template = in_context(request.frame, in_context(context, request.prompt, bos))
+            prompt, lookup = locate(tokenizer, template[: len(template) - cut], request.subject)
             read = tuple(range(len(prompt) - 1, len(prompt) - 1 + len(target)))
             rows.append(Row(i, prompt + target[:-1], lookup, read, target, 1 / (len(contexts) * len(target))))
     return rows
 
 
 def locality_rows(tokenizer: Any, requests: Sequence[EditRequest], template: str = "{} is a") -> list[Row]:
-    """Rows that watch for drift: the next-token distribution after "{subject} is a"."""
-    found = (locate(tokenizer, template, request.subject) for request in requests)
+    """Rows that watch for drift: the next-token distribution after "{subject} is a", in the request's frame."""
+    found = (locate(tokenizer, in_context(request.frame, template), request.subject) for request in requests)
     return [Row(i, ids, lookup, (len(ids) - 1,), ()) for i, (ids, lookup) in enumerate(found)]
 
 
@@ -122,8 +157,8 @@ class _Once:
             self.known[key] = self.tokenizer(text, **options)
         return self.known[key]
 
-    def decode(self, token: int) -> str:
-        return self.tokenizer.decode(token)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ def answer(
     """Answers to (prompt, candidates), in the given order: `length` greedy tokens, cut at the end of text,
     and log-probabilities.
 
-    A candidate continues the prompt after one space. One forward over a prompt serves both, as long as its candidates
-    are one token each; longer ones are read in a pass of their own. tokens: of one micro-batch,
-    which does not change the result.
+    A candidate continues the prompt after one space, whatever that ends in. One forward over a prompt serves both, as
+    long as its candidates are one token each; longer ones are read in a pass of their own. tokens: of one
+    micro-batch, which does not change the result.
     Raises RequestError for a prompt without tokens, NumericalError for numbers that are not finite.
     """
     rows = [encode(lm.tokenizer, prompt) for prompt, _ in questions]
@@ -45,7 +45,8 @@ def answer(
         raise RequestError(f"the question {empty[0]!r} has no tokens; expected at least one")
     words = {c: continuation(lm.tokenizer, c) for _, candidates in questions for c in candidates}
     longer = {(prompt, c) for prompt, candidates in questions for c in candidates if len(words[c]) > 1}
-    apart = dict(zip(longer, (r.log_p for r in read(lm, list(longer), tokens)), strict=True)) if longer else {}
+    asked = [(*pair, " ") for pair in longer]
+    apart = dict(zip(longer, (r.log_p for r in read(lm, asked, tokens)), strict=True)) if longer else {}
     found = halving(lambda size: _written(lm, rows, length, size), min(tokens, lm.room(1, gradients=False)))
     return [
         Answer(text, tuple(apart[p, c] if (p, c) in apart else first[words[c][0]].item() for c in candidates))

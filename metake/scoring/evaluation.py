@@ -18,7 +18,7 @@ import torch
 from metake.data.requests import EditCase, Probe
 from metake.language.generation import sample
 from metake.language.model import LanguageModel
-from metake.language.tokens import continuation, encode, pad
+from metake.language.tokens import pad, prompted
 from metake.scoring.text_metrics import consistency, fluency
 from metake.support.errors import ParameterError, RequestError, near_misses
 from metake.support.machine import halving
@@ -146,14 +146,8 @@ def evaluate(
         raise ParameterError(
             "`before` was evaluated on other cases than these; evaluate the same cases before and after"
         )
-    pairs = [
-        (p.prompt, text)
-        for c in cases
-        for p in c.probes
-        if p.kind in NAMES
-        for text in (p.target, p.rival)
-        if text is not None
-    ]
+    probes = [p for c in cases for p in c.probes if p.kind in NAMES]
+    pairs = [(p.prompt, text, p.seam) for p in probes for text in (p.target, p.rival) if text is not None]
     readings = dict(zip(pairs, read(lm, pairs, tokens), strict=True))
     written = _generate(lm, cases, length, seed) if generate else [()] * len(cases)
     return Evaluation(tuple(_case(c, readings, texts) for c, texts in zip(cases, written, strict=True)), before)
@@ -161,37 +155,39 @@ def evaluate(
 
 def _same_cases(lm: LanguageModel, cases: list[EditCase], scores: Sequence[CaseScore]) -> bool:
     """Whether these scores can be those of these cases: ids, kinds of the probes, lengths of their targets."""
-    asked = [
-        (c.request.id, [(p.kind, len(continuation(lm.tokenizer, p.target))) for p in c.probes if p.kind in NAMES])
-        for c in cases
-    ]
+
+    def told(probe: Probe) -> tuple[str, int]:
+        return probe.kind, len(prompted(lm.tokenizer, probe.prompt, probe.target, probe.seam)[1])
+
+    asked = [(c.request.id, [told(p) for p in c.probes if p.kind in NAMES]) for c in cases]
     return asked == [(c.id, [(p.kind, len(p.target.greedy)) for p in c.probes]) for c in scores]
 
 
-def _case(case: EditCase, readings: dict[tuple[str, str], Reading], texts: tuple[str, ...]) -> CaseScore:
+def _case(case: EditCase, readings: dict[tuple, Reading], texts: tuple[str, ...]) -> CaseScore:
     probes = tuple(_score(p, readings) for p in case.probes if p.kind in NAMES)
     references = [p.target for p in case.probes if p.kind == "generation" and p.target]
     scores = (fluency(texts), consistency(texts, references[:1])) if texts else (None, None)
     return CaseScore(case.request.id, probes, texts, *scores)
 
 
-def _score(probe: Probe, readings: dict[tuple[str, str], Reading]) -> ProbeScore:
-    target = readings[probe.prompt, probe.target]
-    rival = readings[probe.prompt, probe.rival] if probe.rival is not None else None
+def _score(probe: Probe, readings: dict[tuple, Reading]) -> ProbeScore:
+    target = readings[probe.prompt, probe.target, probe.seam]
+    rival = readings[probe.prompt, probe.rival, probe.seam] if probe.rival is not None else None
     score = fmean(target.correct) if rival is None else float(target.log_p > rival.log_p)
     return ProbeScore(probe.kind, score, float(all(target.correct)), target, rival)
 
 
 @LanguageModel.entry()
-def read(lm: LanguageModel, pairs: Sequence[tuple[str, str]], tokens: int = 8192) -> list[Reading]:
-    """Log-probabilities and arg-max tokens of continuations, (prompt, continuation) pairs, in the given order.
+def read(lm: LanguageModel, pairs: Sequence[tuple], tokens: int = 8192) -> list[Reading]:
+    """Log-probabilities and arg-max tokens of continuations, (prompt, continuation) pairs, in the given order; a third
+    item says what stands between the two (`tokens.seam`).
 
     Pairs that need the same forward (all continuations of one token share their prompt's) are run once; rows of similar
     length go together. Raises NumericalError, naming the first broken weight, for logits that are not finite.
     """
     wanted: dict[tuple[int, ...], list[tuple[int, int, tuple[int, ...]]]] = {}
-    for i, (prompt, text) in enumerate(pairs):
-        start, answer = encode(lm.tokenizer, prompt), continuation(lm.tokenizer, text)
+    for i, (prompt, text, *between) in enumerate(pairs):
+        start, answer = prompted(lm.tokenizer, prompt, text, *between)
         if not start:
             raise RequestError(
                 f"the probe prompt {prompt!r} has no tokens; expected at least one before the answer {text!r}"
@@ -249,7 +245,7 @@ def recall(lm: LanguageModel, cases: Sequence[EditCase]) -> dict[str, float]:
     """
     shares = {}
     for name, kind in (("plain", "efficacy"), ("paraphrase", "paraphrase")):
-        asked = [(p.prompt, p.rival or p.target) for c in cases for p in c.probes if p.kind == kind]
+        asked = [(p.prompt, p.rival or p.target, p.seam) for c in cases for p in c.probes if p.kind == kind]
         if not asked:
             raise ParameterError(f"recall needs {kind} probes; these cases have none")
         shares[name] = fmean(all(r.correct) for r in read(lm, asked))

@@ -238,7 +238,7 @@ def test_limit_and_offset_count_usable_records():
         (zsre, [rome()], r"record 0: 'src' missing; expected a string; .*use counterfact\("),
         (zsre, [easyedit()], r"use counterfact\("),
         (zsre, [mend(answers="Greek")], "'answers' is 'Greek'; expected a list of strings"),
-        (zsre, [mend(answers=[1])], r"'answers' is \[1\]; expected a list of strings"),
+        (zsre, [mend(answers=[1.5])], r"'answers' is \[1.5\]; expected a list of strings or whole numbers"),
         (counterfact, [easyedit(target_new=["Dutch"])], r"'target_new' is \['Dutch'\]; expected a string"),
         (counterfact, [easyedit(locality_prompt=None)], "'locality_prompt' missing"),
         (

@@ -236,7 +236,7 @@ def test_a_run_of_other_data_or_another_model_is_refused(run, monkeypatch):
     folder = out / "facts-metake-0"
     config, lm, cases, edit = finished.finished(folder)
     assert (config.method, len(cases), edit.record.requests) == ("metake", 3, tuple(c.request.id for c in cases))
-    monkeypatch.setattr(finished, "read_cases", lambda name: read_cases(name)[5:])
+    monkeypatch.setattr(runs, "read_cases", lambda name: read_cases(name)[5:])
     with pytest.raises(ProvenanceError, match="holds 3 edits, not those of the 3 cases"):
         finished.finished(folder)
     monkeypatch.undo()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metake.algebra.update import LayerUpdate
-from metake.data.requests import Cases, EditCase
+from metake.data.requests import Cases, EditCase, Probe
 from metake.editing.gradient.editor import PLAIN, GradientEditor, corrected
 from metake.editing.gradient.network import Network, shapes
 from metake.editing.gradient.rule import GradientRule, factors
@@ -26,7 +26,7 @@ from metake.editing.gradient.slopes import Passes, Slopes
 from metake.editing.gradient.stored import checkpoint, finished, resumed, save
 from metake.editing.record import describe, digest_of
 from metake.language.model import LanguageModel
-from metake.language.tokens import Row, continuation, encode, rewriting_rows
+from metake.language.tokens import Row, prompted, rewriting_rows
 from metake.support.errors import NumericalError, ParameterError, near_misses
 from metake.support.machine import versions
 from metake.support.progress import progress
@@ -239,20 +239,17 @@ def outer_rows(
         rows = [row._replace(weight=row.weight / asked) for row in own]
     for i, case in enumerate(batch):
         if outer != "prompt":
-            target = continuation(lm.tokenizer, case.request.target)
-            rows.append(_probe_row(lm, i, draw.choice(_probes(case, "paraphrase")).prompt, target, target, asked))
+            rows.append(_probe_row(lm, i, draw.choice(_probes(case, "paraphrase")), case.request.target, asked))
         if penalty == "kl":
             near = draw.choice(_probes(case, "neighborhood"))
-            rows.append(_probe_row(lm, i, near.prompt, continuation(lm.tokenizer, near.target), (), 1))
+            rows.append(_probe_row(lm, i, near, near.target, 1)._replace(labels=()))
     return rows
 
 
-def _probe_row(
-    lm: LanguageModel, request: int, prompt: str, answer: tuple[int, ...], labels: tuple[int, ...], share: int
-) -> Row:
-    ids = encode(lm.tokenizer, prompt)
+def _probe_row(lm: LanguageModel, request: int, probe: Probe, text: str, share: int) -> Row:
+    ids, answer = prompted(lm.tokenizer, probe.prompt, text, probe.seam)
     read = tuple(range(len(ids) - 1, len(ids) - 1 + len(answer)))
-    return Row(request, ids + answer[:-1], len(ids) - 1, read, labels, 1 / (share * len(answer)))
+    return Row(request, ids + answer[:-1], len(ids) - 1, read, answer, 1 / (share * len(answer)))
 
 
 def _probes(case: EditCase, kind: str) -> list[Any]:

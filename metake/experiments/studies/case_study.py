@@ -110,7 +110,8 @@ def _written(
         streams=[f"{cases[i].request.id}/{kind}" for i, kind, _ in asked]
     )
     old = [next(p.rival for p in c.probes if p.kind == "efficacy") for c in cases]
-    pairs = [(c.request.text, answer) for c, o in zip(cases, old, strict=True) for answer in (c.request.target, o)]
+    requests = [c.request for c in cases]
+    pairs = [(r.text, answer, r.seam) for r, o in zip(requests, old, strict=True) for answer in (r.target, o)]
     p = [math.exp(r.log_p) for r in read(lm, pairs)]
     rows = []
     for (i, kind, prompt), whole in zip(asked, texts, strict=True):

@@ -22,7 +22,7 @@ from metake.experiments.decision import all_of, equal, for_and_against, opposite
 from metake.experiments.runs import edit_sequence
 from metake.experiments.studies.comparison import paired_differences, summarize
 from metake.language.model import LanguageModel, load
-from metake.language.tokens import continuation, encode, pad
+from metake.language.tokens import pad, prompted
 from metake.scoring.evaluation import NAMES, Evaluation, evaluate
 from metake.support.errors import ParameterError
 
@@ -164,7 +164,7 @@ def ceiling(model: str = "tiny", data: str = "facts-zsre") -> pd.DataFrame:
     lm = load(model)
     lengths = pd.Series(
         [
-            len(continuation(lm.tokenizer, p.target))
+            len(prompted(lm.tokenizer, p.prompt, p.target, p.seam)[1])
             for case in read_cases(data)
             for p in case.probes
             if p.kind == "neighborhood"
@@ -213,8 +213,9 @@ def by_token(
 
 def _shared(lm: LanguageModel, probe: Probe) -> dict[str, float]:
     """Of one probe: tokens that both answers have, and the share of them at which the scored answer's is likelier."""
-    ours, other = (continuation(lm.tokenizer, text) for text in (probe.target, probe.rival))
-    start, count = encode(lm.tokenizer, probe.prompt), min(len(ours), len(other))
+    both = (prompted(lm.tokenizer, probe.prompt, text, probe.seam) for text in (probe.target, probe.rival))
+    (start, ours), (_, other) = both
+    count = min(len(ours), len(other))
     columns = torch.arange(len(start) - 1, len(start) - 1 + count, device=lm.device)
     with torch.no_grad():
         logits = lm.logits(pad([start + ours[: count - 1]], lm.device), torch.zeros_like(columns), columns)

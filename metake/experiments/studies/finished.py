@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from metake.algebra.update import Edit, total
 from metake.data.requests import Cases
-from metake.experiments.cases import part_of, read_cases, select
-from metake.experiments.runs import RunConfig, open_run
+from metake.experiments.runs import RunConfig, cases_of, open_run
 from metake.language.model import LanguageModel, load
 from metake.support.errors import ProvenanceError
 
@@ -29,7 +28,7 @@ def finished(folder: str | Path, lm: LanguageModel | None = None) -> Finished:
     """
     config, edits = open_run(folder)
     lm = lm or load(config.model, config.dtype)
-    cases = select(lm, part_of(read_cases(config.data), config.part), config.edits, config.seed)
+    cases = cases_of(config, lm)
     done = [i for e in edits for i in e.record.requests]
     if done != [c.request.id for c in cases]:
         raise ProvenanceError(

@@ -75,7 +75,7 @@ def from_run(folder: str | Path) -> pd.DataFrame:
     diagnosed = [found for group in batches(requests, config.batch) for found in diagnose(lm, group, editor, state)]
     last = editor.layers[-1]
     norms = KeyReader(lm, requests, editor.contexts, last).read(last).keys.norm(dim=1).tolist()
-    readings = read(lm, [(request.text, request.target) for request in requests])
+    readings = read(lm, [(request.text, request.target, request.seam) for request in requests])
     scores = zip(*(case_rows(Path(folder) / name) for name in ("before.jsonl", "cases.jsonl")), strict=True)
     rows = []
     for request, found, norm, reading, (before, after) in zip(

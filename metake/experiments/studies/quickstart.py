@@ -13,14 +13,14 @@ from metake.algebra.update import Edit
 from metake.data.requests import EditRequest
 from metake.editing.statistics import statistics
 from metake.language.model import LanguageModel, load
-from metake.language.tokens import encode, pad
+from metake.language.tokens import encode, pad, seam
 from metake.scoring.evaluation import read
 
 
 @torch.no_grad()
-def next_words(lm: LanguageModel, prompt: str, count: int = 5) -> list[tuple[str, float]]:
-    """The most probable next tokens after a prompt, with their probabilities."""
-    ids = encode(lm.tokenizer, prompt)
+def next_words(lm: LanguageModel, prompt: str, count: int = 5, given: str | None = None) -> list[tuple[str, float]]:
+    """The most probable next tokens after a prompt, up to its seam (`tokens.seam`), with their probabilities."""
+    ids = encode(lm.tokenizer, seam(prompt, given)[0])
     at = torch.tensor([len(ids) - 1], device=lm.device)
     best = torch.softmax(lm.logits(pad([ids], lm.device), torch.zeros_like(at), at).double(), -1)[0].topk(count)
     return [(lm.tokenizer.decode(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
@@ -28,11 +28,12 @@ def next_words(lm: LanguageModel, prompt: str, count: int = 5) -> list[tuple[str
 
 def compare(lm: LanguageModel, edit: Edit, request: EditRequest) -> str:
     """What the model says after the request's prompt, before and after the edit, as two lines."""
-    before = next_words(lm, request.text)
+    before = next_words(lm, request.text, given=request.seam)
     with edit.applied(lm):
-        after = next_words(lm, request.text)
+        after = next_words(lm, request.text, given=request.seam)
+    asked = request.prompt.replace("{}", request.subject)
     lines = [
-        f"{when:<6} {request.text} …  " + "  ".join(f"{w!r} {p:.3f}" for w, p in words)
+        f"{when:<6} {asked} …  " + "  ".join(f"{w!r} {p:.3f}" for w, p in words)
         for when, words in (("before", before), ("after", after))
     ]
     return "\n".join(lines)
@@ -60,9 +61,9 @@ def quickstart(
     editor = methods.method(method, model, seed=seed)
     found = statistics(lm, text, layers=editor.layers, tokens=text_tokens)
     request = EditRequest(prompt, subject, target, "quickstart")
-    asked = [("edited prompt", prompt.format(subject), target), ("edited prompt", prompt.format(subject), truth)]
-    asked += [("paraphrase", paraphrase.format(subject), target), ("paraphrase", paraphrase.format(subject), truth)]
-    asked += [("another subject", prompt.format(other), answer) for other, answer in others]
+    forms = (("edited prompt", prompt), ("paraphrase", paraphrase))
+    asked = [(kind, form.replace("{}", subject), answer) for kind, form in forms for answer in (target, truth)]
+    asked += [("another subject", prompt.replace("{}", other), answer) for other, answer in others]
 
     def probabilities() -> list[float]:
         return torch.tensor([r.log_p for r in read(lm, [(p, a) for _, p, a in asked])]).exp().tolist()

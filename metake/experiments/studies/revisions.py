@@ -53,8 +53,8 @@ def _had(case: EditCase) -> set[str]:
 def _renewed(case: EditCase, target: str) -> EditCase:
     name, _, turn = case.request.id.partition("+")
     request = replace(case.request, target=target, id=f"{name}+{int(turn or 0) + 1}")
-    asked = dict.fromkeys((p.kind, p.prompt) for p in case.probes if p.kind in ("efficacy", "paraphrase"))
-    probes = [Probe(kind, prompt, target, rival) for kind, prompt in asked for rival in sorted(_had(case))]
+    asked = dict.fromkeys((p.kind, p.prompt, p.seam) for p in case.probes if p.kind in ("efficacy", "paraphrase"))
+    probes = [Probe(kind, prompt, target, rival, seam) for kind, prompt, seam in asked for rival in sorted(_had(case))]
     probes += [replace(p, rival=target) for p in case.probes if p.kind == "neighborhood" and p.target != target]
     probes += [replace(p, target="") for p in case.probes if p.kind == "generation"]
     return EditCase(request, tuple(probes))
