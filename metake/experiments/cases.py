@@ -11,7 +11,7 @@ from metake.data.facts import facts
 from metake.data.files import counterfact, zsre
 from metake.data.requests import Cases, EditCase
 from metake.language.model import LanguageModel
-from metake.language.tokens import in_context, locate, prompted
+from metake.language.tokens import encode, in_context, locate, prompted
 from metake.support.errors import ParameterError, RequestError, near_misses
 
 PARTS = ("all", "choosing", "testing")
@@ -85,10 +85,16 @@ def _fits(lm: LanguageModel, case: EditCase) -> bool:
     request = case.request
     rows = [(request.text, request.target, request.seam, OPENING)]
     for p in case.probes:
-        texts = (".",) if p.kind == "generation" else (p.target, p.rival)
-        rows += [(p.prompt, text, p.seam, 0) for text in texts if text]
+        texts = ("",) if p.kind == "generation" else (p.target, p.rival)
+        rows += [(p.prompt, text, p.seam, 0) for text in texts if text is not None]
+
+    def length(prompt: str, text: str, given: str | None) -> int:
+        if not text:
+            return len(encode(lm.tokenizer, prompt))
+        return sum(map(len, prompted(lm.tokenizer, prompt, text, given))) - 1
+
+    # no token is shorter than a byte
     return all(
-        len(f"{prompt} {text}".encode()) + before < lm.window  # no token is shorter than a byte
-        or sum(map(len, prompted(lm.tokenizer, prompt, text, seam))) - 1 + before <= lm.window
-        for prompt, text, seam, before in rows
+        len(f"{prompt} {text}".encode()) + more < lm.window or length(prompt, text, given) + more <= lm.window
+        for prompt, text, given, more in rows
     )

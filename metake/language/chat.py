@@ -47,7 +47,7 @@ def _template(lm: LanguageModel) -> tuple[str, str | None]:
             raise ValueError(f"its template writes {frame!r:.200} around a turn {{}}")
     except Exception as error:  # the template's own, of many classes
         raise ParameterError(
-            f"{lm.name!r} cannot be asked as a chat ({' '.join(str(error).split()):.300}); expected a tokenizer whose "
+            f"{lm.name!r} cannot be asked as a chat ({' '.join(str(error).split()):.120}); expected a tokenizer whose "
             "chat template writes a turn once: set lm.tokenizer.chat_template, or leave chat out"
         ) from error
     between = whole.removeprefix(frame).partition("Rome")[0] if whole.startswith(frame) else None

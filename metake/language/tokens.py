@@ -126,7 +126,7 @@ def rewriting_rows(tokenizer: Any, requests: Sequence[EditRequest], contexts: Se
 
     The weight of a position is 1/(contexts · target tokens), so that a request's weighted sum is its mean loss.
     """
-    rows, bos = [], getattr(tokenizer, "bos_token", None)
+    rows, bos = [], tokenizer.bos_token if encode(tokenizer, "") else None  # where the tokenizer begins every text so
     for i, request in enumerate(requests):
         start, between = seam(request.text, request.seam)
         target = continuation(tokenizer, request.target, None if between else start)
