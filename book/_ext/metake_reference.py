@@ -36,7 +36,7 @@ GROUPS = {
         "load", "LanguageModel", "Editor", "EditorState", "Edit", "EditRecord", "LayerUpdate", "methods", "METHODS"
     ),
     "Requests and data": (
-        "EditRequest", "EditCase", "Probe", "batches", "facts", "counterfact", "counterfact_cases", "zsre",
+        "EditRequest", "EditCase", "Probe", "batches", "chat", "facts", "counterfact", "counterfact_cases", "zsre",
         "zsre_cases"
     ),
     "Key statistics and metrics": (

@@ -17,6 +17,7 @@ from metake.support.errors import ParameterError, RequestError, near_misses
 
 # How a record is laid out: dotted path → what stands there; a "?" at the end marks a field that may be absent.
 _TEXT, _TEXTS, _EITHER = "a string", "a list of strings", "a string or a list of strings"
+_JOINERS = ("\u200c", "\u200d")  # zero-width, inside words
 _NAME, _NAMES = "a string or a whole number", "a list of strings or whole numbers"  # of things: 1984, 747
 _ROME = {
     "requested_rewrite.prompt": _TEXT, "requested_rewrite.subject": _NAME, "requested_rewrite.target_new.str": _NAME,
@@ -117,16 +118,13 @@ def _template(prompt: str, subject: str | int) -> str:
 def _whole(text: str, start: int, end: int) -> bool:
     """Whether no word reaches over the ends of text[start:end]. Any place may be one in a script that writes no blanks,
     or endings to a word, as Korean; but none before a mark that belongs to the character before it."""
-
-    def joins(char: str, kinds: str) -> bool:
-        return char in ("\u200c", "\u200d", "_") or unicodedata.category(char or " ")[0] in kinds
-
-    def free(part: str) -> bool:
-        return unspaced(part) or "HANGUL" in unicodedata.name(part[-1:] or " ", "")
-
     before, after = text[:start], text[end : end + 1]
-    first, last = free(before) or free(text[start]), free(text[:end]) or free(after)
-    return not (joins(after, "M" if last else "LMN") or not first and joins(before[-1:], "LMN"))
+    for outside, around in ((before[-1:], (before, text[start])), (after, (text[:end], after))):
+        mark = outside in _JOINERS or unicodedata.category(outside or " ")[0] == "M"
+        free = any(unspaced(part) or "HANGUL" in unicodedata.name(part[-1:] or " ", "") for part in around)
+        if mark and outside is after or not free and (mark or outside.isalnum() or outside == "_"):
+            return False
+    return True
 
 
 def _case(

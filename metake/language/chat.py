@@ -12,7 +12,9 @@ from metake.language.tokens import in_context
 from metake.support.errors import ParameterError
 
 
-def chat(lm: LanguageModel, asked: Iterable[EditRequest] | Iterable[EditCase]) -> Any:
+def chat(
+    lm: LanguageModel, asked: Iterable[EditRequest] | Iterable[EditCase]
+) -> list[EditRequest] | list[EditCase]:
     """Requests or cases as a chat model is asked: each prompt the user's turn, the target the beginning of the answer.
 
     The chat template becomes the requests' `frame`, inside which context templates and the locality prompt stand too;

@@ -237,8 +237,8 @@ def test_signatures_are_as_one_would_write_them(reference):
         and found["shape"] == ".shape(module: str) -> tuple[int, int]"
         and "<lambda>" not in found["read"]
     )
-    assert reference.signature("Probe", mk.Probe).startswith(
-        "Probe(kind: "
+    assert reference.signature("batches", mk.batches).startswith(
+        "batches(requests: "
     ) and "\n    lm: LanguageModel,\n" in reference.signature("refine", mk.refine)
 
 
