@@ -29,10 +29,9 @@ def chat(
         if request.frame == frame:
             return item
         mine = replace(request, prompt=request.prompt.strip(), frame=frame, seam=seam)
-        if item is request:
-            return mine
-        texts = [(p, in_context(frame, p.prompt.strip())) for p in item.probes]
-        return EditCase(mine, tuple(replace(p, prompt=text, seam=seam) for p, text in texts))
+        probes = ((p, in_context(frame, p.prompt.strip())) for p in getattr(item, "probes", ()))
+        probes = tuple(replace(p, prompt=text, seam=seam) for p, text in probes)
+        return mine if item is request else EditCase(mine, probes)
 
     found = list(map(turned, asked))
     return Cases(found, *vars(asked).values()) if isinstance(asked, Cases) else found

@@ -59,13 +59,10 @@ def _sample(
     texts = [""] * len(ids)
     groups = [same[k : k + rows] for same in by_length.values() for k in range(0, len(same), rows)]
     for group in progress(groups, "generate"):
-        for i, row in zip(
-            group, _continue(lm, [ids[i] for i in group], [uniforms[i] for i in group], length, top_k).tolist(),
-            strict=True
-        ):
-            texts[i] = unicodedata.normalize("NFKD", lm.tokenizer.decode(row, skip_special_tokens=True)).replace(
-                "\n\n", " "
-            )
+        written = _continue(lm, [ids[i] for i in group], [uniforms[i] for i in group], length, top_k).tolist()
+        for i, row in zip(group, written, strict=True):
+            text = lm.tokenizer.decode(row, skip_special_tokens=True)
+            texts[i] = unicodedata.normalize("NFKD", text).replace("\n\n", " ")
     return texts
 
 

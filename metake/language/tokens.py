@@ -44,9 +44,8 @@ class Padded(NamedTuple):
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids as the model expects a text to begin and to go on: with the special tokens that the tokenizer puts
-    before it (BOS), once if the text carries them already, and without those that it puts after it (EOS).
-    """
+    """Token ids as a model expects a text to begin and to go on: with the special tokens that the tokenizer puts before
+    it (BOS), once if the text carries them already, and without those that it puts after it (EOS)."""
     require_text(text)
     # not verbose: a text may be longer than the model's window
     found = tokenizer(text, verbose=False, return_special_tokens_mask=True)
@@ -65,10 +64,11 @@ def seam(prompt: str, given: str | None = None) -> tuple[str, str]:
     """
     if given is not None:
         return prompt, given
-    bare = prompt.rstrip(" \u200b\ufeff")  # and what has no width
+    bare = prompt.rstrip(" \u200b\ufeff")  # blanks, and among them what has no width
+    bare = bare if " " in prompt[len(bare) :] else prompt
     if bare[-1:].isspace():  # blanks that begin a line indent it: the last of them belongs to the word
         return (prompt[:-1], " ") if prompt.endswith(" ") else (bare, "")
-    return bare, " " if " " in prompt[len(bare) :] or not unspaced(bare) else ""
+    return bare, " " if bare != prompt or not unspaced(bare) else ""
 
 
 def prompted(tokenizer: Any, prompt: str, answer: str, given: str | None = None) -> tuple[tuple[int, ...], ...]:
@@ -81,8 +81,8 @@ def continuation(tokenizer: Any, text: str, prompt: str | None = None) -> tuple[
     """Token ids of `text` as it continues a sentence: after exactly one space, or directly after `prompt`.
 
     Read off as the difference of "is" and "is text", which serves tokenizers that carry the space in the token
-    (byte-level BPE) and those that mark the beginning of words alike. Where a token reaches over the prompt's end: of
-    the text as it begins a line.
+    (byte-level BPE) and those that mark the beginning of words alike. Where a token reaches over the prompt's end, they
+    are those of the text that begins a line.
     """
     require_text(text := text.strip())
     if not text:
@@ -261,13 +261,11 @@ def _agreement(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def buckets(sizes: Sequence[int | tuple[int, ...]], budget: int, start: int) -> Iterator[list[int]]:
-    """Indices of rows of similar size, in groups whose padded rectangle holds at most `budget` tokens
-    (at least one row).
+    """Indices of rows of similar size, in groups whose rectangle holds at most `budget` tokens (one row at least).
 
     What is computed is least: minimize Σ over groups of (rows · widest + start)   over runs of rows in order of size
-    start: tokens whose computation takes as long as one more group. A size may have several parts,
-    each padded on its own:
-    the first is what every step computes, the others count in the rectangle only.
+    start: tokens whose computation takes as long as one more group. A size may have several parts, each padded on its
+    own: the first is what every step computes, the others count in the rectangle only.
     """
     parts = [s if isinstance(s, tuple) else (s,) for s in sizes]
     order = sorted(range(len(sizes)), key=lambda i: (parts[i], i), reverse=True)
