@@ -5,8 +5,6 @@ Every part goes on where an earlier call stopped: finished recordings are kept, 
 
 from __future__ import annotations
 
-import datetime
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,6 +17,7 @@ from metake import report
 from metake.editing.gradient.trained import SHIPPED_RANK
 from metake.experiments.borrowed import borrowing
 from metake.experiments.cases import read_cases
+from metake.experiments.made import made
 from metake.experiments.speed.run_time import PLAIN, run_time
 from metake.experiments.studies.ablation import ablation
 from metake.experiments.studies.case_study import case_study
@@ -44,7 +43,6 @@ from metake.experiments.theory.proxy_fidelity import proxy_fidelity
 from metake.language.model import load
 from metake.methods import CHOSEN, METHODS, named
 from metake.support.errors import ParameterError, near_misses
-from metake.support.machine import default_device, versions
 
 # hours on a real model's CPU: only if `only` names them
 LONG = ("streams", "sequences", "penalty", "outer_prompts", "step_more", "trained_editors")
@@ -95,9 +93,9 @@ def record(
         target = f"{name}-{Path(model).name}"
         there = (report.project_root() / "results" / f"{target}.jsonl").is_file()
         if name in only if only else not (there or name in LONG or (name == TASKED and not tasks)):
-            start, origin = time.perf_counter(), _provenance(model, data, text, tokens)
+            start, origin = time.perf_counter(), provenance(model, data, text, tokens)
             write = report.merge_recorded if there and (methods or name == GROWS) else report.write_recorded
-            write(target, frame := make(), origin | _settings(frame, time.perf_counter() - start))
+            write(target, frame := make(), origin | settings(frame, time.perf_counter() - start))
             yield f"wrote results/{target}.jsonl"
         else:
             yield f"{'kept' if there else 'left out'} results/{target}.jsonl" + (
@@ -217,18 +215,19 @@ def _stream(edits: int, batch: int = 20, points: int = 10) -> dict[str, int]:
     return {"edits": points * edits, "batch": batch, "every": -(-edits // batch) * batch}
 
 
-def _settings(frame: pd.DataFrame, seconds: float) -> dict[str, Any]:
+def settings(frame: pd.DataFrame, seconds: float) -> dict[str, Any]:
     """What was asked for, and how long it took; runs that an earlier call finished count with their own time."""
-    settings = dict(frame.attrs.get("settings", {}))
+    told = dict(frame.attrs.get("settings", {}))
     if runs := frame.attrs.get("runs"):
         seconds = sum(run["seconds"]["total"] for run in runs)
-        settings |= {name: runs[0]["config"][name] for name in ("edits", "batch")} | {
+        told |= {name: runs[0]["config"][name] for name in ("edits", "batch")} | {
             "seeds": sorted({run["seed"] for run in runs})
         }
-    return settings | {"minutes": round(seconds / 60, 1)}
+    return told | {"minutes": round(seconds / 60, 1)}
 
 
-def _provenance(model: str, data: dict[str, str], text: str, tokens: int | None) -> dict[str, Any]:
+def provenance(model: str, data: dict[str, str], text: str, tokens: int | None) -> dict[str, Any]:
+    """Where records of a model come from: itself, its data, its key statistics, and what `made` tells."""
     lm = load(model)
     digests = {name: f"{Path(source).name} sha256:{read_cases(source).digest[:16]}" for name, source in data.items()}
     return {
@@ -236,18 +235,5 @@ def _provenance(model: str, data: dict[str, str], text: str, tokens: int | None)
         "dataset": ", ".join(digests.values()),
         "metake": ", ".join(f"{k} {v}" for k, v in CHOSEN.items()),
         **({"recipe": " ".join(_borrowed(model))} if borrowing(model) else {}),
-        "statistics": f"{Path(text).name}, {tokens} tokens", "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
-        "device": str(default_device()), "dtype": str(lm.dtype).removeprefix("torch."), "versions": versions(),
-    }  # fmt: skip
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=report.project_root(), check=False
-    )
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain", "metake"], capture_output=True, text=True, cwd=report.project_root(),
-        check=False
-    )
-    return (found.stdout.strip() or "unknown") + ("+changes" if dirty.stdout.strip() else "")
+        "statistics": f"{Path(text).name}, {tokens} tokens",
+    } | made(lm.device, str(lm.dtype).removeprefix("torch."))  # fmt: skip

@@ -69,9 +69,7 @@ def _served(weight: Tensor) -> bool:
 
 @contextlib.contextmanager
 def fast_products(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let these modules' linear maps compute by `linear` while the block runs; a forward that somebody replaced
-    stays.
-    """
+    """Let these modules' linear maps compute by `linear` while the block runs; forwards that were replaced stay."""
     looked_at = modules if mkl_is_slow() else ()  # elsewhere no pass pays for the walk
     replaced = [
         m for m in looked_at if type(m) in STORED_TRANSPOSED and "forward" not in m.__dict__ and _served(m.weight)

@@ -71,11 +71,12 @@ def portable(value: Any) -> Any:
 
 
 def write_recorded(
-    name: str, records: pd.DataFrame | Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]
+    name: str, records: pd.DataFrame | Sequence[Mapping[str, Any]], provenance: Mapping[str, Any],
+    folder: Path | None = None
 ) -> Path:
     """Write results/<name>.jsonl: the provenance, the number of records and their columns, then one tidy record per
-    line, as a list: names on every line would be two thirds of the file."""
-    path, frame = _results(name), pd.DataFrame(records)
+    line, as a list: names on every line would be two thirds of the file. folder: another one than the project's."""
+    path, frame = _results(name, folder), pd.DataFrame(records)
     rows = [
         [None if v is pd.NA or v != v else v for v in row.values()]
         for row in frame.to_dict("records")
@@ -93,26 +94,48 @@ def write_recorded(
     return path
 
 
-SAME = ("model", "model_digest", "dataset", "statistics", "dtype", "edits", "batch", "seeds")
+SAME = ("model", "model_digest", "dataset", "statistics", "dtype", "edits", "batch", "seeds", "accelerator")
 """Of a recording's provenance: what compared rows must have in common; "seeds" where rows have none of their own."""
+OWN = ("model", "dataset", "method", "seed", "file")
+"""Columns that tell whose a row is, where records have them: new rows take the place of older ones that agree there."""
 
 
-def merge_recorded(name: str, records: pd.DataFrame, provenance: Mapping[str, Any]) -> Path:
+def parts_of(found: pd.DataFrame) -> list[dict[str, Any]]:
+    """The provenances of a recording, from which its rows' `made` counts; one where all were made together."""
+    return found.attrs.get("parts", [found.attrs["provenance"]])
+
+
+def check_same(
+    name: str, records: pd.DataFrame, provenance: Mapping[str, Any], folder: Path | None = None
+) -> pd.DataFrame:
+    """The recording that these records are to be merged with.
+
+    Raises ParameterError if it is of another model, of other records or of other settings, or made on another device.
+    """
+    old, new = recorded(name, folder), portable(provenance)
+    first, seeded = parts_of(old)[0], "seed" in old and "seed" in records
+    for key in SAME:
+        if key in first and not (key == "seeds" and seeded) and first[key] != new.get(key):
+            raise ParameterError(
+                f"{name}.jsonl has {key} {first[key]!r}, the new rows {new.get(key)!r}: rows of one recording are "
+                "compared with each other. Ask for the same, or make all again (metake record: without --methods; "
+                "make gpu: into another folder)"
+            )
+    return old
+
+
+def merge_recorded(
+    name: str, records: pd.DataFrame, provenance: Mapping[str, Any], folder: Path | None = None
+) -> Path:
     """Write results/<name>.jsonl with these records in place of the older ones of the same methods (of the same seeds,
-    where every row has its own); the others stay.
+    where every row has its own; see `OWN`); the others stay. folder: another one than the project's.
 
     Every row keeps its own provenance: `made` is its place in the list "parts" of the first line.
-    Raises ParameterError if the older ones are of another model, of other records or of other settings.
+    Raises ParameterError as `check_same`.
     """
-    old, new = recorded(name), portable(provenance)
-    parts = old.attrs.get("parts", [old.attrs["provenance"]])
-    own = [name for name in ("method", "seed") if name in old and name in records]
-    for key in SAME:
-        if key in parts[0] and not (key == "seeds" and "seed" in own) and parts[0][key] != new.get(key):
-            raise ParameterError(
-                f"results/{name}.jsonl has {key} {parts[0][key]!r}, the new rows {new.get(key)!r}: rows of one "
-                "recording are compared with each other. Ask for the same, or leave --methods out to make all again"
-            )
+    old, new = check_same(name, records, provenance, folder), portable(provenance)
+    parts = parts_of(old)
+    own = [name for name in OWN if name in old and name in records]
     kept = old[~pd.MultiIndex.from_frame(old[own]).isin(pd.MultiIndex.from_frame(records[own]))]
     rows = pd.concat([kept if "made" in kept else kept.assign(made=0), records.assign(made=len(parts))])
     used = sorted(set(rows.made))
@@ -123,19 +146,19 @@ def merge_recorded(name: str, records: pd.DataFrame, provenance: Mapping[str, An
     }
     if "seed" in own and "seeds" in joined:
         joined["seeds"] = sorted({int(seed) for seed in rows.seed})
-    if "metake" in set(records.method) and "metake" in new:
+    if "metake" in set(records.get("method", ())) and "metake" in new:
         joined["metake"] = new["metake"]
     if all("minutes" in part for part in parts):
         joined["minutes"] = round(sum(part["minutes"] for part in parts), 1)
-    return write_recorded(name, rows, joined | ({"parts": parts} if len(parts) > 1 else {}))
+    return write_recorded(name, rows, joined | ({"parts": parts} if len(parts) > 1 else {}), folder)
 
 
-def recorded(name: str) -> pd.DataFrame:
-    """The records of results/<name>.jsonl, with `.attrs["provenance"]`.
+def recorded(name: str, folder: Path | None = None) -> pd.DataFrame:
+    """The records of results/<name>.jsonl, with `.attrs["provenance"]`. folder: another one than the project's.
 
     Raises  ParameterError if there is no such file, naming the command that makes it; ProvenanceError if it is damaged.
     """
-    path = _results(name)
+    path = _results(name, folder)
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.jsonl"))) or "nothing"
         raise ParameterError(
@@ -174,6 +197,8 @@ def _named(rows: list[Any], columns: list[str] | None) -> list[dict[str, Any]]:
 
 def _command(name: str) -> str:
     part, _, model = name.partition("-")
+    if part.startswith("gpu_"):
+        return "make gpu, on a machine with a GPU, then make gpu-import FOLDER=..."
     return (
         f"metake record --only {part}"
         + " --tasks DIR" * (part == "general_ability")
@@ -181,8 +206,10 @@ def _command(name: str) -> str:
     )
 
 
-def _results(name: str) -> Path:
+def _results(name: str, folder: Path | None = None) -> Path:
     """In the project at hand, or, for a page run from elsewhere, in the checkout that this package runs from."""
+    if folder:
+        return folder / f"{artifact_name(name)}.jsonl"
     root, checkout = project_root(), Path(__file__).parents[2]
     root = root if (root / "_config.yml").is_file() or not (checkout / "_config.yml").is_file() else checkout
     return root / "results" / f"{artifact_name(name)}.jsonl"

@@ -1,6 +1,4 @@
-"""The machine at hand: its device, its memory, the versions of what runs on it. Nothing else asks which device it
-is.
-"""
+"""The machine at hand: its device, its memory, versions. Nothing else asks which device it is."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -44,6 +42,12 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given, so that a clock tells the truth."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_memory` count from here on; a CPU's cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -79,16 +83,13 @@ def working_memory(device: torch.device) -> int:
 def start_cost(device: torch.device) -> int:
     """Tokens whose computation takes as long as starting one more pass over a model's blocks.
 
-    CPU: 48, 96 and 160 took 4.7, 4.3 and 4.2 s a step of Stage I (smollm2-135m, 100 requests);
-    a GPU waits for thousands
-    of launches: an estimate.
+    CPU: 48, 96 and 160 took 4.7, 4.3 and 4.2 s a step of Stage I (smollm2-135m, 100 requests); of a GPU an estimate.
     """
     return 512 if device.type == "cuda" else 96
 
 
 def halving(attempt: Callable[[int], T], tokens: int) -> T:
-    """`attempt(tokens)`; after an out-of-memory error again with micro-batches half as large,
-    down to one token (or row).
+    """`attempt(tokens)`; after an out-of-memory error again with half as many, down to one token (or row).
 
     The attempt must start anew each time: a micro-batch decides memory, never the result.
     """
@@ -110,9 +111,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 @cache
 def mkl_is_slow() -> bool:
-    """Whether MKL, which torch's float32 products call, leaves half of this processor unused:
-    AVX-512 that is not Intel's.
-    """
+    """Whether MKL, which torch's float32 products call, leaves half of this processor unused: AVX-512 not Intel's."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not (
         torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     ):
@@ -127,9 +126,24 @@ def processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def accelerator(device: torch.device) -> dict[str, Any]:
+    """A GPU's name, memory in bytes and driver, and whether its float32 products are exact; {} for a CPU."""
+    if device.type != "cuda":
+        return {}
+    found, inside = torch.cuda.get_device_properties(device), torch.backends.cuda.matmul.fp32_precision
+    driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _read("/proc/driver/nvidia/version"))
+    return {
+        "accelerator": found.name, "accelerator_memory": found.total_memory, "driver": driver[1] if driver else "",
+        "cuda": torch.version.cuda, "float32_products": "TF32" if inside == "tf32" else "exact"
+    }
+
+
 def _cpuinfo() -> str:
-    told = Path("/proc/cpuinfo")
-    return told.read_text(encoding="utf-8") if told.is_file() else ""
+    return _read("/proc/cpuinfo")
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,4 @@
-"""What is written to disk is whole: files and folders take their name when they are finished,
-tensors carry a checksum.
-"""
+"""What is written to disk is whole: files and folders take their name when finished, tensors carry a checksum."""
 
 from __future__ import annotations
 

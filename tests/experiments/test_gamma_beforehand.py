@@ -316,7 +316,7 @@ def test_nothing_to_judge_can_be_drawn(project):
 
 def test_the_recording_reads_the_comparisons_runs(monkeypatch, project, run):
     asked = {}
-    monkeypatch.setattr(record, "_provenance", lambda *_: {"model": "tiny"})
+    monkeypatch.setattr(record, "provenance", lambda *_: {"model": "tiny"})
     monkeypatch.setattr(record, "gamma_beforehand", lambda **settings: asked.update(gamma=settings) or run[0])
     monkeypatch.setattr(
         record, "comparison", lambda **settings: asked.update(comparison=settings) or pd.DataFrame({"id": ["1"]})

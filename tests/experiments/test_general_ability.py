@@ -255,7 +255,7 @@ def test_the_recording_needs_task_data(monkeypatch, tmp_path):
     (tmp_path / "_config.yml").touch()
     monkeypatch.chdir(tmp_path)
     asked = {}
-    monkeypatch.setattr(record, "_provenance", lambda *_: {"model": "tiny"})
+    monkeypatch.setattr(record, "provenance", lambda *_: {"model": "tiny"})
     monkeypatch.setattr(
         record, "_parts",
         lambda *words, real=record._parts: {k: v for k, v in real(*words).items() if k == record.TASKED}

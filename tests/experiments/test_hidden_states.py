@@ -285,7 +285,7 @@ def test_drawings_hold_their_numbers(run, project):
 
 def test_the_recording_reads_the_comparisons_runs(monkeypatch, project, run):
     asked = {}
-    monkeypatch.setattr(record, "_provenance", lambda *_: {"model": "tiny"})
+    monkeypatch.setattr(record, "provenance", lambda *_: {"model": "tiny"})
     monkeypatch.setattr(record, "hidden_states", lambda **settings: asked.update(hidden_states=settings) or run[0])
     monkeypatch.setattr(
         record, "comparison", lambda **settings: asked.update(comparison=settings) or pd.DataFrame({"id": ["1"]})

@@ -342,7 +342,7 @@ def test_the_recording_is_made_where_it_is_named(monkeypatch, tmp_path):
         return frame
 
     monkeypatch.setattr(record, "streams", short)
-    monkeypatch.setattr(record, "_provenance", lambda *_: {"model": "tiny", "dataset": "facts, facts-zsre"})
+    monkeypatch.setattr(record, "provenance", lambda *_: {"model": "tiny", "dataset": "facts, facts-zsre"})
     lines = list(record.record("tiny", only=["streams"]))
     assert [line for line in lines if line.startswith("wrote")] == ["wrote results/streams-tiny.jsonl"] and all(
         line.startswith(("wrote", "left out")) for line in lines
@@ -368,7 +368,7 @@ def test_some_methods_are_recorded_again_and_merged(monkeypatch, tmp_path):
         return frame
 
     monkeypatch.setattr(record, "streams", short)
-    monkeypatch.setattr(record, "_provenance", lambda *_: {"model": "tiny", "dataset": "facts, facts-zsre"})
+    monkeypatch.setattr(record, "provenance", lambda *_: {"model": "tiny", "dataset": "facts, facts-zsre"})
     list(record.record("tiny", only=["streams"], methods=["memit", "metake"]))
     first = report.recorded("streams-tiny")
     list(record.record("tiny", only=["streams"], methods=["metake/whole", "metake"]))

@@ -37,7 +37,7 @@ from metake.language.tokens import Rows, rewriting_rows
 from metake.report.shown import plain
 from metake.scoring.evaluation import evaluate as evaluation
 from metake.support.errors import ParameterError
-from metake.support.machine import peak_memory, processor, versions
+from metake.support.machine import accelerator, peak_memory, processor, reset_peak, versions
 from metake.support.storage import write_file
 
 STAGES = ("slopes", "targets", "refinement", "keys", "solve", "write", "evaluation")
@@ -77,7 +77,8 @@ def bench(
     random_weights: a model of this size (`sizes.random_model`), random key statistics. prompts: of the refinement,
     default the method's own. recipe, layers: as in `experiments.borrowed`.
     Returns plain data: "stages" (a row per stage: seconds, flops, literal_*, ratio), "total", "stage_one",
-    "peak_memory" in bytes (the process's highest until the end of the first batch), "counts", and where they come from.
+    "peak_memory" in bytes (of the first batch; of a CPU the process's highest until its end), "counts", and where they
+    come from.
     Raises ParameterError for unknown names and values out of range, before a model is loaded where it can.
     Cost: rounds + 0.3 batches, and literal / edits of a literal one a round.
     """
@@ -145,6 +146,7 @@ def _rounds(
 ) -> tuple[dict[tuple[str, str], float], int, dict[str, list[slow.Part]]]:
     """Median seconds per (stage, path), the highest memory during the first batch, and the literal path's calls."""
     _accelerated(replace(job, editor=_short(job.editor)), False)
+    reset_peak(job.lm.device)
     found, peak, calls = [], 0, {}
     for turn in range(rounds):
         paths = ("accelerated", "literal") if turn % 2 == 0 else ("literal", "accelerated")
@@ -230,13 +232,18 @@ def _stage(name: str, seconds: dict[tuple[str, str], float], counted: dict[str, 
 
 
 def matmul_rate(lm: LanguageModel, longest: float = 0.1, largest: int = 16384) -> float:
-    """FLOP per second of the best square product (`kernels.linear`) in the model's dtype on its device, 2 n³ each.
+    """`product_rate` in the model's dtype on its device."""
+    return product_rate(lm.dtype, lm.device, longest, largest)
+
+
+def product_rate(dtype: torch.dtype, device: torch.device, longest: float = 0.1, largest: int = 16384) -> float:
+    """FLOP per second of the best square product (`kernels.linear`), 2 n³ each.
 
     n doubles from 512 until one product takes `longest` seconds, or up to `largest`; best of three.
     """
     size, best, seconds = 512, 0.0, 0.0
     while seconds < longest and size <= largest:
-        one, other = torch.rand(2, size, size, dtype=lm.dtype, device=lm.device)
+        one, other = torch.rand(2, size, size, dtype=dtype, device=device)
         linear(one, other)
         seconds = min(_product(one, other) for _ in range(3))
         best, size = max(best, 2 * size**3 / seconds), 2 * size
@@ -260,7 +267,7 @@ def _provenance(job: _Job, random_weights: bool) -> dict[str, Any]:
     known = {
         "origin": job.lm.origin, "dtype": str(job.lm.dtype).removeprefix("torch."), "device": str(job.lm.device),
         "processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()
-    }
+    } | accelerator(job.lm.device)
     keys = getattr(job.statistics, "source", {})
     if random_weights:
         keys = "random keys with independent coordinates, half of the spectrum below the threshold"

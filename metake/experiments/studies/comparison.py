@@ -31,21 +31,24 @@ def comparison(
     generate: bool = False,
     out: str | Path | None = None,
     part: str = "all",
+    shared: dict[tuple[str, int], Unedited] | None = None,
 ) -> pd.DataFrame:
     """Run every (data set, method, seed): sequential batches, all cases evaluated after the last.
 
-    out: folder of the runs, which are resumable; None: a temporary one; part: of the data's subjects (`part_of`).
+    out: folder of the runs, which are resumable; None: a temporary one; part: of the data's subjects (`part_of`);
+    shared: what an earlier call of the same settings found of the unedited model, by data set and seed, to be filled.
     One row per case, run and method, and one per case and seed for "pre-edit", measured before the first edit:
     dataset, method, seed, id, metrics as shares; of a method that refines, its own outer loss at Stage I's plan and at
     the one that was kept, "outer_before" and "outer_after".
     attrs["runs"]: the summary of every run.
     """
     rows, summaries = [], []
+    shared = {} if shared is None else shared
     with tempfile.TemporaryDirectory() as scratch:
         for name, source in (data or {"CounterFact format": "facts", "ZsRE format": "facts-zsre"}).items():
             for seed in seeds:
                 # of every method: the model before any edit, and the plans of those that plan alike
-                shared = Unedited()
+                unedited = shared.setdefault((name, seed), Unedited())
                 for place, method in enumerate(methods):
                     folder = Path(out or scratch) / f"{Path(source).stem}-{method.replace('/', '-')}-{seed}"
                     sampled = generate and "zsre" not in Path(source).stem
@@ -53,7 +56,7 @@ def comparison(
                         model, method, source, edits, batch, seed, text, text_tokens, generate=sampled, part=part
                     )
                     if not (holds(folder, config) and (folder / "summary.json").is_file()):
-                        run(config, folder, shared=shared)
+                        run(config, folder, shared=unedited)
                     summaries.append(
                         {"dataset": name, "method": method, "seed": seed, "folder": folder.name}
                         | json.loads((folder / "summary.json").read_text(encoding="utf-8"))
