@@ -2,6 +2,14 @@
 
 PYTHON ?= python3
 MODEL ?= smollm2-135m
+# Of `make gpu`: which device, how much, how long, where to, and with which data (files; default the embedded facts).
+DEVICE ?= cuda
+SIZES ?= full
+MINUTES ?= 12
+OUT ?= runs/gpu
+COUNTERFACT ?=
+ZSRE ?=
+TEXT ?=
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := _build
@@ -19,11 +27,11 @@ SOURCES := $(shell find metake results -type f ! -name '*.pyc' ! -path 'results/
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help book pages html test processors browser pdf zip notebooks record fetch clean distclean
+.PHONY: help book pages html test processors browser pdf zip notebooks record fetch clean distclean gpu gpu-import
 
 help:  ## this list
 	@echo "make <target>"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 book: $(STAMP)  ## run every notebook at its default parameters, build the book, print where it is
 	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) pages
@@ -66,6 +74,16 @@ record: $(STAMP)  ## record the experiments on a real model into results/ (MODEL
 
 fetch: $(STAMP)  ## download the real model, check it, convert it (MODEL=smollm2-135m)
 	$(BIN)/metake fetch "$(MODEL)"
+
+# Nothing is installed: the Python of a machine that has torch for its GPU is the one to take. MODEL is a folder here,
+# and its default, a name that needs a network, is left out.
+gpu:  ## the first hour on a GPU in one folder, with PYTHON as it is (OUT=runs/gpu MINUTES=12 MODEL=folder DEVICE=cpu SIZES=tiny)
+	$(PYTHON) tools/gpu.py --device "$(DEVICE)" --sizes "$(SIZES)" --minutes "$(MINUTES)" --out "$(OUT)" \
+	  $(if $(filter-out file,$(origin MODEL)),--model "$(MODEL)") $(if $(COUNTERFACT),--counterfact "$(COUNTERFACT)") \
+	  $(if $(ZSRE),--zsre "$(ZSRE)") $(if $(TEXT),--text "$(TEXT)") $(ARGS)
+
+gpu-import: $(STAMP)  ## what `make gpu` wrote on another machine, into results/ (FOLDER=runs/gpu)
+	$(BIN)/python tools/gpu.py --take "$(or $(FOLDER),$(OUT))"
 
 clean:  ## remove what was built
 	rm -rf $(BUILD) build metake.egg-info .pytest_cache .hypothesis

@@ -6,7 +6,7 @@
 
 Every part runs in a process of its own, with this Python and nothing installed: what one breaks or leaves in memory
 does not reach the next. What is finished is kept in DIR at once, five files that can be copied off by hand; a call
-after an interruption goes on. Exit status: 0, also when time was up; 1 if something failed; 2 if nothing could be begun.
+after an interruption goes on. Exit status: 0, also when time was up; 1 if something failed; 2 if nothing could begin.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ COSTS = {
     "papermill": "the pages of the book", "ipykernel": "the pages of the book",
 }  # fmt: skip
 ORDER = {
-    "full": ("device", "bench gpt2-xl", "bench llama3-8b", "tests", "bench gpt-j-6b", "comparison"),
-    "tiny": ("device", "bench tiny", "tests", "comparison"),
+    "full": (["device"], ["bench gpt2-xl"], ["bench llama3-8b"], ["tests"], ["bench gpt-j-6b"], ["comparison"]),
+    "tiny": (["device", "bench tiny", "comparison"], ["tests"]),  # as many processes as must be
 }
 """By value: the smallest size tells whether anything runs at all, the largest is the goal, and the tests come before
 what takes minutes and says less."""
@@ -54,7 +54,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=(), choices=("bench", "tests", "comparison"), metavar="PART",
                         help="of bench, tests, comparison; the device is always looked at")
     parser.add_argument("--take", type=Path, metavar="DIR", help="write DIR's recordings to results/")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # a child's
+    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)  # a child's
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.minutes <= 0 or args.edits < 0:
@@ -133,13 +133,15 @@ def first_hour(args: argparse.Namespace) -> int:
              if (value := getattr(args, name)) for word in (f"--{name}", value)]  # fmt: skip
     common = [str(word) for word in (*own, *given, "--until", until)]
     failed = False
-    for name in ORDER[args.sizes]:
-        if name != "device" and args.only and name.partition(" ")[0] not in args.only:
+    for names in ORDER[args.sizes]:
+        names = [n for n in names if n == "device" or not args.only or n.partition(" ")[0] in args.only]
+        if not names:
             continue
+        name = ", ".join(names)
         if time.time() >= until:
             log(f"left out: {name}; time was up")
             continue
-        status = child([*common, "--part", name], args.device, until, log)
+        status = child([*common, "--part", *names], args.device, until, log)
         if status == REFUSED:
             return REFUSED
         if status not in (0, FAILED):
@@ -152,7 +154,7 @@ def first_hour(args: argparse.Namespace) -> int:
 
 
 def part(args: argparse.Namespace) -> int:
-    """One part, in this process."""
+    """Some parts, in this process."""
     from metake.experiments.gpu import parts
     from metake.experiments.gpu.box import FAILED as FELL
     from metake.experiments.gpu.box import carry_out
@@ -163,7 +165,7 @@ def part(args: argparse.Namespace) -> int:
     job = parts.Job(args.out, args.work, args.until, args.sizes, args.model, args.counterfact, args.zsre, args.text,
                     args.edits)  # fmt: skip
     states = []
-    for outcome in carry_out(parts.units(job, args.part), args.out, args.until):
+    for outcome in carry_out((unit for name in args.part for unit in parts.units(job, name)), args.out, args.until):
         print(f"{outcome.state}: {outcome.line}", flush=True)
         states.append(outcome.state)
     return FAILED if FELL in states else 0

@@ -330,25 +330,29 @@ def recordings(root: Path) -> list[dict]:
     return found
 
 
+GPU_COMMAND = "make gpu; make gpu-import FOLDER=runs/gpu"
 NEEDED = ("model", "model_origin", "dataset", "date", "commit", "device", "dtype", "minutes", "versions")
 SIZE = ("edits", "batch", "seeds", "seed", "requests")
 
 
 def recording_row(run: dict) -> list[str]:
-    part, model = run["name"].split("-", 1)
+    part, _, model = run["name"].partition("-")
     size = ", ".join(
         f"{key} {', '.join(map(str, value)) if isinstance(value := run[key], list) else value}"
         for key in SIZE
         if key in run
     )
     return [
-        f"`{part}`", model, f"{run['records']} records" + (f"; {size}" if size else ""), f"{run['minutes']:g}",
+        f"`{part}`", model or run["model"], f"{run['records']} records" + (f"; {size}" if size else ""),
+        f"{run['minutes']:g}",
         f"{run['device']}, {run['dtype']}", f"{run['date']}", f"`{commit(run)}`"
     ]
 
 
 def command(run: dict) -> str:
     """What makes a recording again, as far as its header tells; sizes are the defaults of `metake record`."""
+    if run["name"].startswith("gpu_"):
+        return GPU_COMMAND
     files = [text.split()[0] for text in run["dataset"].split(", ")]
     given = dict(zip(("--counterfact", "--zsre"), files, strict=False)) | {
         "--text": run.get("statistics", "embedded").split(",")[0]
@@ -378,7 +382,7 @@ class Recordings(SphinxDirective):
             *origins.values(), "Records, by file and digest: " + "; ".join(sorted(data)) + ".",
             "Versions: " + "; ".join(sorted(versions)) + "."
         ]
-        again = code("\n".join(map(command, found)), "bash")
+        again = code("\n".join(dict.fromkeys(map(command, found))), "bash")
         return [
             table(head, [recording_row(run) for run in found], [14, 14, 26, 10, 14, 12, 12]), *map(paragraph, notes),
             paragraph("Each of them again, with files of these digests:"), again

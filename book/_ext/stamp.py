@@ -61,6 +61,8 @@ def is_word(text: str) -> bool:
 def record_command(name: str) -> str:
     """What makes the recording `name` (part-model) again. The data files that it needs are named in its provenance."""
     part, _, model = name.partition("-")
+    if part.startswith("gpu_"):
+        return "make gpu; make gpu-import FOLDER=runs/gpu"
     return f".venv/bin/metake record --only {part}" + f" --model {model}" * bool(model)
 
 

@@ -1,4 +1,4 @@
-"""When, from what source and on which machine records were made: what every recording's provenance says of it."""
+"""Of what, when, from what source and on which machine records were made: what every recording's provenance says."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 import metake
 from metake import report
+from metake.experiments.borrowed import borrowing
+from metake.experiments.cases import read_cases
+from metake.language.model import load
+from metake.methods import CHOSEN
 from metake.support.machine import accelerator, processor, versions
 
 PACKAGE = Path(metake.__file__).parent
@@ -38,6 +43,30 @@ def source() -> str:
     for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".toml")):
         digest.update(f"{path.relative_to(PACKAGE).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def settings(frame: pd.DataFrame, seconds: float) -> dict[str, Any]:
+    """What was asked for, and how long it took; runs that an earlier call finished count with their own time."""
+    told = dict(frame.attrs.get("settings", {}))
+    if runs := frame.attrs.get("runs"):
+        seconds = sum(run["seconds"]["total"] for run in runs)
+        told |= {name: runs[0]["config"][name] for name in ("edits", "batch")} | {
+            "seeds": sorted({run["seed"] for run in runs})
+        }
+    return told | {"minutes": round(seconds / 60, 1)}
+
+
+def provenance(model: str, data: dict[str, str], text: str, tokens: int | None) -> dict[str, Any]:
+    """Where records of a model come from: itself, its data, its key statistics, and what `made` tells."""
+    lm = load(model)
+    digests = {name: f"{Path(source).name} sha256:{read_cases(source).digest[:16]}" for name, source in data.items()}
+    return {
+        "model": model, "model_origin": lm.origin, "model_digest": lm.digest(lm.write_path(lm.depth - 1)),
+        "dataset": ", ".join(digests.values()),
+        "metake": ", ".join(f"{k} {v}" for k, v in CHOSEN.items()),
+        **{name: str(told) for name, told in borrowing(model).items() if told},
+        "statistics": f"{Path(text).name}, {tokens} tokens",
+    } | made(lm.device, str(lm.dtype).removeprefix("torch."))  # fmt: skip
 
 
 def _git(*words: str) -> str:

@@ -16,8 +16,7 @@ import pandas as pd
 from metake import report
 from metake.editing.gradient.trained import SHIPPED_RANK
 from metake.experiments.borrowed import borrowing
-from metake.experiments.cases import read_cases
-from metake.experiments.made import made
+from metake.experiments.made import provenance, settings
 from metake.experiments.speed.run_time import PLAIN, run_time
 from metake.experiments.studies.ablation import ablation
 from metake.experiments.studies.case_study import case_study
@@ -40,8 +39,7 @@ from metake.experiments.studies.trained_editors import COMPARED as COMPARED_EDIT
 from metake.experiments.studies.trained_editors import trained_editors
 from metake.experiments.studies.training_choices import outer_prompts, penalty
 from metake.experiments.theory.proxy_fidelity import proxy_fidelity
-from metake.language.model import load
-from metake.methods import CHOSEN, METHODS, named
+from metake.methods import METHODS, named
 from metake.support.errors import ParameterError, near_misses
 
 # hours on a real model's CPU: only if `only` names them
@@ -213,27 +211,3 @@ def _of_other_models(name: str, model: str) -> list[pd.DataFrame]:
 def _stream(edits: int, batch: int = 20, points: int = 10) -> dict[str, int]:
     """A stream ten times as long as other runs: its edits, in small batches, and how far its evaluations lie apart."""
     return {"edits": points * edits, "batch": batch, "every": -(-edits // batch) * batch}
-
-
-def settings(frame: pd.DataFrame, seconds: float) -> dict[str, Any]:
-    """What was asked for, and how long it took; runs that an earlier call finished count with their own time."""
-    told = dict(frame.attrs.get("settings", {}))
-    if runs := frame.attrs.get("runs"):
-        seconds = sum(run["seconds"]["total"] for run in runs)
-        told |= {name: runs[0]["config"][name] for name in ("edits", "batch")} | {
-            "seeds": sorted({run["seed"] for run in runs})
-        }
-    return told | {"minutes": round(seconds / 60, 1)}
-
-
-def provenance(model: str, data: dict[str, str], text: str, tokens: int | None) -> dict[str, Any]:
-    """Where records of a model come from: itself, its data, its key statistics, and what `made` tells."""
-    lm = load(model)
-    digests = {name: f"{Path(source).name} sha256:{read_cases(source).digest[:16]}" for name, source in data.items()}
-    return {
-        "model": model, "model_origin": lm.origin, "model_digest": lm.digest(lm.write_path(lm.depth - 1)),
-        "dataset": ", ".join(digests.values()),
-        "metake": ", ".join(f"{k} {v}" for k, v in CHOSEN.items()),
-        **({"recipe": " ".join(_borrowed(model))} if borrowing(model) else {}),
-        "statistics": f"{Path(text).name}, {tokens} tokens",
-    } | made(lm.device, str(lm.dtype).removeprefix("torch."))  # fmt: skip

@@ -198,7 +198,7 @@ def _named(rows: list[Any], columns: list[str] | None) -> list[dict[str, Any]]:
 def _command(name: str) -> str:
     part, _, model = name.partition("-")
     if part.startswith("gpu_"):
-        return "make gpu, on a machine with a GPU, then make gpu-import FOLDER=..."
+        return "make gpu, on a machine with a GPU; then make gpu-import FOLDER=runs/gpu"
     return (
         f"metake record --only {part}"
         + " --tasks DIR" * (part == "general_ability")

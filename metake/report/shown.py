@@ -94,6 +94,8 @@ def badge(label: str, provenance: Mapping[str, Any] | None = None) -> str:
     known = portable(
         {k: provenance[k] for k in (*STAMPED, "device") if (provenance or {}).get(k)}
     )
+    if (provenance or {}).get("accelerator"):
+        known["device"] = provenance["accelerator"]
     if "commit" in known:
         known["commit"] = str(known["commit"])[:10]
     if "dataset" in known:

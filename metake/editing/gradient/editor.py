@@ -176,7 +176,7 @@ class GradientEditor:
         shape, place = where
         moments = state.metrics[shape].joined(seen[shape].table) if self.rule.living else None
         if self.networks:
-            return corrected(self.networks[j][shape], slopes, place, moments)
+            return corrected(self.networks[j][shape].to(slopes.keys.device), slopes, place, moments)
         return Corrected((moments or Moments.of(slopes.rows)).normalized(slopes.rows), self.rule.step, 1.0)
 
     def _norms(self, lm: LanguageModel, update: LayerUpdate, solved: Sequence[SolvedLayer]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The parts of the first hour on a GPU, in the order of their value.
 
 device               how fast it multiplies, copies and starts kernels: what everything else is read beside
-bench SIZE           a batch of 100 by AlphaEdit and MetaKE on random weights of a published size, beside the literal path
+bench SIZE           a batch of 100 by AlphaEdit and MetaKE on random weights of a published size, both paths
 tests                the tests of tests/gpu, file by file
 comparison DATA      the paper's Table 1 on a model at hand: 2,000 edits in batches of 100, method by method
 
@@ -29,8 +29,7 @@ from metake import report
 from metake.experiments.cases import read_cases
 from metake.experiments.gpu.box import NotHereError, Unit
 from metake.experiments.gpu.device import measure, system_report
-from metake.experiments.made import made
-from metake.experiments.record import provenance, settings
+from metake.experiments.made import made, provenance, settings
 from metake.experiments.runs import Unedited
 from metake.experiments.speed.beside_paper import beside_paper, line
 from metake.experiments.speed.run_time import PLAIN, run_time
@@ -102,7 +101,8 @@ class Job:
     def origin(self) -> dict[str, Any]:
         """What holds for the parts without a model of their own."""
         note = {"origin": "random weights", "revision": "", "note": "of published sizes; tokenizer of tiny"}
-        told = {"model": "random weights", "model_origin": note, "dataset": f"facts {read_cases('facts').digest[:16]}"}
+        digest = read_cases("facts").digest[:16]
+        told = {"model": "random weights", "model_origin": note, "dataset": f"facts sha256:{digest}"}
         return told | made(default_device(), "float32")
 
 
