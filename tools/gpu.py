@@ -45,7 +45,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", choices=("full", "tiny"), default="full")
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
-    parser.add_argument("--work", type=Path, help="for what is under way; default: beside --out")
+    parser.add_argument("--work", type=Path, help="for what is under way; default: _build/gpu")
     parser.add_argument("--model", default="tiny", help="a folder; default: the embedded model")
     parser.add_argument("--counterfact", default="")
     parser.add_argument("--zsre", default="")
@@ -122,13 +122,14 @@ def child(words: list[str], device: str, until: float, log: Log) -> int:
 
 def first_hour(args: argparse.Namespace) -> int:
     """All parts, one after the other, until time is up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or a part would outlive it
     until, log = time.time() + 60 * args.minutes, Log(args.out)
     if gone := [name for name in NEEDED if not find_spec(name)]:
         log(f"refused: needs the package{'s' * (len(gone) > 1)} {', '.join(gone)}, not found by {sys.executable}")
         return REFUSED
     for line in missing():
         log(line)
-    own = ["--out", args.out, "--work", args.work or args.out.with_name(f"{args.out.name}-work")]
+    own = ["--out", args.out, "--work", args.work or ROOT / "_build" / "gpu"]
     given = [word for name in ("device", "sizes", "model", "counterfact", "zsre", "text", "edits")
              if (value := getattr(args, name)) for word in (f"--{name}", value)]  # fmt: skip
     common = [str(word) for word in (*own, *given, "--until", until)]

@@ -11,6 +11,7 @@ comparison DATA      the paper's Table 1 on a model at hand: 2,000 edits in batc
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ class Scale:
 SCALES = {
     "full": Scale({"gpt2-xl": 60, "llama3-8b": 150, "gpt-j-6b": 110}, 100, 25, 2, (0.1, 16384, 2**32), 60,
                   (2000, 600, 100, 60), 100_000),
-    "tiny": Scale({"tiny": 3}, 4, 2, 1, (0.002, 1024, 2**24), 15, (4, 4, 2, 3), 3000),
+    "tiny": Scale({"tiny": 3}, 2, 1, 1, (0.002, 512, 2**22), 15, (2, 2, 1, 3), 3000),
 }  # fmt: skip
 
 
@@ -96,6 +97,12 @@ class Job:
     @property
     def data(self) -> dict[str, str]:
         return {name: given or DATA[name] for name, given in (("CounterFact", self.counterfact), ("ZsRE", self.zsre))}
+
+    @property
+    def here(self) -> str:
+        """A name for this device and this source: what another left half done is not gone on with."""
+        name = self.origin.get("accelerator", self.origin["processor"])
+        return re.sub(r"[^A-Za-z0-9]+", "-", f"{name} {self.origin['source'][:8]}")
 
     @cached_property
     def origin(self) -> dict[str, Any]:
@@ -205,7 +212,7 @@ def _comparison(job: Job, names: Sequence[str]) -> list[Unit]:
         edits = job.edits or (embedded if source == DATA[name] else given)
         found = comparison(
             job.model, [method], {name: source}, edits, batch, text=job.text, text_tokens=job.size.tokens,
-            out=job.work / f"comparison-{Path(job.model).name}", shared=shared
+            out=job.work / f"comparison-{Path(job.model).name}-{edits}-{batch}-{job.here}", shared=shared
         )
         scores = summarize(found).set_index("method").loc[method, list(METRICS[:3])]
         said = ", ".join(f"{metric} {value:.1f}" for metric, value in scores.items())
