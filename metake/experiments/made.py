@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-import metake
 from metake import report
 from metake.experiments.borrowed import borrowing
 from metake.experiments.cases import read_cases
@@ -20,7 +19,7 @@ from metake.language.model import load
 from metake.methods import CHOSEN
 from metake.support.machine import accelerator, processor, versions
 
-PACKAGE = Path(metake.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 def made(device: torch.device, dtype: str) -> dict[str, Any]:

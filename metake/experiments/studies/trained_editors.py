@@ -119,8 +119,8 @@ def live(
 ) -> pd.DataFrame:
     """Train editors from nothing, here and now: a row per method, stage and fact with the three scores as shares.
 
-    Trained on the half of the subjects that is for choosing, asked `held` facts of the other half, in one batch. Stages:
-    "as it begins", networks that are the identity with the moments of one batch; "after {batches} batches".
+    Trained on the half of the subjects that is for choosing, asked `held` facts of the other half, in one batch.
+    Stages: "as it begins", networks that are the identity with the moments of one batch; "after {batches} batches".
     """
     lm, rows, found = load(model), [], read_cases(data)
     cases, asked = part_of(found, "choosing"), select(lm, part_of(found, "testing"), held, seed)
