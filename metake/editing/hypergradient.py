@@ -154,11 +154,12 @@ class Hypergradient(Downstream):
         """g through the whole edit and ĝ through the frozen gate, with their parts, at V, (n, d).
 
         g_L is what comes through (R_L, M_L) as they stand in the last update; they themselves depend on V in every way.
-        Raises NumericalError if V is not finite; a loss that is not makes the gradients NaN.
+        Raises NumericalError if V, or a loss, is not finite.
         """
         value = value.detach().double().clone().requires_grad_()
         written, states = self.write(value)
         losses, tensors, slopes = self.slopes(states)
+        self.lm.check_finite(losses, lambda i: self._rows.taught[i * self.contexts].ids)
         (down,) = torch.autograd.grad(tensors, value, slopes, retain_graph=True)
         factors = [t for t in written[-1] if t.requires_grad]  # with one edited layer, M does not depend on V
         inner = torch.autograd.grad(tensors, factors, slopes, retain_graph=True)

@@ -9,6 +9,7 @@ from same import fingerprint
 
 import metake as mk
 from metake.data.requests import EditCase, EditRequest, Probe
+from metake.editing.hypergradient import Hypergradient
 from metake.editing.keys import KeyReader
 from metake.editing.outer import edited_losses
 from metake.language.generation import sample
@@ -86,6 +87,16 @@ def test_a_number_on_the_way_that_overflows_says_the_dtype(call, dtype, given):
     lm.model.get_parameter("transformer.h.0.mlp.c_proj.weight").data.fill_(8)
     with pytest.raises(NumericalError, match=rf"all weights are, so a number on the way exceeds {dtype}; load the mo"):
         CALLS[call](lm, given)
+
+
+def test_a_plan_whose_losses_are_not_numbers_has_no_hypergradient(given):
+    lm = random_model("gpt2", torch.float16)
+    editor = mk.Editor((2,), EDITOR.metric, contexts=CONTEXTS)
+    at = mk.Targets(2, torch.zeros(1, 32).double(), torch.zeros(1, 32).double())
+    found = Hypergradient(lm, REQUESTS[:1], editor, editor.init(lm, given), at)
+    assert all(t.isfinite().all() for t in found.gradients(at.value))
+    with pytest.raises(NumericalError, match=r"at 'The capital of France is.*' is not finite: all weights are.*float16"):
+        found.gradients(torch.full((1, 32), 1e6).double())
 
 
 # Applying
