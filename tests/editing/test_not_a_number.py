@@ -95,7 +95,7 @@ def test_a_plan_whose_losses_are_not_numbers_has_no_hypergradient(given):
     at = mk.Targets(2, torch.zeros(1, 32).double(), torch.zeros(1, 32).double())
     found = Hypergradient(lm, REQUESTS[:1], editor, editor.init(lm, given), at)
     assert all(t.isfinite().all() for t in found.gradients(at.value))
-    with pytest.raises(NumericalError, match=r"at 'The capital of France is.*' is not finite: all weights are.*float16"):
+    with pytest.raises(NumericalError, match=r"France is.* is not finite: all weights are.*float16"):
         found.gradients(torch.full((1, 32), 1e6).double())
 
 
