@@ -275,7 +275,7 @@ def test_the_whole_hour_in_small_without_what_a_gpus_machine_lacks(tmp_path):
         "accelerated", "literal"
     }
     scores = found["gpu_comparison-tiny"]
-    assert set(scores.method) == {"pre-edit", *parts.METHODS} and set(scores.dataset) == set(parts.DATA)
+    assert set(scores.method) == {"pre-edit", *parts.SCALES["tiny"].methods} and set(scores.dataset) == set(parts.DATA)
     assert not (found["gpu_tests"].outcome == "failed").any() and (found["gpu_tests"].outcome == "passed").sum() > 10
     for frame in found.values():
         head = frame.attrs["provenance"]

@@ -39,7 +39,6 @@ from metake.support.errors import ParameterError, near_misses
 from metake.support.machine import default_device
 
 TESTS = Path(__file__).parents[3] / "tests" / "gpu"
-METHODS = ("alphaedit", "metake", "memit", "blue", "sphere")
 DATA = {"CounterFact": "facts", "ZsRE": "facts-zsre"}
 
 
@@ -55,12 +54,14 @@ class Scale:
     tests: float  # seconds of a file of tests
     stream: tuple[int, int, int, float]  # edits with files of records, with the embedded facts, batch, seconds
     tokens: int  # of the key statistics
+    methods: tuple[str, ...] = ("alphaedit", "metake", "memit", "blue", "sphere")
 
 
 SCALES = {
     "full": Scale({"gpt2-xl": 60, "llama3-8b": 150, "gpt-j-6b": 110}, 100, 25, 2, (0.1, 16384, 2**32), 60,
                   (2000, 600, 100, 60), 100_000),
-    "tiny": Scale({"tiny": 3}, 2, 1, 1, (0.002, 512, 2**22), 15, (2, 2, 1, 3), 3000),
+    "tiny": Scale({"tiny": 3}, 2, 1, 1, (0.002, 512, 2**22), 15, (2, 2, 1, 3), 3000,
+                  ("alphaedit", "metake")),
 }  # fmt: skip
 
 
@@ -222,7 +223,7 @@ def _comparison(job: Job, names: Sequence[str]) -> list[Unit]:
     return [
         Unit(target, {"dataset": name, "method": method}, seconds * (1.5 if method == "metake" else 1.0),
              partial(make, name, method))
-        for name in names for method in METHODS
+        for name in names for method in job.size.methods
     ]  # fmt: skip
 
 
