@@ -12,6 +12,7 @@ after an interruption goes on. Exit status: 0, also when time was up; 1 if somet
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -99,8 +100,9 @@ def child(words: list[str], device: str, until: float, log: Log) -> int:
     up = threading.Event()
 
     def end() -> None:
-        up.set()
-        os.killpg(ran.pid, signal.SIGKILL)  # its pytest too
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself
+            os.killpg(ran.pid, signal.SIGKILL)  # its pytest too
+            up.set()
 
     timer = threading.Timer(max(0.0, until - time.time()), end)
     timer.start()
@@ -109,7 +111,7 @@ def child(words: list[str], device: str, until: float, log: Log) -> int:
             log(line.rstrip())
         status = ran.wait()
     except BaseException:
-        os.killpg(ran.pid, signal.SIGKILL)
+        end()
         ran.wait()
         raise
     finally:
@@ -143,7 +145,7 @@ def first_hour(args: argparse.Namespace) -> int:
             log(f"left out: {name}; time was up")
             continue
         status = child([*common, "--part", *names], args.device, until, log)
-        if status == REFUSED:
+        if status == REFUSED and "device" in names:
             return REFUSED
         if status not in (0, FAILED):
             log(f"failed: {name} ended with {status}")
@@ -162,9 +164,9 @@ def part(args: argparse.Namespace) -> int:
 
     args.out.mkdir(parents=True, exist_ok=True)
     parts.on_device(args.device)
-    parts.fits(args.out)
     job = parts.Job(args.out, args.work, args.until, args.sizes, args.model, args.counterfact, args.zsre, args.text,
                     args.edits)  # fmt: skip
+    parts.fits(job)
     states = []
     for outcome in carry_out((unit for name in args.part for unit in parts.units(job, name)), args.out, args.until):
         print(f"{outcome.state}: {outcome.line}", flush=True)

@@ -213,9 +213,23 @@ def test_what_is_not_there_is_refused_before_anything_runs(tmp_path):
         parts.units(parts.Job(**common), "bnech tiny")
     with pytest.raises(ParameterError, match="finds no device of type 'tpu'.*DEVICE=cpu SIZES=tiny"):
         parts.on_device("tpu")
+    job = parts.Job(**common)
+    box.keep("gpu_comparison-tiny", rows("memit"), job.origin | {"edits": 600}, tmp_path)
+    parts.fits(job)
+    with pytest.raises(ParameterError, match="gpu_comparison-tiny.jsonl holds 600 edits, not 40: .*OUT="):
+        parts.fits(parts.Job(**common, edits=40))
     box.keep("gpu_bench", rows("memit"), ORIGIN, tmp_path)
-    with pytest.raises(ParameterError, match="made on NVIDIA H200, and this is .*OUT="):
-        parts.fits(tmp_path)
+    with pytest.raises(ParameterError, match="gpu_bench.jsonl was made on NVIDIA H200, not .*OUT="):
+        parts.fits(job)
+
+
+def test_files_that_are_given_are_compared_alone_and_in_full(tmp_path):
+    (tmp_path / "zsre.json").write_text("[]")
+    common = {"folder": tmp_path, "work": tmp_path, "until": later()}
+    assert parts.Job(**common).asked == 600 and list(parts.Job(**common).data) == ["CounterFact", "ZsRE"]
+    job = parts.Job(**common, zsre=str(tmp_path / "zsre.json"))
+    assert job.asked == 2000 and [unit.whose["dataset"] for unit in parts.units(job, "comparison")] == ["ZsRE"] * 5
+    assert parts.units(job, "comparison")[0].recording == "gpu_comparison-tiny"
 
 
 def test_a_report_of_tests_becomes_records(tmp_path):

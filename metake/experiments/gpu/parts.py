@@ -97,7 +97,14 @@ class Job:
 
     @property
     def data(self) -> dict[str, str]:
-        return {name: given or DATA[name] for name, given in (("CounterFact", self.counterfact), ("ZsRE", self.zsre))}
+        """The files that were given, or else the embedded facts in both formats."""
+        given = {"CounterFact": self.counterfact, "ZsRE": self.zsre}
+        return {name: file for name, file in given.items() if file} or DATA
+
+    @property
+    def asked(self) -> int:
+        """Edits of a comparison."""
+        return self.edits or self.size.stream[int(self.data == DATA)]
 
     @property
     def here(self) -> str:
@@ -118,7 +125,7 @@ def units(job: Job, part: str) -> list[Unit]:
     """The units of a part, in order. part: as above, "comparison" alone for both data sets."""
     kind, _, which = part.partition(" ")
     made = {"device": _device, "bench": partial(_bench, size=which), "tests": _tests,
-            "comparison": partial(_comparison, names=[which] if which else list(DATA))}  # fmt: skip
+            "comparison": partial(_comparison, names=[which] if which else list(job.data))}  # fmt: skip
     if kind not in made:
         raise ParameterError(near_misses(kind, made, "part"))
     return made[kind](job)
@@ -204,16 +211,15 @@ def tests_of(report_file: Path, file: str) -> pd.DataFrame:
 
 def _comparison(job: Job, names: Sequence[str]) -> list[Unit]:
     shared: dict[tuple[str, int], Unedited] = {}
-    given, embedded, batch, seconds = job.size.stream
+    *_, batch, seconds = job.size.stream
     told: dict[str, Any] = {}
 
     def make(name: str, method: str) -> tuple[pd.DataFrame, dict[str, Any], str]:
         told.update(told or provenance(job.model, job.data, job.text, job.size.tokens))
-        source, start = job.data[name], time.perf_counter()
-        edits = job.edits or (embedded if source == DATA[name] else given)
+        start = time.perf_counter()
         found = comparison(
-            job.model, [method], {name: source}, edits, batch, text=job.text, text_tokens=job.size.tokens,
-            out=job.work / f"comparison-{Path(job.model).name}-{edits}-{batch}-{job.here}", shared=shared
+            job.model, [method], {name: job.data[name]}, job.asked, batch, text=job.text, text_tokens=job.size.tokens,
+            out=job.work / f"comparison-{Path(job.model).name}-{job.asked}-{batch}-{job.here}", shared=shared
         )
         scores = summarize(found).set_index("method").loc[method, list(METRICS[:3])]
         said = ", ".join(f"{metric} {value:.1f}" for metric, value in scores.items())
@@ -227,17 +233,17 @@ def _comparison(job: Job, names: Sequence[str]) -> list[Unit]:
     ]  # fmt: skip
 
 
-def fits(folder: Path) -> None:
-    """Raise ParameterError if a folder holds recordings of another device than this one."""
-    here = made(default_device(), "")
-    for file in sorted(folder.glob("gpu_*.jsonl")):
-        known = report.recorded(file.stem, folder).attrs["provenance"]
+def fits(job: Job) -> None:
+    """Raise ParameterError if the folder holds recordings of another device, or of a comparison of another length."""
+    here = job.origin.get("accelerator", job.origin["processor"])
+    for file in sorted(job.folder.glob("gpu_*.jsonl")):
+        known = report.recorded(file.stem, job.folder).attrs["provenance"]
         there = known.get("accelerator", known.get("processor"))
-        if there != here.get("accelerator", here["processor"]):
-            raise ParameterError(
-                f"{file.name} was made on {there}, and this is {here.get('accelerator', here['processor'])}: name "
-                "another folder with OUT=..."
-            )
+        wrong = f"was made on {there}, not {here}" if there != here else ""
+        if not wrong and file.stem.startswith("gpu_comparison") and known["edits"] != job.asked:
+            wrong = f"holds {known['edits']} edits, not {job.asked}"
+        if wrong:
+            raise ParameterError(f"{file.name} {wrong}: name another folder with OUT=...")
 
 
 def on_device(wanted: str) -> None:
