@@ -9,6 +9,7 @@ from pathlib import Path
 from metake.algebra.update import total
 from metake.experiments.runs import open_run
 from metake.language.model import load
+from metake.support.progress import no_bars_in_pipes
 from metake.support.storage import whole_folder
 
 SERVED = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
@@ -30,7 +31,8 @@ def export(
     if format == "edit":
         (kept or total(edits)).save(out)
         return lost
-    with whole_folder(out, "metake.json") as scratch:  # a folder of somebody else is refused before a model is loaded
+    # a folder of somebody else is refused before a model is loaded
+    with whole_folder(out, "metake.json") as scratch, no_bars_in_pipes():
         lm = load(config.model, config.dtype, device)
         for edit in [kept] if kept else edits:
             edit.apply(lm)
