@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,19 +26,18 @@ def known(model: Any, modules: Iterable[str], successive: bool) -> dict[str, Any
     successive: the model already carries edits of the same sequence. Their Δ, and so this base, have another last digit
     on another machine: it is known by its sketch and a tolerance too.
     """
-    found: dict[str, Any] = {"weights": {module: model.digest(module) for module in modules}}
+    weights, told = {module: model.digest(module) for module in modules}, model.base()
     if successive:
-        found["sketches"] = {module: sketch(model.weight(module)).tolist() for module in found["weights"]}
-        found["tolerance"] = TOLERANCE
-    return found
+        sketches = {module: sketch(model.weight(module)).tolist() for module in weights}
+        told |= {"sketches": sketches, "tolerance": TOLERANCE}
+    return {"base": told, "weights": weights}
 
 
-def check(
-    model: Any, weights: Mapping[str, str], sketches: Mapping[str, Sequence[float]], tolerance: float, name: str
-) -> None:
-    """Raise ProvenanceError unless each weight has its digest or, if there is a sketch, lies within `tolerance` of its
-    norm. name: of the model that is expected.
+def check(model: Any, weights: Mapping[str, str], told: Mapping[str, Any]) -> None:
+    """Raise ProvenanceError unless each weight has its digest or, if the base's record has a sketch of it, lies within
+    the tolerance that stands there.
     """
+    name, sketches, tolerance = told.get("id", "?"), told.get("sketches", {}), told.get("tolerance", 0.0)
     for module, expected in weights.items():
         try:
             if (found := model.digest(module)) == expected:

@@ -101,10 +101,8 @@ class EditRecord:
 
     recipe: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)  # id, origin, revision, dtype, device
+    # and of one that carries edits of the same run: sketches (module → `base.sketch`), tolerance (of a weight's norm)
     weights: dict[str, str] = field(default_factory=dict)  # module → SHA-256 of the tensor before the edit
-    # of a base that carries edits of the same run already: module → `base.sketch`, and how far another machine's may be
-    sketches: dict[str, list[float]] = field(default_factory=dict)
-    tolerance: float = 0.0  # a share of the weight's norm
     requests: tuple[str, ...] = ()
     requests_digest: str = ""
     statistics_digest: str = ""
@@ -117,7 +115,6 @@ class EditRecord:
     refinement: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0  # bytes
-    discarded: dict[str, float] = field(default_factory=dict)  # module → share of ‖Δ‖² that `compress` dropped
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
@@ -174,8 +171,7 @@ class Edit:
         """Raise ProvenanceError unless every weight to be edited is the recorded one: to the bit, or, where the base
         carries edits of the same run already, within the tolerance that the record states.
         """
-        record = self.record
-        base.check(model, record.weights, record.sketches, record.tolerance, record.base.get("id", "?"))
+        base.check(model, self.record.weights, self.record.base)
 
     def __add__(self, other: Edit) -> Edit:
         """One edit that does what `self` then `other` do: `total` of the two."""
@@ -184,12 +180,13 @@ class Edit:
     def compress(self, rank: int) -> tuple[Edit, dict[str, float]]:
         """Every update at most of the given rank, and the discarded share of its energy per module.
 
-        The record keeps what all compressions so far have discarded.
+        The record's recipe keeps, under "discarded", what all compressions so far have dropped.
         """
         pairs = {u.module: u.compress(rank) for u in self.updates}
-        lost, before = {m: p[1] for m, p in pairs.items()}, self.record.discarded
+        lost, before = {m: p[1] for m, p in pairs.items()}, self.record.recipe.get("discarded", {})
         discarded = {m: 1 - (1 - share) * (1 - before.get(m, 0.0)) for m, share in lost.items()}
-        return Edit(tuple(p[0] for p in pairs.values()), replace(self.record, discarded=discarded)), lost
+        record = replace(self.record, recipe=self.record.recipe | {"discarded": discarded})
+        return Edit(tuple(p[0] for p in pairs.values()), record), lost
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write factors (safetensors) and record (JSON) to `folder`, which appears whole or not at all."""
@@ -290,15 +287,16 @@ def total(edits: Sequence[Edit]) -> Edit:
 
 
 def _joined(records: Sequence[EditRecord]) -> EditRecord:
-    weights, sketches, discarded, seconds = {}, {}, Counter(), Counter()
+    weights, sketches, discarded, seconds = {}, {}, {}, Counter()
     for record in records:
-        sketches |= {module: own for module, own in record.sketches.items() if module not in weights}
+        sketches |= {m: own for m, own in record.base.get("sketches", {}).items() if m not in weights}
         weights = {**record.weights, **weights}
-        discarded |= record.discarded  # the largest of each
+        discarded |= {m: max(s, discarded.get(m, 0.0)) for m, s in record.recipe.get("discarded", {}).items()}
         seconds.update(record.seconds)
     return replace(
-        records[0], weights=weights, sketches=sketches, discarded=dict(discarded), layers={}, trace={},
-        tolerance=max(record.tolerance for record in records) if sketches else 0.0, seconds=dict(seconds),
+        records[0], weights=weights, layers={}, trace={}, seconds=dict(seconds),
+        base=records[0].base | ({"sketches": sketches, "tolerance": base.TOLERANCE} if sketches else {}),
+        recipe=records[0].recipe | ({"discarded": discarded} if discarded else {}),
         requests=tuple(request for record in records for request in record.requests),
         requests_digest="+".join(record.requests_digest for record in records if record.requests_digest),
         peak_memory=max(record.peak_memory for record in records),

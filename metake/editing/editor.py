@@ -174,7 +174,7 @@ class Editor:
         )
         trace = {r.id: t for r, t in zip(requests, (t for s in solved for t in s.trace), strict=True)}
         record = EditRecord(
-            recipe=describe(self), base=lm.base(), **known, requests=tuple(r.id for r in requests),
+            recipe=describe(self), **known, requests=tuple(r.id for r in requests),
             requests_digest=digest_of(requests),
             statistics_digest=state.statistics_digest, context_templates=state.contexts, seed=self.seed,
             versions=versions(),
@@ -203,7 +203,7 @@ class Editor:
             return None
         updates = tuple(correction(rules, total, state.original[path]) for path, total in state.totals.items())
         record = EditRecord(
-            recipe=describe(self), base=lm.base(), **base.known(lm, state.totals, True),
+            recipe=describe(self), **base.known(lm, state.totals, True),
             statistics_digest=state.statistics_digest, context_templates=state.contexts, seed=self.seed,
             versions=versions()
         )

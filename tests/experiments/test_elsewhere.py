@@ -138,7 +138,7 @@ def rewritten(folder, digest):
     """A run as an earlier version wrote it."""
     for path in (folder / "batches").glob("*/record.json"):
         record = json.loads(path.read_text())
-        record = {k: v for k, v in record.items() if k not in ("sketches", "tolerance", "discarded")}
+        record["base"] = {k: v for k, v in record["base"].items() if k not in ("sketches", "tolerance")}
         path.write_text(json.dumps(record | {"statistics_digest": digest}))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("recipe", "layers")}))

@@ -135,7 +135,7 @@ class GradientEditor:
             if requests:
                 history.append(passes.losses()[:, 0])
         record = EditRecord(
-            recipe=describe(self.rule) | {"modules": list(self.modules), "trained": dict(self.trained)}, base=lm.base(),
+            recipe=describe(self.rule) | {"modules": list(self.modules), "trained": dict(self.trained)},
             **known, requests=tuple(r.id for r in requests), requests_digest=digest_of(requests),
             statistics_digest=state.statistics_digest, context_templates=PLAIN, seed=self.seed, versions=versions(),
             layers={path: self._norms(lm, update, solved[path]) for path, update in sums.items()},
