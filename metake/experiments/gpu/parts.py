@@ -148,7 +148,7 @@ def _bench(job: Job, size: str) -> list[Unit]:
 
     def make(method: str) -> tuple[pd.DataFrame, dict[str, Any], str]:
         # the literal path's forms stand among the tests, which need pytest
-        small = method != "alphaedit" and job.scale == "tiny"  # where its refinement alone would take as long as the rest
+        small = method != "alphaedit" and job.scale == "tiny"  # its refinement would take as long as the rest
         literal = job.size.literal if find_spec("pytest") and not small else 0
         found = run_time(
             size, [method], edits=job.size.edits, steps=job.size.steps, literal=literal, random_weights=True,
