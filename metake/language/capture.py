@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class _Stop(Exception):
@@ -30,11 +33,33 @@ def rewrap(output: Any, replacement: Tensor) -> Any:
 
 
 @contextlib.contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that stay while the block runs."""
+    with contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
+
+
+@contextlib.contextmanager
+def replaced(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Let modules compute by these functions while the block runs; what somebody had put in their place returns."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+@contextlib.contextmanager
 def reading(
-    inputs: dict[Any, nn.Module] | None = None,
-    outputs: dict[Any, nn.Module] | None = None,
-    then: Callable[[Tensor], Tensor] = lambda t: t,
-    stop_after: nn.Module | None = None,
+    inputs: Mapping[Any, nn.Module] = MappingProxyType({}), outputs: Mapping[Any, nn.Module] = MappingProxyType({}),
+    then: Callable[[Tensor], Tensor] = lambda t: t, stop_after: nn.Module | None = None
 ) -> Iterator[dict[Any, Tensor]]:
     """Collect, under the given names, what goes into and comes out of modules while the block runs.
 
@@ -42,23 +67,15 @@ def reading(
     stop_after: the forward pass ends once this module has run; blocks after it are never computed.
     """
     found: dict[Any, Tensor] = {}
-    handles = []
-    try:
-        for name, module in (inputs or {}).items():
-            handles.append(
-                module.register_forward_pre_hook(lambda _, args, name=name: found.__setitem__(name, then(args[0])))
-            )
-        for name, module in (outputs or {}).items():
-            handles.append(
-                module.register_forward_hook(lambda _, __, out, name=name: found.__setitem__(name, then(hidden(out))))
-            )
-        if stop_after is not None:
-            handles.append(stop_after.register_forward_hook(_raise_stop))
-        with contextlib.suppress(_Stop):
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def keep(name: Any, _: nn.Module, *activations: Any) -> None:  # what went in, and behind it what came out
+        found[name] = then(hidden(activations[-1]))
+
+    handles = [module.register_forward_pre_hook(partial(keep, name)) for name, module in inputs.items()]
+    handles += [module.register_forward_hook(partial(keep, name)) for name, module in outputs.items()]
+    handles += [stop_after.register_forward_hook(_raise_stop)] if stop_after is not None else []
+    with hooked(handles), contextlib.suppress(_Stop):
+        yield found
 
 
 def _raise_stop(*_: Any) -> None:
@@ -76,18 +93,15 @@ def moved(state: Tensor, vector: Tensor) -> Tensor:
 @contextlib.contextmanager
 def adding(module: nn.Module, vector: Tensor) -> Iterator[None]:
     """Add (rows, width) to what the module returns at each row's first position; may require a gradient."""
-    handle = module.register_forward_hook(lambda _, __, out: rewrap(out, moved(hidden(out), vector)))
-    try:
+    with module.register_forward_hook(lambda _, __, out: rewrap(out, moved(hidden(out), vector))):
         yield
-    finally:
-        handle.remove()
 
 
 class Probe(NamedTuple):
     """What went into a linear map, and a zero added to what came out, whose gradient is the output's."""
 
-    input: Tensor  #  (rows, positions, d_in)
-    leaf: Tensor  #   (rows, positions, d_out)
+    input: Tensor  # (rows, positions, d_in)
+    leaf: Tensor  # (rows, positions, d_out)
 
 
 @contextlib.contextmanager
@@ -98,20 +112,12 @@ def probing(modules: dict[Any, nn.Module]) -> Iterator[dict[Any, Probe]]:
     """
     found: dict[Any, Probe] = {}
 
-    def hook(name: Any) -> Callable[..., Tensor]:
-        def add(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            leaf = torch.zeros_like(output, requires_grad=True)
-            found[name] = Probe(args[0].detach(), leaf)
-            return output + leaf
+    def add(name: Any, _: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        found[name] = Probe(args[0].detach(), torch.zeros_like(output, requires_grad=True))
+        return output + found[name].leaf
 
-        return add
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    try:
+    with hooked(module.register_forward_hook(partial(add, name)) for name, module in modules.items()):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -122,24 +128,12 @@ def resumed(blocks: Sequence[nn.Module], last: int, state: Tensor, arity: int) -
     gradient. arity: how many items the architecture's blocks return (1: a bare tensor). last = −1 changes nothing.
     """
 
-    def passing(replacement: Tensor | None) -> Callable[..., Any]:
-        def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-            out = hidden_states if replacement is None else replacement
-            return out if arity == 1 else (out, *[None] * (arity - 1))
+    def passing(own: Tensor | None, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        out = hidden_states if own is None else own
+        return out if arity == 1 else (out, *[None] * (arity - 1))
 
-        return forward
-
-    replaced = list(blocks[: last + 1])
-    own = [block.__dict__.get("forward") for block in replaced]  # somebody's hook may already stand there
-    try:
-        for i, block in enumerate(replaced):
-            block.forward = passing(state if i == last else None)
+    with replaced({b: partial(passing, state if i == last else None) for i, b in enumerate(blocks[: last + 1])}):
         yield
-    finally:
-        for block, forward in zip(replaced, own, strict=True):
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.forward = forward
 
 
 class Places(NamedTuple):
@@ -178,8 +172,5 @@ def gathered(head: nn.Module, last_mlp: nn.Module | None, places: Places) -> Ite
     handles = [head.register_forward_pre_hook(choose)]
     if last_mlp is not None:
         handles += [last_mlp.register_forward_pre_hook(thin), last_mlp.register_forward_hook(spread)]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

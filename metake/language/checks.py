@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from metake.language.capture import adding, hidden, reading
+from metake.language.capture import adding, hidden, hooked, reading
 from metake.language.tokens import Padded, continued, pad
 from metake.support.errors import ArchitectureError, MetakeError, NumericalError, ParameterError
 
@@ -115,12 +115,12 @@ def check_row(lm: Any) -> None:
     """
     modes, calls, layers = [(m, m.training) for m in lm.model.modules()], [], range(lm.depth)
     outputs = {("attention", i): lm.attention(i) for i in layers} | {("write", i): lm.write(i) for i in layers}
-    handles = [block.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True) for block in lm.blocks]
+    handles = (block.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True) for block in lm.blocks)
     lm.model.eval()
     try:
         shapes = [lm.shape(lm.write_path(i)) for i in layers]
-        # some blocks go on adding in place
-        with reading({("key", i): lm.write(i) for i in layers}, outputs, torch.clone) as seen:
+        # cloned: some blocks go on adding in place
+        with hooked(handles), reading({("key", i): lm.write(i) for i in layers}, outputs, torch.clone) as seen:
             own = lm.model(torch.tensor([[1, 2]], device=lm.device), use_cache=False).logits[0]
         for layer, call in enumerate(calls):
             paths = [getattr(lm.architecture, part).format(layer) for part in ("block", "write", "attention")]
@@ -138,8 +138,6 @@ def check_row(lm: Any) -> None:
     finally:
         for module, mode in modes:
             module.training = mode
-        for handle in handles:
-            handle.remove()
 
 
 def _wrong(lm: Any, said: str) -> ArchitectureError:

@@ -1,15 +1,14 @@
 """Products with frozen float32 weights, by whichever of the two libraries in torch is faster on this processor.
 
-On x86 torch sends float32 products to MKL, which keeps to AVX2 where the processor is not Intel's. oneDNN,
-which the same builds carry, uses AVX-512 there: twice the rate at every size that editing needs.
-Both compute in float32; sums differ in order. `torch.backends.mkldnn.flags(enabled=False)` switches oneDNN off,
-here as everywhere in torch.
+On x86 torch sends float32 products to MKL, which keeps to AVX2 where the processor is not Intel's. oneDNN, which the
+same builds carry, uses AVX-512 there: twice the rate at every size that editing needs. Both compute in float32; sums
+differ in order. `torch.backends.mkldnn.flags(enabled=False)` switches oneDNN off, here as everywhere in torch.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from math import prod
 from typing import Any
@@ -18,19 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from metake.language.capture import replaced
 from metake.support.machine import mkl_is_slow
 
-STORED_TRANSPOSED = {nn.Linear: False, Conv1D: True}
-
-
-def _operations(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * prod(x) * weight[0]
-
-
-OPERATIONS = {torch.ops.mkldnn._linear_pointwise: _operations} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
-"""What torch.utils.flop_counter must be told of the product used here: torch's op → operations from the shapes it is
-given.
-"""
+OPERATIONS: Mapping[Any, Callable[..., int]] = (
+    {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * prod(x) * weight[0]}
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
+)
+"""What torch.utils.flop_counter must be told of the product used here: torch's op → operations from its shapes."""
 
 
 class _Product(torch.autograd.Function):
@@ -48,9 +42,7 @@ class _Product(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b for a weight without gradient. x: (…, d_in); weight: (d_out, d_in), also as a transposed view; bias:
-    (d_out,).
-    """
+    """x Wᵀ + b for a weight without gradient. x: (…, d_in); weight: (d_out, d_in), or a view so; bias: (d_out,)."""
     if _served(weight) and x.dtype == torch.float32 and x.numel():
         return _Product.apply(x, weight, bias)
     return nn.functional.linear(x, weight, bias)
@@ -58,28 +50,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _served(weight: Tensor) -> bool:
     """Whether oneDNN is the faster one for this weight, and nobody asked for another precision, device or gradient."""
-    plain = (
-        weight.dtype == torch.float32
-        and weight.device.type == "cpu"
-        and not weight.requires_grad
-        and not torch.is_autocast_enabled("cpu")
-    )
-    return bool(plain and OPERATIONS and torch.backends.mkldnn.enabled and mkl_is_slow())
+    plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and not weight.requires_grad
+    chosen = OPERATIONS and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+    return bool(plain and chosen and mkl_is_slow())
 
 
-@contextlib.contextmanager
-def fast_products(modules: Iterable[nn.Module]) -> Iterator[None]:
+def fast_products(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Let these modules' linear maps compute by `linear` while the block runs; forwards that were replaced stay."""
     looked_at = modules if mkl_is_slow() else ()  # elsewhere no pass pays for the walk
-    replaced = [
-        m for m in looked_at if type(m) in STORED_TRANSPOSED and "forward" not in m.__dict__ and _served(m.weight)
-    ]
-    try:
-        for module in replaced:
-            module.forward = partial(
-                linear, weight=module.weight.t() if STORED_TRANSPOSED[type(module)] else module.weight, bias=module.bias
-            )
-        yield
-    finally:
-        for module in replaced:
-            module.__dict__.pop("forward", None)
+    linears = (m for m in looked_at if type(m) in (nn.Linear, Conv1D) and "forward" not in vars(m))
+    served = {m: m.weight.t() if type(m) is Conv1D else m.weight for m in linears if _served(m.weight)}
+    return replaced({m: partial(linear, weight=weight, bias=m.bias) for m, weight in served.items()})
