@@ -22,31 +22,25 @@ class Architecture:
     scale: str = ""  # the configuration's name of the number by which a block multiplies both first, if there is one
 
 
-_LLAMA = Architecture(
-    "model.layers.{}", "model.layers.{}.mlp", "model.layers.{}.mlp.down_proj", "model.layers.{}.self_attn"
-)
-_GPT2 = Architecture("transformer.h.{}", "transformer.h.{}.mlp", "transformer.h.{}.mlp.c_proj", "transformer.h.{}.attn")
-_BLOOM = replace(_GPT2, write="transformer.h.{}.mlp.dense_4h_to_h", attention="transformer.h.{}.self_attention")
-_OPT = "model.decoder.layers.{}"
+def _row(block: str, mlp: str, write: str, attention: str) -> Architecture:
+    """A row whose parts are named from the block on."""
+    return Architecture(block, f"{block}.{mlp}", f"{block}.{write}", f"{block}.{attention}")
+
+
+_LLAMA = _row("model.layers.{}", "mlp", "mlp.down_proj", "self_attn")
+_BLOOM = _row("transformer.h.{}", "mlp", "mlp.dense_4h_to_h", "self_attention")
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "gpt2": _GPT2,
-    "gptj": replace(_GPT2, write="transformer.h.{}.mlp.fc_out"),
-    "gpt_neox": Architecture(
-        "gpt_neox.layers.{}", "gpt_neox.layers.{}.mlp", "gpt_neox.layers.{}.mlp.dense_4h_to_h",
-        "gpt_neox.layers.{}.attention"
-    ),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
-    **dict.fromkeys(("cohere", "gemma", "olmo", "phi3", "smollm3", "stablelm"), _LLAMA),
-    "phi": replace(_LLAMA, write="model.layers.{}.mlp.fc2"),
-    "starcoder2": replace(_LLAMA, write="model.layers.{}.mlp.c_proj"),
+    "gpt2": _row("transformer.h.{}", "mlp", "mlp.c_proj", "attn"),
+    "gptj": _row("transformer.h.{}", "mlp", "mlp.fc_out", "attn"),
+    "gpt_neox": _row("gpt_neox.layers.{}", "mlp", "mlp.dense_4h_to_h", "attention"),
+    **dict.fromkeys("llama mistral qwen2 qwen3 cohere gemma olmo phi3 smollm3 stablelm".split(), _LLAMA),
+    "phi": _row("model.layers.{}", "mlp", "mlp.fc2", "self_attn"),
+    "starcoder2": _row("model.layers.{}", "mlp", "mlp.c_proj", "self_attn"),
     "granite": replace(_LLAMA, scale="residual_multiplier"),
     **dict.fromkeys(("bloom", "falcon"), _BLOOM),
-    "mpt": Architecture(
-        "transformer.blocks.{}", "transformer.blocks.{}.ffn", "transformer.blocks.{}.ffn.down_proj",
-        "transformer.blocks.{}.attn"
-    ),
-    "opt": Architecture(_OPT, f"{_OPT}.fc2", f"{_OPT}.fc2", f"{_OPT}.self_attn"),
+    "mpt": _row("transformer.blocks.{}", "ffn", "ffn.down_proj", "attn"),
+    "opt": _row("model.decoder.layers.{}", "fc2", "fc2", "self_attn"),
 }
 """One row per `config.model_type`. A user may add a row at run time."""
 

