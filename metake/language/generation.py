@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from metake.language.model import LanguageModel
-from metake.language.tokens import encode, pad, seam
+from metake.language.tokens import Padded, encode, pad, seam
 from metake.support.errors import ParameterError
 from metake.support.machine import halving
 from metake.support.progress import progress
@@ -43,44 +43,33 @@ def sample(
     (default: the prompts, so that equal prompts get equal texts). Returns the whole texts, NFKD-normalized, without
     special tokens. Raises NumericalError if the model gives numbers that are not finite.
     """
-    streams = prompts if streams is None else streams
     ids = [encode(lm.tokenizer, seam(p)[0]) for p in prompts]
-    by_length: dict[int, list[int]] = {}
-    for i, row in enumerate(ids):
-        by_length.setdefault(len(row), []).append(i)
-    uniforms = [_uniforms(seed, stream, length) for stream in streams]
-    return halving(lambda size: _sample(lm, ids, by_length, uniforms, length, top_k, size), rows)
+    alike = [[i for i, row in enumerate(ids) if len(row) == tokens] for tokens in dict.fromkeys(map(len, ids))]
+    uniforms = [_uniforms(seed, stream, length) for stream in (prompts if streams is None else streams)]
 
+    def written(size: int) -> list[str]:
+        texts = [""] * len(ids)
+        groups = [same[k : k + size] for same in alike for k in range(0, len(same), size)]
+        for group in progress(groups, "generate"):
+            found = _continue(lm, [ids[i] for i in group], [uniforms[i] for i in group], length, top_k).tolist()
+            for i, row in zip(group, found, strict=True):
+                text = lm.tokenizer.decode(row, skip_special_tokens=True)
+                texts[i] = unicodedata.normalize("NFKD", text).replace("\n\n", " ")
+        return texts
 
-def _sample(
-    lm: LanguageModel, ids: list, by_length: dict[int, list[int]], uniforms: list[np.ndarray], length: int, top_k: int,
-    rows: int
-) -> list[str]:
-    texts = [""] * len(ids)
-    groups = [same[k : k + rows] for same in by_length.values() for k in range(0, len(same), rows)]
-    for group in progress(groups, "generate"):
-        written = _continue(lm, [ids[i] for i in group], [uniforms[i] for i in group], length, top_k).tolist()
-        for i, row in zip(group, written, strict=True):
-            text = lm.tokenizer.decode(row, skip_special_tokens=True)
-            texts[i] = unicodedata.normalize("NFKD", text).replace("\n\n", " ")
-    return texts
+    return halving(written, rows)
 
 
 def _continue(
     lm: LanguageModel, ids: Sequence[Sequence[int]], uniforms: list[np.ndarray], length: int, top_k: int
 ) -> Tensor:
     """Token rows continued to `length`; all prompts of one length, so that nothing is padded."""
-    batch = pad(ids, lm.device)
-    done, start = batch.ids, batch.ids.shape[1]
+    done = new = pad(ids, lm.device).ids
     draws = torch.tensor(np.array(uniforms), device=lm.device)
     cache, rows = DynamicCache(), torch.arange(len(ids), device=lm.device)
-    new = batch.ids
-    for t in range(start, length):
-        width = done.shape[1]
-        step = batch._replace(
-            ids=new, mask=torch.ones_like(done),
-            positions=torch.arange(width - new.shape[1], width, device=lm.device)[None].expand(len(ids), -1)
-        )
+    for t in range(done.shape[1], length):
+        positions = torch.arange(t - new.shape[1], t, device=lm.device).expand(len(ids), -1)
+        step = Padded(new, torch.ones_like(done), positions)
         logits = lm.logits(step, rows, torch.full_like(rows, new.shape[1] - 1), past=cache)
         best = torch.softmax(logits.double(), -1).topk(min(top_k, logits.shape[-1]))
         mass = best.values.cumsum(-1)

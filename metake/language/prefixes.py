@@ -36,15 +36,13 @@ class Prefixed:
 
     def __init__(self, lm: LanguageModel, rows: Sequence[Sequence[int]], cuts: Sequence[int]):
         self.lm, device = lm, lm.device
-        heads = {tuple(row[:cut]): None for row, cut in zip(rows, cuts, strict=True) if cut}
-        place = {head: i for i, head in enumerate(heads)}
-        self.head = pad(list(heads), device) if heads else None
-        self.tail = continued([row[cut:] for row, cut in zip(rows, cuts, strict=True)], cuts, device)
+        heads, tails = zip(*((tuple(row[:cut]), row[cut:]) for row, cut in zip(rows, cuts, strict=True)), strict=True)
+        place = {head: i for i, head in enumerate(dict.fromkeys(filter(None, heads)))}
+        self.head = pad(list(place), device) if place else None
+        self.tail = continued(tails, cuts, device)
         self.width, self.cut = max(cuts), torch.tensor(cuts, device=device)
-        self.of = torch.tensor(
-            [place.get(tuple(row[:cut]), 0) for row, cut in zip(rows, cuts, strict=True)], device=device
-        )
-        lengths = torch.tensor([len(head) for head in heads], dtype=torch.long, device=device)
+        self.of = torch.tensor([place.get(head, 0) for head in heads], device=device)
+        lengths = torch.tensor(list(map(len, place)), dtype=torch.long, device=device)
         self._columns = columns_before(lengths, self.width)
 
     def begin(
@@ -59,18 +57,15 @@ class Prefixed:
         cache = DynamicCache()
         with self.lm.resumed(after, start):
             found = self.lm.read(self.head, keys, states, past=cache)
-        aligned = rearranged(
-            cache, torch.arange(len(self._columns), device=self._columns.device)[:, None], self._columns, after
-        )
-        spread = [kv and (kv[0].index_select(0, self.of), kv[1].index_select(0, self.of)) for kv in aligned]
+        each = torch.arange(len(self._columns), device=self._columns.device)[:, None]
+        aligned = rearranged(cache, each, self._columns, after)
+        spread = [kv and tuple(t.index_select(0, self.of) for t in kv) for kv in aligned]
         return as_cache(spread, self.tail), *found
 
     def read(
         self, keys: Sequence[int], states: Sequence[int], after: int = -1, start: Split = Split(None, None)
     ) -> tuple[dict[int, Split], dict[int, Split]]:
-        """Keys and block outputs of the given layers at every position, going on after block `after`,
-        which gave `start`.
-        """
+        """Keys and block outputs of the layers at every position, going on after block `after`, which gave `start`."""
         past, *heads = self.begin(keys, states, after, start.head)
         with self.lm.resumed(after, start.tail):
             tails = self.lm.read(self.tail, keys, states, past=past)
@@ -102,8 +97,7 @@ def rearranged(cache: DynamicCache, rows: Tensor, columns: Tensor, after: int) -
     """The cached keys and values of the blocks after `after` at (row, column), both (rows, columns) or broadcast."""
     return [
         tuple(t.transpose(1, 2)[rows, columns].transpose(1, 2).contiguous() for t in (entry.keys, entry.values))
-        if i > after and entry.is_initialized
-        else None
+        if i > after and entry.is_initialized else None
         for i, entry in enumerate(cache.layers)
     ]
 
