@@ -87,7 +87,7 @@ class LanguageModel(Ready):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        return [self.block(i) for i in range(self.depth)]
+        return list(map(self.block, range(self.depth)))
 
     def write(self, layer: int) -> nn.Module:
         """The MLP's output projection of a block: the weight that is edited."""
@@ -104,7 +104,7 @@ class LanguageModel(Ready):
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def run(self, batch: Padded, past: DynamicCache | None = None, use_cache: bool = False) -> Any:
+    def run(self, batch: Padded, past: DynamicCache | None = None) -> Any:
         """The model's own forward on padded rows; with `past`, `batch.ids` and `.positions` are the new columns only.
 
         Raises RequestError for a row that is longer than the model's window.
@@ -122,16 +122,14 @@ class LanguageModel(Ready):
         with fast_products(self.model.modules()):
             return self.model(
                 input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, past_key_values=past,
-                use_cache=use_cache or past is not None
+                use_cache=past is not None
             )
 
     def logits(self, batch: Padded, rows: Tensor, columns: Tensor, past: DynamicCache | None = None) -> Tensor:
         """Next-token logits at (row, column) pairs only, (pairs, vocabulary)."""
         return self.logits_at(batch, Places.of(rows, columns, batch.ids.shape[1]), past)
 
-    def logits_at(
-        self, batch: Padded, places: Places, past: DynamicCache | None = None, thin: bool = True
-    ) -> Tensor:
+    def logits_at(self, batch: Padded, places: Places, past: DynamicCache | None = None, thin: bool = True) -> Tensor:
         """`logits` at places that were worked out before, for who asks again and again.
 
         thin: the last block's MLP runs at these places alone; not for who looks into it.
@@ -196,25 +194,19 @@ class LanguageModel(Ready):
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def _parameter(self, module: str) -> tuple[nn.Parameter, bool]:
-        """The stored parameter, and whether it is stored transposed: asked of the module, never of the shape."""
+    def weight(self, module: str) -> Tensor:
+        """The weight as (d_out, d_in), however its module stores it: a view that follows later edits."""
         owner = reduce(lambda inside, part: getattr(inside, "_modules", {}).get(part), module.split("."), self.model)
         if found := checks.not_plain(owner):
             raise ArchitectureError(
                 f"{module!r} of {self.name!r} is {found}; only nn.Linear and Conv1D weights can be edited (quantized "
                 "weights cannot): dequantize it, merge its adapter, or unwrap it"
             )
-        return owner.weight, isinstance(owner, Conv1D)
+        return owner.weight.data.T if isinstance(owner, Conv1D) else owner.weight.data
 
     def shape(self, module: str) -> tuple[int, int]:
         """(d_out, d_in) of a weight, whatever its storage."""
-        parameter, transposed = self._parameter(module)
-        return tuple(reversed(parameter.shape)) if transposed else tuple(parameter.shape)
-
-    def weight(self, module: str) -> Tensor:
-        """The weight as (d_out, d_in): a view that follows later edits."""
-        parameter, transposed = self._parameter(module)
-        return parameter.data.T if transposed else parameter.data
+        return tuple(self.weight(module).shape)
 
     def write_weight(self, module: str, weight: Tensor) -> None:
         """Store (d_out, d_in), rounded to the parameter's dtype."""
@@ -247,16 +239,11 @@ class LanguageModel(Ready):
 
     def base(self) -> dict[str, Any]:
         """What an edit's record says of the model that it was made on."""
-        stored = {
-            "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device),
-            "conv1d": isinstance(self.write(0), Conv1D)
-        }
-        return {"id": self.name, **self.origin, **stored}
+        dtype, conv1d = str(self.dtype).removeprefix("torch."), isinstance(self.write(0), Conv1D)
+        return {"id": self.name, **self.origin, "dtype": dtype, "device": str(self.device), "conv1d": conv1d}
 
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16
-}
+DTYPES: Mapping[str, torch.dtype] = {k: getattr(torch, k) for k in ("float64", "float32", "bfloat16", "float16")}
 
 
 def load(
@@ -265,19 +252,18 @@ def load(
 ) -> LanguageModel:
     """Load a model to edit: "tiny", "smollm2-135m", a hub name, or a local folder.
 
-    dtype: default float32 (float64 for `tiny`), never taken silently from a checkpoint; device:
-    default the best at hand.
+    dtype: default float32 (float64 for `tiny`), never taken silently from a checkpoint; device: default the best here.
     Raises ParameterError for an unknown name, dtype or device, or a model that cannot be read or does not have the
     tensors and tokens of its configuration; ArchitectureError if the table has no row that it matches.
     """
-    place = usable(device) if device else default_device()
+    name, place = os.fspath(name), usable(device) if device else default_device()
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ParameterError(near_misses(dtype, DTYPES, "dtype"))
         dtype = DTYPES[dtype]
-    dtype = dtype or (torch.float64 if os.fspath(name) == "tiny" else torch.float32)
+    dtype = dtype or (torch.float64 if name == "tiny" else torch.float32)
     with no_bars_in_pipes():
-        found = assets.resolve(os.fspath(name), source)
+        found = assets.resolve(name, source)
         try:
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 found.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True  # refused below
@@ -286,9 +272,9 @@ def load(
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             said = str(error).strip().partition("\n")[0]
             raise ParameterError(
-                f"{os.fspath(name)!r} cannot be loaded: {said} Expected a folder with config.json, weights and "
+                f"{name!r} cannot be loaded: {said} Expected a folder with config.json, weights and "
                 "tokenizer, or a model of the hub."
             ) from error
-    checks.check_loaded(os.fspath(name), loaded)
+    checks.check_loaded(name, loaded)
     origin = {"origin": found.origin, "revision": found.revision, "note": found.note}
-    return LanguageModel(model.to(place), tokenizer, os.fspath(name), origin)
+    return LanguageModel(model.to(place), tokenizer, name, origin)

@@ -17,6 +17,7 @@ from editors import RULES, maps, untrained
 from models import CONFIGS, random_model
 from reference import double_inside  # noqa: F401 (a fixture)
 from same import contents, fingerprint
+from transformers.pytorch_utils import Conv1D
 
 from metake import EditCase, EditRequest, NumericalError, ParameterError, Probe, ProvenanceError
 from metake.algebra.geometry import Isotropic
@@ -75,7 +76,7 @@ def test_slopes_give_the_gradient_of_the_weight(kind):
         for path in paths:
             lm.write_weight(path, lm.weight(path) * 1.1)
         losses, found = passes.slopes(paths, drift=0.7)
-        weights = {path: lm._parameter(path)[0] for path in paths}
+        weights = {path: lm.model.get_submodule(path).weight for path in paths}
         for weight in weights.values():
             weight.requires_grad_()
         part = Passes(lm, rows, "all")
@@ -87,7 +88,7 @@ def test_slopes_give_the_gradient_of_the_weight(kind):
             weight.requires_grad_(False)
     assert total.item() == pytest.approx(losses[:, 0].sum().item() + 0.7 * losses[:, 1].sum().item())
     for path, gradient in zip(paths, own, strict=True):
-        stored_as = gradient.T if lm._parameter(path)[1] else gradient
+        stored_as = gradient.T if isinstance(lm.model.get_submodule(path), Conv1D) else gradient
         torch.testing.assert_close(found[path].gradients.T @ found[path].keys, stored_as, rtol=1e-10, atol=1e-13)
 
 
