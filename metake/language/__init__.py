@@ -1,5 +1,4 @@
-"""One language model at hand: loading it, text to tokens, reading and injecting activations, shared beginnings,
-sampling.
+"""One language model at hand: loading, text to tokens, reading and injecting activations, beginnings, sampling.
 
 Imports `data`, `algebra` and `support`. Read first: `model.py`.
 """

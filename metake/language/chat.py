@@ -12,15 +12,12 @@ from metake.language.tokens import in_context
 from metake.support.errors import ParameterError
 
 
-def chat(
-    lm: LanguageModel, asked: Iterable[EditRequest] | Iterable[EditCase]
-) -> list[EditRequest] | list[EditCase]:
+def chat(lm: LanguageModel, asked: Iterable[EditRequest] | Iterable[EditCase]) -> list[EditRequest] | list[EditCase]:
     """Requests or cases as a chat model is asked: each prompt the user's turn, the target the beginning of the answer.
 
     The chat template becomes the requests' `frame`, inside which context templates and the locality prompt stand too;
-    probes' prompts are rendered. Between prompt and target stands what the template has there, and no white space of
-    the prompt's. Returns a list, or Cases for Cases; what is a chat already stays. Raises ParameterError if the
-    tokenizer has no chat template that does this.
+    probes' prompts are rendered. Between prompt and target stands what the template has there, no white space of the
+    prompt's. Returns a list, or Cases for Cases; what is a chat stays. Raises ParameterError if no template does this.
     """
     frame, seam = _template(lm)
 
@@ -29,9 +26,10 @@ def chat(
         if request.frame == frame:
             return item
         mine = replace(request, prompt=request.prompt.strip(), frame=frame, seam=seam)
-        probes = ((p, in_context(frame, p.prompt.strip())) for p in getattr(item, "probes", ()))
-        probes = tuple(replace(p, prompt=text, seam=seam) for p, text in probes)
-        return mine if item is request else EditCase(mine, probes)
+        if item is request:
+            return mine
+        probes = [replace(p, prompt=in_context(frame, p.prompt.strip()), seam=seam) for p in item.probes]
+        return EditCase(mine, tuple(probes))
 
     found = list(map(turned, asked))
     return Cases(found, *vars(asked).values()) if isinstance(asked, Cases) else found

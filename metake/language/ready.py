@@ -1,6 +1,4 @@
-"""How a model comes into the state that editing and reading need, whatever its owner does with it, and leaves as it
-came; and that what it gives are numbers.
-"""
+"""How a model comes into the state that editing and reading need, and leaves as it came; that it gives numbers."""
 
 from __future__ import annotations
 
@@ -54,10 +52,8 @@ class Ready:
 
     @contextmanager
     def ready(self, gradients: bool = False) -> Iterator[None]:
-        """Inside the block the model is held, in eval mode (no dropout, no checkpoints), frozen and in its own dtype,
-        and gradients of other tensors are on or off; afterwards all is as it was.
-
-        Raises ParameterError where gradients are needed and inference mode forbids them.
+        """Hold the model in eval mode (no dropout, no checkpoints), frozen and in its own dtype, gradients of other
+        tensors on or off; then all is as it was. Raises ParameterError where inference mode forbids needed gradients.
         """
         if gradients and (torch.is_inference_mode_enabled() or any(p.is_inference() for p in self.model.parameters())):
             raise ParameterError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -149,13 +150,10 @@ class _Once:
     """A tokenizer that reads each text once: a request's prompts begin alike, and requests share targets."""
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer, self.known = tokenizer, {}
+        self.tokenizer, self.read = tokenizer, cache(lambda text, **options: tokenizer(text, **options))
 
     def __call__(self, text: str, **options: Any) -> Any:
-        key = (text, *options.items())
-        if key not in self.known:
-            self.known[key] = self.tokenizer(text, **options)
-        return self.known[key]
+        return self.read(text, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
@@ -163,15 +161,11 @@ class _Once:
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch of requests as token rows: what all stages of an edit read, made and checked once.
-
-    taught: each request in each context with its target, request-major, the plain prompt first; watched: a row of each
-    request's subject alone.
-    """
+    """A batch of requests as token rows: what all stages of an edit read, made and checked once."""
 
     contexts: tuple[str, ...]
-    taught: tuple[Row, ...]
-    watched: tuple[Row, ...]
+    taught: tuple[Row, ...]  # each request in each context with its target, request-major, the plain prompt first
+    watched: tuple[Row, ...]  # each request's subject alone
 
     @classmethod
     def of(cls, tokenizer: Any, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str]) -> Rows:
@@ -245,7 +239,7 @@ def shared_beginnings(
     """
     parts = [tuple(row[:limit]) for row, limit in zip(rows, limits, strict=True)]
     order = sorted(range(len(rows)), key=parts.__getitem__)
-    common = [0, *(_agreement(parts[i], parts[j]) for i, j in zip(order, order[1:], strict=False)), 0][: len(order) + 1]
+    common = [0, *(_agreement(parts[i], parts[j]) for i, j in pairwise(order)), 0][: len(order) + 1]
     cuts, first = [0] * len(rows), 0
     for end in range(1, len(order) + 1):
         if common[end] < least:
@@ -283,9 +277,7 @@ def buckets(sizes: Sequence[int | tuple[int, ...]], budget: int, start: int) -> 
 
 
 def _cheapest_cuts(widths: Sequence[int], budget: int, start: int) -> list[int]:
-    """Where to cut rows of descending width, ends included: only between widths, by dynamic programming over the
-    distinct ones.
-    """
+    """Where to cut rows of descending width, ends included: dynamic programming over the distinct widths."""
     ends = [0, *(i for i in range(1, len(widths)) if widths[i] != widths[i - 1]), len(widths)] if widths else [0]
     best: list[tuple[int, int]] = [(0, 0)]  # per end: least cost up to it, and where its last run begins
     for k, end in enumerate(ends[1:], 1):
