@@ -20,6 +20,7 @@ from metake.support.version import VERSION
 
 log = logging.getLogger("metake")
 T = TypeVar("T")
+CPUINFO = "/proc/cpuinfo"
 
 
 def default_device() -> torch.device:
@@ -58,8 +59,7 @@ def peak_memory(device: torch.device) -> int:
         import resource
     except ImportError:  # no such call outside POSIX
         return 0
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def free_memory(device: torch.device) -> int:
@@ -73,8 +73,7 @@ def free_memory(device: torch.device) -> int:
 def working_memory(device: torch.device) -> int:
     """Bytes that one micro-batch may take: a quarter of what is free, on a CPU 2 GiB at most.
 
-    What is larger the CPU's allocator returns to the system after every step and gets again page by page, a tenth of
-    Stage I's time on smollm2-135m.
+    What is larger a CPU's allocator gives back after every step: a tenth of Stage I's time on smollm2-135m.
     """
     free = free_memory(device) // 4
     return free if device.type == "cuda" else min(free, 2**31)
@@ -97,7 +96,8 @@ def halving(attempt: Callable[[int], T], tokens: int) -> T:
         try:
             return attempt(tokens)
         except RuntimeError as error:
-            if not _out_of_memory(error) or tokens <= 1:
+            full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            if not full or tokens <= 1:
                 raise
         tokens //= 2
         log.warning("out of memory: going on with micro-batches half as large (%d)", tokens)
@@ -105,23 +105,17 @@ def halving(attempt: Callable[[int], T], tokens: int) -> T:
             torch.cuda.empty_cache()
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 @cache
 def mkl_is_slow() -> bool:
     """Whether MKL, which torch's float32 products call, leaves half of this processor unused: AVX-512 not Intel's."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not (
-        torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    ):
-        return False
-    return "AuthenticAMD" in (_cpuinfo() or platform.processor())
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return both and wide and "AuthenticAMD" in (_read(CPUINFO) or platform.processor())
 
 
 def processor() -> str:
     """The processor's name, and the widest instructions that torch uses on it, such as "AMD EPYC, AVX2"."""
-    named = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
+    named = re.search(r"model name\s*:\s*(.+)", _read(CPUINFO))
     name = named[1].strip() if named else platform.processor() or platform.machine()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
@@ -136,10 +130,6 @@ def accelerator(device: torch.device) -> dict[str, Any]:
         "accelerator": found.name, "accelerator_memory": found.total_memory, "driver": driver[1] if driver else "",
         "cuda": torch.version.cuda, "float32_products": "TF32" if inside == "tf32" else "exact"
     }
-
-
-def _cpuinfo() -> str:
-    return _read("/proc/cpuinfo")
 
 
 def _read(path: str) -> str:

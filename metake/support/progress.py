@@ -15,9 +15,8 @@ T = TypeVar("T")
 
 def progress(items: Iterable[T], what: str) -> Iterator[T]:
     """Iterate with a bar on standard error if that is a terminal."""
-    return iter(
-        tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty(), file=sys.stderr, dynamic_ncols=True)
-    )
+    hidden = not sys.stderr.isatty()
+    return iter(tqdm(items, desc=what, leave=False, disable=hidden, file=sys.stderr, dynamic_ncols=True))
 
 
 @contextlib.contextmanager

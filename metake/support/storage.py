@@ -9,7 +9,6 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,9 +42,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
-    """A folder to fill that takes its name when it is whole; replaces only one that holds `marker`, never a
-    stranger's: ParameterError.
-    """
+    """A folder to fill that takes its name when it is whole; a stranger's, without `marker`, stays: ParameterError."""
     folder = Path(folder)
     if folder.exists() and not (folder / marker).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise ParameterError(f"{folder} exists and is not of this kind (no {marker} in it); choose another folder")
@@ -65,11 +62,9 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def save_tensors(
-    tensors: Mapping[str, Tensor], path: str | os.PathLike, meta: Mapping[str, str] = MappingProxyType({})
-) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, meta: Mapping[str, str] | None = None) -> None:
     """Write tensors and texts to one safetensors file with a checksum of both."""
-    kept = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    kept, meta = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, meta or {}
     save_file(kept, path, {**meta, "checksum": _checksum(kept, meta)})
 
 

@@ -193,8 +193,8 @@ def test_peak_and_free_memory_are_bytes_of_this_machine():
 
 def test_the_processor_is_named_with_the_instructions_that_are_used(monkeypatch):
     assert machine.processor().endswith(torch.backends.cpu.get_cpu_capability())
-    monkeypatch.setattr(machine, "_cpuinfo", lambda: "processor\t: 0\nmodel name\t: Some Maker 9 \nflags\t: x\n")
+    monkeypatch.setattr(machine, "_read", lambda _: "processor\t: 0\nmodel name\t: Some Maker 9 \nflags\t: x\n")
     assert machine.processor().startswith("Some Maker 9, ")
-    monkeypatch.setattr(machine, "_cpuinfo", lambda: "")
+    monkeypatch.setattr(machine, "_read", lambda _: "")
     monkeypatch.setattr(machine.platform, "processor", lambda: "arm")
     assert machine.processor().startswith("arm, ")
