@@ -44,12 +44,12 @@ def check(model: Any, weights: Mapping[str, str], told: Mapping[str, Any]) -> No
                 continue
         except ArchitectureError as error:
             raise ProvenanceError(f"the edit was made on {name!r}; apply it to that base: {error}") from error
-        told = f"{module} of {model.name!r} has SHA-256 {found[:12]}…, but the edit was made on {expected[:12]}…"
+        said = f"{module} of {model.name!r} has SHA-256 {found[:12]}…, but the edit was made on {expected[:12]}…"
         if module in sketches:
             weight = model.weight(module)
             difference = sketch(weight) - torch.tensor(sketches[module], dtype=torch.float64)
             away = difference.square().mean().sqrt().item() / max(weight.double().norm().item(), 1e-300)
             if away <= tolerance:
                 continue
-            told += f", and lies {away:.1e} of its norm away, after the run's earlier edits at most {tolerance:g}"
-        raise ProvenanceError(f"{told} (base {name!r}); apply it to that base, or pass check=False")
+            said += f", and lies {away:.1e} of its norm away, after the run's earlier edits at most {tolerance:g}"
+        raise ProvenanceError(f"{said} (base {name!r}); apply it to that base, or pass check=False")

@@ -50,10 +50,8 @@ class KeyStatistics:
         """Add keys, (n, d_in). Cost n d_in²."""
         keys = keys.detach().to(self.moment)
         if keys.ndim != 2 or keys.shape[1] != self.dim:
-            raise StatisticsError(
-                f"keys of shape {tuple(keys.shape)} do not fit statistics of dimension {self.dim}; expected (n, "
-                f"{self.dim})"
-            )
+            found = f"keys of shape {tuple(keys.shape)} do not fit statistics of dimension {self.dim}"
+            raise StatisticsError(f"{found}; expected (n, {self.dim})")
         self.moment.addmm_(keys.T, keys)
         self.count += keys.shape[0]
         self.__dict__.pop("_eigh", None)
@@ -79,12 +77,9 @@ class KeyStatistics:
         values, vectors = torch.linalg.eigh(self.covariance)
         worst = values[0].item()
         if worst < -1e-8 * max(values[-1].item(), 1e-300):
-            raise StatisticsError(
-                f"second moment is not positive semi-definite (smallest eigenvalue {worst:.2e}); recompute the "
-                "statistics"
-            )
-        # as it is read from a cache: the last digit depends on the layout
-        return values.clamp_min(0), vectors.contiguous()
+            found = f"second moment is not positive semi-definite (smallest eigenvalue {worst:.2e})"
+            raise StatisticsError(f"{found}; recompute the statistics")
+        return values.clamp_min(0), vectors.contiguous()  # as read from a cache: the last digit depends on the layout
 
     @property
     def spectrum(self) -> Tensor:
@@ -96,7 +91,10 @@ class KeyStatistics:
         return int((self.spectrum < threshold).sum())
 
 
-def one_layer(statistics: KeyStatistics | Mapping[int, KeyStatistics]) -> KeyStatistics:
+Layers = KeyStatistics | Mapping[int, KeyStatistics]
+
+
+def one_layer(statistics: Layers) -> KeyStatistics:
     """Statistics of one layer: themselves, or the last layer (the paper's L) of a collection."""
     return statistics[max(statistics)] if isinstance(statistics, Mapping) else statistics
 
@@ -110,9 +108,7 @@ class InverseCovariance:
     Raises StatisticsError if λC + ρI is numerically singular: no silent pseudo-inverse.
     """
 
-    def __init__(
-        self, statistics: KeyStatistics | Mapping[int, KeyStatistics], weight: float = 1.0, ridge: float = 0.0
-    ):
+    def __init__(self, statistics: Layers, weight: float = 1.0, ridge: float = 0.0):
         statistics = one_layer(statistics)
         if weight <= 0 or ridge < 0:
             raise ParameterError(f"weight must be > 0 and ridge ≥ 0; found weight={weight}, ridge={ridge}")
@@ -121,12 +117,8 @@ class InverseCovariance:
         operator.diagonal().add_(ridge)
         self._factor, failed = torch.linalg.cholesky_ex(operator)
         # next to each direction's own variance: keys may have outlier dimensions
-        pivots = self._factor.diagonal().square()
-        if (
-            failed.item()
-            or (ridge == 0 and statistics.count < self.dim)
-            or (pivots <= 1e-12 * operator.diagonal()).any()
-        ):
+        lost = self._factor.diagonal().square() <= 1e-12 * operator.diagonal()
+        if failed.item() or (ridge == 0 and statistics.count < self.dim) or lost.any():
             raise StatisticsError(
                 f"the second moment of {statistics.count} keys of dimension {self.dim} is numerically singular; "
                 f"stream more or more varied text (at least several times {self.dim} tokens), or choose a ridge > 0"
@@ -141,14 +133,11 @@ class NullSpace:
 
     Q = P / λ       P = U₀U₀ᵀ,  U₀ = eigenvectors of C with eigenvalue < threshold,  λ = ridge     (AlphaEdit eq. 12–13)
 
-    P is kept as the thinner of its two factors, U₀ or its complement; an application costs 4 n d_in min(rank,
-    d_in − rank).
+    P is kept as the thinner of U₀ and its complement; an application costs 4 n d_in min(rank, d_in − rank).
     Raises StatisticsError if no eigenvalue lies under the threshold: nothing could be written.
     """
 
-    def __init__(
-        self, statistics: KeyStatistics | Mapping[int, KeyStatistics], ridge: float = 1.0, threshold: float = 2e-2
-    ):
+    def __init__(self, statistics: Layers, ridge: float = 1.0, threshold: float = 2e-2):
         statistics = one_layer(statistics)
         if ridge <= 0 or threshold <= 0:
             raise ParameterError(f"ridge and threshold must be > 0; found ridge={ridge}, threshold={threshold}")
@@ -157,12 +146,10 @@ class NullSpace:
         if self.rank == 0:
             raise StatisticsError(
                 f"the null space is empty: none of {self.dim} eigenvalues of the key second moment lies under "
-                f"threshold={threshold} "
-                f"(smallest {statistics.spectrum[0]:.2e}, {statistics.count} keys), so no update could be written; "
-                "raise the threshold, or take a method without a projector (memit)"
+                f"threshold={threshold} (smallest {statistics.spectrum[0]:.2e}, {statistics.count} keys), so no update "
+                "could be written; raise the threshold, or take a method without a projector (memit)"
             )
-        vectors = statistics._eigh[1]
-        self._thin_is_null = self.rank <= self.dim - self.rank
+        self._thin_is_null, vectors = self.rank <= self.dim - self.rank, statistics._eigh[1]
         self._thin = (vectors[:, : self.rank] if self._thin_is_null else vectors[:, self.rank :]).clone()
 
     def project(self, rows: Tensor) -> Tensor:
@@ -201,7 +188,6 @@ class Conditioned:
 
     Kept as the thin factor KₚᵀQ, (N, d_in), and the Cholesky factor of I + KₚᵀQKₚ, (N, N): an application costs
     2 n N d_in on top of the base metric; conditioning on n more keys adds their border to the factor, N² n + n³.
-    Nothing asks for Kₚ itself: where it meets a further key it does so through the metric.
     """
 
     base: Metric

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import ClassVar, Protocol
 
 import torch
@@ -23,8 +23,8 @@ WHEN = ("layer", "batch", "sequence")
 
 
 class PostProcess(Protocol):
-    """A frozen value, so that it can be recorded. thin: whether what is made of a thin update is thin,
-    of no higher rank; linear: whether it is linear in the update, once the weight is known.
+    """A frozen value, so that it can be recorded. thin: what is made of a thin update is thin, of no higher rank;
+    linear: it is linear in the update, once the weight is known.
     """
 
     when: str
@@ -46,8 +46,7 @@ class keep_largest:  # noqa: N801  (reads as a function in an editor's parts)
 
     Δᵢⱼ ← Δᵢⱼ if ρᵢⱼ ≥ τ else 0,   ρ = |Δ / (W + ε)|,   τ = the ⌊(1 − share) N⌋-th smallest of the N entries of ρ
 
-    strict: the entry at τ goes too, ρᵢⱼ > τ, so that ⌊(1 − share) N⌋ changes are dropped (RECT's own code),
-    not one fewer.
+    strict: the entry at τ goes too, so that ⌊(1 − share) N⌋ changes are dropped (RECT's own code), not one fewer.
     The result is dense. Cost: one selection among N entries.
     """
 
@@ -108,16 +107,14 @@ class soften_principal:  # noqa: N801
         return partial(self._softened, principal=self._principal(weight if self.side == "key" else weight.T))
 
     def _softened(self, update: LayerUpdate, principal: Tensor) -> LayerUpdate:
-        if self.side == "key":
-            left, right, dense = update.left, self._soften(update.right, principal), update.dense
-            return LayerUpdate(update.module, left, right, dense if dense is None else self._soften(dense, principal))
-        left, dense = self._soften(update.left.T, principal).T.contiguous(), update.dense
-        return LayerUpdate(
-            update.module, left, update.right, dense if dense is None else self._soften(dense.T, principal).T
-        )
+        def soften(rows: Tensor) -> Tensor:
+            return rows - self.strength * (rows @ principal) @ principal.T
 
-    def _soften(self, rows: Tensor, principal: Tensor) -> Tensor:
-        return rows - self.strength * (rows @ principal) @ principal.T
+        dense = update.dense
+        if self.side == "key":
+            return replace(update, right=soften(update.right), dense=dense if dense is None else soften(dense))
+        left, dense = soften(update.left.T).T.contiguous(), dense if dense is None else soften(dense.T).T
+        return replace(update, left=left, dense=dense)
 
     def _principal(self, rows: Tensor) -> Tensor:
         """The top eigenvectors, (width, r), of the Gram matrix of unit rows, (count, width)."""
@@ -132,8 +129,7 @@ class soften_principal:  # noqa: N801
 
 @dataclass(frozen=True)
 class cap_spectrum:  # noqa: N801
-    """PRUNE (Ma et al. 2025): singular values of the whole change grow only logarithmically beyond the weight's
-    largest.
+    """PRUNE (Ma et al. 2025): singular values of the change grow only logarithmically beyond the weight's largest.
 
     σᵢ ← σ_max + log_α σᵢ − log_α σ_max  where σᵢ ≥ σ_max = σ₁(W₀),  α = base;   unchanged below
 
@@ -164,9 +160,7 @@ class cap_spectrum:  # noqa: N801
 
 def correction(rules: Sequence[PostProcess], total: LayerUpdate, weight: Tensor) -> LayerUpdate:
     """What must still be added to a weight that already carries `total`, for it to carry what the rules make of it."""
-    wanted = total
-    for rule in rules:
-        wanted = rule(wanted, weight)
+    wanted = reduce(lambda update, rule: rule(update, weight), rules, total)
     if wanted is total:
         return LayerUpdate(total.module, total.left[:, :0], total.right[:0])
     difference = wanted + replace(total, left=-total.left, dense=None if total.dense is None else -total.dense)

@@ -30,9 +30,8 @@ def gate(keys: Tensor, metric: Metric, noise: float = 1.0, at: Tensor | None = N
     keys:   (n, d_in) float, rows are Kᵀ
     metric: symmetric PSD operator on key space
     noise:  ν ≥ 0, variance of the written residual; 0 interpolates exactly (EMMET)
-    at:     (n, d_in) keys K* at which the residual is to be found, M = (ν I + KᵀQK*)⁻¹ KᵀQ;
-    by default K (ROME: the plain
-            prompt's key, while K is averaged over contexts)
+    at:     (n, d_in) keys K* at which the residual is to be found, M = (ν I + KᵀQK*)⁻¹ KᵀQ; by default K (ROME: the
+            plain prompt's key, while K is averaged over contexts)
     Returns (n, d_in), same dtype and device as keys. Differentiable in keys.
     Raises  StatisticsError if noise = 0 and two keys coincide under the metric, NumericalError if KᵀQK is not finite.
     Cost    one application of the metric, n² d_in + n³ after.
@@ -46,21 +45,17 @@ def gate(keys: Tensor, metric: Metric, noise: float = 1.0, at: Tensor | None = N
     inner = _finite(metric_keys @ keys.T)
     inner = (inner + inner.T) / 2 + noise * torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
     factor, failed = torch.linalg.cholesky_ex(inner)
-    singular = failed.item() or (noise == 0 and _nearly_singular(factor, keys, metric_keys))
-    if singular:
+    if failed.item() or (noise == 0 and _nearly_singular(factor.diagonal().square(), keys, metric_keys)):
         raise _undetermined(len(keys))
     return torch.cholesky_solve(metric_keys, factor).to(given)
 
 
 def _gate_at(metric_keys: Tensor, at: Tensor, noise: float) -> Tensor:
     inner = _finite(metric_keys @ at.T) + noise * torch.eye(len(at), dtype=at.dtype, device=at.device)
-    own = (metric_keys.norm(dim=1) * at.norm(dim=1)).detach()
-    factor, pivots, failed = torch.linalg.lu_factor_ex(inner)
-    if failed.item() or (
-        noise == 0 and (factor.detach().diagonal().abs() <= 100 * torch.finfo(at.dtype).eps * own).any()
-    ):
+    factor, order, failed = torch.linalg.lu_factor_ex(inner)
+    if failed.item() or (noise == 0 and _nearly_singular(factor.diagonal().abs(), at, metric_keys)):
         raise _undetermined(len(at))
-    return torch.linalg.lu_solve(factor, pivots, metric_keys)
+    return torch.linalg.lu_solve(factor, order, metric_keys)
 
 
 def _finite(inner: Tensor) -> Tensor:
@@ -75,17 +70,14 @@ def _finite(inner: Tensor) -> Tensor:
 def _undetermined(count: int) -> StatisticsError:
     return StatisticsError(
         f"{count} keys do not determine an exact write under this metric: two of them coincide in it, or one "
-        "lies in its null space; "
-        "use noise > 0, or drop the repeated requests"
+        "lies in its null space; use noise > 0, or drop the repeated requests"
     )
 
 
-def _nearly_singular(factor: Tensor, keys: Tensor, metric_keys: Tensor) -> bool:
-    """Whether a pivot is rounding next to ‖k‖‖Qk‖: the key repeats earlier ones, or the metric does not see it.
-    Scale-free.
-    """
-    own = (keys.norm(dim=1) * metric_keys.norm(dim=1)).detach()
-    return bool((factor.detach().diagonal().square() <= 100 * torch.finfo(factor.dtype).eps * own).any())
+def _nearly_singular(pivots: Tensor, keys: Tensor, metric_keys: Tensor) -> bool:
+    """Whether a pivot is rounding next to ‖k‖‖Qk‖: the key repeats earlier ones, or the metric does not see it."""
+    own = keys.norm(dim=1) * metric_keys.norm(dim=1)
+    return bool((pivots <= 100 * torch.finfo(pivots.dtype).eps * own).any())
 
 
 def realization(keys: Tensor, gate: Tensor) -> Tensor:
@@ -126,9 +118,8 @@ def association(keys: Tensor, metric: Metric, at: Tensor | None = None) -> Tenso
 
     at: as in `gate`, (n, d_in); then γ = kᵀ Q k*, of either sign.
     """
-    if at is not None:
-        return (metric.apply(keys) * at).sum(-1)
-    return (metric.apply(keys) * keys).sum(-1).clamp_min(0)
+    gamma = (metric.apply(keys) * (keys if at is None else at)).sum(-1)
+    return gamma.clamp_min(0) if at is None else gamma
 
 
 def attenuation(association: Tensor, noise: float = 1.0) -> Tensor:

@@ -41,8 +41,7 @@ class LayerUpdate:
     @property
     def delta(self) -> Tensor:
         """Δ, (d_out, d_in)."""
-        # the last digit depends on the layout, and must not on saving
-        thin = self.left.contiguous() @ self.right.contiguous()
+        thin = self.left.contiguous() @ self.right.contiguous()  # its last digit depends on the layout
         return thin if self.dense is None else thin + self.dense
 
     @property
@@ -59,16 +58,12 @@ class LayerUpdate:
         """Sum of two updates of one weight: factors side by side, on the accelerator if one of them is there."""
         if self.module != other.module:
             raise ParameterError(f"updates of different weights do not add: {self.module} and {other.module}")
-        lefts, rights = _together([self.left, other.left]), _together([self.right, other.right])
         parts = _together([d for d in (self.dense, other.dense) if d is not None])
-        return LayerUpdate(
-            self.module, torch.cat(lefts, 1), torch.cat(rights), sum(parts[1:], parts[0]) if parts else None
-        )
+        dense = sum(parts[1:], parts[0]) if parts else None
+        return _side_by_side(self.module, [self.left, other.left], [self.right, other.right], dense)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular value decomposition of Δ; a thin update's through the QR of its factors, never forming Δ:
-        O((d_out + d_in) r²).
-        """
+        """Singular value decomposition of Δ; a thin update's by the QR of its factors alone, O((d_out + d_in) r²)."""
         if self.dense is not None:
             return torch.linalg.svd(self.delta, full_matrices=False)
         q_left, r_left = torch.linalg.qr(self.left)
@@ -77,9 +72,7 @@ class LayerUpdate:
         return q_left @ u, s, vh @ q_right.T
 
     def compress(self, rank: int) -> tuple[LayerUpdate, float]:
-        """Best approximation of Δ of the given rank (Eckart–Young), and the share of ‖Δ‖_F² that it discards;
-        one `svd`.
-        """
+        """Best approximation of Δ of the given rank (Eckart–Young), and the share of ‖Δ‖_F² that it discards."""
         if rank < 1:
             raise ParameterError(f"rank must be ≥ 1; found {rank}")
         u, s, vh = self.svd()
@@ -93,6 +86,10 @@ def _together(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors on one device: where the first stands that is not on the CPU."""
     place = next((t.device for t in tensors if t.device.type != "cpu"), None)
     return [t if place is None else t.to(place) for t in tensors]
+
+
+def _side_by_side(module: str, lefts: Sequence[Tensor], rights: Sequence[Tensor], dense: Tensor | None) -> LayerUpdate:
+    return LayerUpdate(module, torch.cat(_together(lefts), 1), torch.cat(_together(rights)), dense)
 
 
 @dataclass(frozen=True)
@@ -122,11 +119,9 @@ class EditRecord:
     @classmethod
     def from_json(cls, text: str) -> EditRecord:
         raw = json.loads(text)
-        unknown = raw.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise ProvenanceError(
-                f"edit record has unknown fields {sorted(unknown)}; it was written by another version of metake"
-            )
+        if unknown := raw.keys() - {f.name for f in fields(cls)}:
+            found = f"edit record has unknown fields {sorted(unknown)}"
+            raise ProvenanceError(f"{found}; it was written by another version of metake")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
     @classmethod
@@ -190,12 +185,8 @@ class Edit:
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write factors (safetensors) and record (JSON) to `folder`, which appears whole or not at all."""
-        tensors = {
-            f"{u.module}:{part}": t
-            for u in self.updates
-            for part in ("left", "right", "dense")
-            if (t := getattr(u, part)) is not None
-        }
+        parts = [(f"{u.module}:{part}", getattr(u, part)) for u in self.updates for part in ("left", "right", "dense")]
+        tensors = {name: tensor for name, tensor in parts if tensor is not None}
         with whole_folder(folder, "record.json") as scratch:
             save_tensors(tensors, scratch / "edit.safetensors")
             (scratch / "record.json").write_text(self.record.to_json(), encoding="utf-8")
@@ -229,12 +220,9 @@ class Edit:
         edit, lost = self, dict.fromkeys(self.modules, 0.0)
         if rank is not None:
             edit, lost = self.compress(rank)
-        dense = [u.module for u in edit.updates if u.dense is not None]
-        if dense:
-            raise ParameterError(
-                f"the updates of {', '.join(dense)} are dense, an adapter is thin: pass rank=…, the discarded "
-                "energy is returned"
-            )
+        if dense := [u.module for u in edit.updates if u.dense is not None]:
+            what = f"the updates of {', '.join(dense)} are dense, an adapter is thin"
+            raise ParameterError(f"{what}: pass rank=…, the discarded energy is returned")
         size = max((u.rank for u in edit.updates), default=0)
         if not size:
             raise ParameterError("an edit of zero requests has no adapter to export")
@@ -245,14 +233,11 @@ class Edit:
             tensors[f"base_model.model.{u.module}.lora_B.weight"] = torch.nn.functional.pad(u.left, (0, pad))
         config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": findable(self.record.base["id"]) if self.record.base else None,
-            "r": size, "lora_alpha": size,
-            "target_modules": list(edit.modules), "fan_in_fan_out": bool(self.record.base.get("conv1d", False)),
-            "bias": "none", "inference_mode": True,
+            "base_model_name_or_path": findable(self.record.base["id"]) if self.record.base else None, "r": size,
+            "lora_alpha": size, "target_modules": list(edit.modules),
+            "fan_in_fan_out": bool(self.record.base.get("conv1d", False)), "bias": "none", "inference_mode": True,
         }  # fmt: skip
-        provenance = json.dumps(
-            {"discarded_energy": lost, "record": json.loads(edit.record.to_json())}, indent=1, ensure_ascii=False
-        )
+        provenance = json.dumps({"discarded_energy": lost, "record": asdict(edit.record)}, indent=1, ensure_ascii=False)
         with whole_folder(folder, "metake.json") as scratch:
             save_tensors(tensors, scratch / "adapter_model.safetensors")
             (scratch / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
@@ -280,8 +265,7 @@ def total(edits: Sequence[Edit]) -> Edit:
             if u.dense is not None:
                 dense[u.module] = sum(_together([dense[u.module], u.dense])) if u.module in dense else u.dense
     updates = tuple(
-        LayerUpdate(module, torch.cat(_together(lefts), 1), torch.cat(_together(rights)), dense.get(module))
-        for module, (lefts, rights) in ((m, zip(*factors, strict=True)) for m, factors in thin.items())
+        _side_by_side(module, *zip(*factors, strict=True), dense.get(module)) for module, factors in thin.items()
     )
     return Edit(updates, _joined(records))
 
