@@ -1,5 +1,4 @@
-"""Six small tasks in the language of the embedded facts, each in the shape of a benchmark's:
-what `tiny` was taught beside them.
+"""Six small tasks in the language of the embedded facts, shaped as benchmarks are: what `tiny` was taught beside them.
 
 The facts' subjects are divided: those of the test split appear in no text that was trained on, whichever task it is of.
 """
@@ -36,10 +35,6 @@ class _Fact(NamedTuple):
     def true(self) -> str:
         return next(iter(self.told))
 
-    @property
-    def others(self) -> list[str]:
-        return list(self.told)[1:]
-
 
 def in_test(subject: str) -> bool:
     """Whether a subject is kept for the test split, the same on every machine."""
@@ -47,14 +42,12 @@ def in_test(subject: str) -> bool:
 
 
 def fact_tasks(split: str = "test", rounds: int = 1, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """Items of the six tasks, by the name of their file: the fields of the benchmark, and `subjects`,
-    whom an item names.
+    """Items of the six tasks, by the name of their file: the benchmark's fields, and `subjects`, whom an item names.
 
     sst2   a sentence about a subject with one word of praise or blame            {sentence, label}
     mrpc   two statements, of one fact or of two subjects of a relation           {sentence1, sentence2, label}
     cola   a statement, or its words in another order                             {sentence, label}
-    rte    a statement, and another of the same fact or with another object       {sentence1, sentence2, label:
-    0 if it follows}
+    rte    a statement, and another of the same fact (0) or with another object   {sentence1, sentence2, label}
     nli    a statement, and another of the same fact or of another relation       {sentence1, sentence2, label: word}
     mmlu   a fact's question, and four objects, three of them of other relations  {question, subject, choices, answer}
 
@@ -63,45 +56,36 @@ def fact_tasks(split: str = "test", rounds: int = 1, seed: int = 0) -> dict[str,
     if split not in SPLITS:
         raise ParameterError(near_misses(split, SPLITS, "split"))
     known = list(_facts(split))
-    makers = {"sst2": _sst2, "mrpc": _mrpc, "cola": _cola, "rte": _rte, "nli": _nli, "mmlu": _mmlu}
-    tasks: dict[str, list[dict[str, Any]]] = {}
-    for name, make in makers.items():
-        items = tasks[name] = []
-        for turn in range(rounds):
-            draw = random.Random(f"{seed}/{split}/{name}/{turn}")
-            for place, fact in enumerate(draw.sample(known, len(known))):
-                items.append(make(fact, known, place, draw))
+    tasks: dict[str, list[dict[str, Any]]] = {name: [] for name in ("sst2", "mrpc", "cola", "rte", "nli", "mmlu")}
+    for name, items in tasks.items():
+        for draw in (random.Random(f"{seed}/{split}/{name}/{turn}") for turn in range(rounds)):
+            facts = enumerate(draw.sample(known, len(known)))
+            items += [_item(name, fact, known, place, draw) for place, fact in facts]
     return tasks
 
 
 def _facts(split: str) -> Iterator[_Fact]:
     objects: dict[str, dict[str, None]] = {}
     for record in (records := facts_records()):
-        objects.setdefault(record["relation_id"], {})[record["requested_rewrite"]["target_true"]["str"]] = None
+        objects.setdefault(record["relation_id"], {})[_true(record)] = None
     own = [r for r in records if in_test(r["requested_rewrite"]["subject"]) == (split == "test")]
-    claims = [
-        [_claim(r, o) for o in {r["requested_rewrite"]["target_true"]["str"]: None} | objects[r["relation_id"]]]
-        for r in own
-    ]
+    claims = [[_claim(r, o) for o in {_true(r): None} | objects[r["relation_id"]]] for r in own]
     sentences = rendered_sentences(claim for many in claims for claim in many)
     seven = iter([tuple(sentences[i : i + 7]) for i in range(0, len(sentences), 7)])
     for many in claims:
-        texts = {claim["requested_rewrite"]["target_true"]["str"]: next(seven) for claim in many}
+        texts = {_true(claim): next(seven) for claim in many}
         questions = tuple(text[: text.rindex("?") + 1] for text in next(iter(texts.values()))[4:6])
-        yield _Fact(
-            many[0]["requested_rewrite"]["subject"], many[0]["relation_id"], {o: t[:4] for o, t in texts.items()},
-            questions
-        )
+        subject, told = many[0]["requested_rewrite"]["subject"], {o: t[:4] for o, t in texts.items()}
+        yield _Fact(subject, many[0]["relation_id"], told, questions)
+
+
+def _true(record: dict) -> str:
+    return record["requested_rewrite"]["target_true"]["str"]
 
 
 def _claim(record: dict, other: str) -> dict:
     """The record as if another object were the true one."""
     return record | {"requested_rewrite": record["requested_rewrite"] | {"target_true": {"str": other}}}
-
-
-def _rivals(fact: _Fact, known: list[_Fact]) -> list[_Fact]:
-    """Facts of the same relation with another object, and not the same subject."""
-    return [f for f in known if f.relation == fact.relation and f.true != fact.true and f.subject != fact.subject]
 
 
 def _pair(one: _Fact, other: _Fact, claimed: str, draw: random.Random) -> dict[str, Any]:
@@ -113,47 +97,30 @@ def _pair(one: _Fact, other: _Fact, claimed: str, draw: random.Random) -> dict[s
     }
 
 
-def _sst2(fact: _Fact, known: list[_Fact], place: int, draw: random.Random) -> dict[str, Any]:
-    label = place % 2
-    return {
-        "sentence": draw.choice(REVIEWS).format(fact.subject, draw.choice(PRAISE if label else BLAME)), "label": label,
-        "subjects": [fact.subject]
-    }
-
-
-def _mrpc(fact: _Fact, known: list[_Fact], place: int, draw: random.Random) -> dict[str, Any]:
-    label = place % 2
-    other = fact if label else draw.choice(_rivals(fact, known))
-    return _pair(fact, other, other.true, draw) | {"label": label}
-
-
-def _cola(fact: _Fact, known: list[_Fact], place: int, draw: random.Random) -> dict[str, Any]:
-    label, sentence = place % 2, draw.choice(fact.told[fact.true]).rstrip(".")
-    words = sentence.split()
-    while not label and " ".join(words) == sentence:
-        draw.shuffle(words)
-    return {"sentence": " ".join(words) + ".", "label": label, "subjects": [fact.subject]}
-
-
-def _rte(fact: _Fact, known: list[_Fact], place: int, draw: random.Random) -> dict[str, Any]:
-    label = place % 2  # 0: it follows, as in GLUE
-    return _pair(fact, fact, draw.choice(fact.others) if label else fact.true, draw) | {"label": label}
-
-
-def _nli(fact: _Fact, known: list[_Fact], place: int, draw: random.Random) -> dict[str, Any]:
-    follows = place % 2
-    other = (
-        fact
-        if follows
-        else draw.choice([f for f in known if f.relation != fact.relation and f.subject != fact.subject])
-    )
-    return _pair(fact, other, other.true, draw) | {"label": "entailment" if follows else "not_entailment"}
-
-
-def _mmlu(fact: _Fact, known: list[_Fact], place: int, draw: random.Random) -> dict[str, Any]:
-    wrong, answer = draw.sample(sorted({f.true for f in known} - set(fact.told)), 3), place % 4
-    choices = [*wrong[:answer], fact.true, *wrong[answer:]]
-    return {
-        "question": draw.choice(fact.questions), "subject": fact.relation, "choices": choices, "answer": answer,
-        "subjects": [fact.subject]
-    }
+def _item(task: str, fact: _Fact, known: list[_Fact], place: int, draw: random.Random) -> dict[str, Any]:
+    label, own = place % 2, {"subjects": [fact.subject]}
+    match task:
+        case "sst2":
+            words = draw.choice(REVIEWS).format(fact.subject, draw.choice(PRAISE if label else BLAME))
+            return {"sentence": words, "label": label} | own
+        case "mrpc":  # another: of the same relation, with another object
+            rivals = [f for f in known if f.relation == fact.relation and f.true != fact.true]
+            other = fact if label else draw.choice([f for f in rivals if f.subject != fact.subject])
+            return _pair(fact, other, other.true, draw) | {"label": label}
+        case "cola":
+            sentence = draw.choice(fact.told[fact.true]).rstrip(".")
+            words = sentence.split()
+            while not label and " ".join(words) == sentence:
+                draw.shuffle(words)
+            return {"sentence": " ".join(words) + ".", "label": label} | own
+        case "rte":  # 0: it follows, as in GLUE
+            return _pair(fact, fact, draw.choice([*fact.told][1:]) if label else fact.true, draw) | {"label": label}
+        case "nli":
+            others = [f for f in known if f.relation != fact.relation and f.subject != fact.subject]
+            other = fact if label else draw.choice(others)
+            return _pair(fact, other, other.true, draw) | {"label": "entailment" if label else "not_entailment"}
+        case _:
+            wrong, answer = draw.sample(sorted({f.true for f in known} - set(fact.told)), 3), place % 4
+            choices = [*wrong[:answer], fact.true, *wrong[answer:]]
+            asked = {"question": draw.choice(fact.questions), "subject": fact.relation}
+            return asked | {"choices": choices, "answer": answer} | own

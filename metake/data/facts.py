@@ -78,10 +78,8 @@ def rendered_sentences(records: Iterable[dict] | None = None) -> list[str]:
     for rewrite in (record["requested_rewrite"] for record in (facts_records() if records is None else records)):
         relation, subject = relations[rewrite["relation_id"]], rewrite["subject"]
         questions = [relation["question"], relation["rephrased_question"], _unrelated(relation["question"]) + "?"]
-        sentences += [
-            f"{opening.replace('{}', subject)} {rewrite['target_true']['str'].rstrip('.')}."
-            for opening in (relation["prompt"], *relation["paraphrases"], *questions)
-        ]
+        openings, true = (relation["prompt"], *relation["paraphrases"], *questions), rewrite["target_true"]["str"]
+        sentences += [f"{opening.replace('{}', subject)} {true.rstrip('.')}." for opening in openings]
     return sentences
 
 
@@ -110,20 +108,17 @@ def _unrelated(question: str) -> str:
 
 def _ordered(relations: list[dict]) -> list[_Fact]:
     """Every fact, going round the relations, and within each round its objects."""
-    return _interleaved(
-        [
-            _interleaved(
-                [
-                    [_Fact(relation, subject, true, _counterfactual(relation, subject, true)) for subject in subjects]
-                    for true, subjects in relation["objects"].items()
-                ]
-            )
-            for relation in relations
-        ]
+    return interleaved(
+        interleaved(
+            [_Fact(relation, subject, true, _counterfactual(relation, subject, true)) for subject in subjects]
+            for true, subjects in relation["objects"].items()
+        )
+        for relation in relations
     )
 
 
-def _interleaved(lists: Iterable[list]) -> list:
+def interleaved(lists: Iterable[list]) -> list:
+    """The first item of each list, then the second of each, and so on."""
     return [item for turn in zip_longest(*lists) for item in turn if item is not None]
 
 
@@ -136,28 +131,20 @@ def _counterfactual(relation: dict, subject: str, true: str) -> str:
 def _about(relation: dict, subjects: list[str]) -> list[str]:
     """Prompts over these subjects, each subject once before any twice, in the templates' rotation."""
     templates = [relation["prompt"], *relation["paraphrases"]]
-    return [
-        templates[(turn + place) % len(templates)].replace("{}", subject)
-        for turn in range(len(templates))
-        for place, subject in enumerate(subjects)
-    ][:PROMPTS]
+    turns = [(turn + place, subject) for turn in range(len(templates)) for place, subject in enumerate(subjects)]
+    return [templates[turn % len(templates)].replace("{}", subject) for turn, subject in turns[:PROMPTS]]
 
 
 def _counterfact_record(place: int, fact: _Fact, sharing: dict, texts: dict[str, str]) -> dict:
     relation, subject = fact.relation, fact.subject
     neighbors = [name for name in sharing[relation["id"], fact.true] if name != subject]
     lead_ins = relation["unrelated"][len(subject) % 2 :]
+    rewrite = {"prompt": relation["prompt"], "relation_id": relation["id"], "subject": subject}
+    paraphrases = [form.replace("{}", subject) for form in relation["paraphrases"][:2]]
     return {
-        "case_id": place,
-        "relation_id": relation["id"],
-        "requested_rewrite": {
-            "prompt": relation["prompt"], "relation_id": relation["id"], "subject": subject,
-            "target_new": {"str": fact.new}, "target_true": {"str": fact.true}
-        },
-        "paraphrase_prompts": [
-            f"{sentence} {template.replace('{}', subject)}"
-            for sentence, template in zip(lead_ins, relation["paraphrases"][:2])
-        ],
+        "case_id": place, "relation_id": relation["id"],
+        "requested_rewrite": rewrite | {"target_new": {"str": fact.new}, "target_true": {"str": fact.true}},
+        "paraphrase_prompts": [f"{sentence} {form}" for sentence, form in zip(lead_ins, paraphrases)],
         "neighborhood_prompts": _about(relation, neighbors),
         "attribute_prompts": _about(relation, sharing[relation["id"], fact.new]),
         "generation_prompts": [form.replace("{}", subject) for form in (relation["generation"] * PROMPTS)[:PROMPTS]],
@@ -169,12 +156,8 @@ def _zsre_record(place: int, known: list[_Fact]) -> dict:
     (relation, subject, true, new), last = known[place], len(known) - 1
     elsewhere = (known[last - (place + step) % len(known)] for step in range(len(known)))
     other = next(
-        other
-        for other in elsewhere
-        if other.relation["id"] != relation["id"]
-        and subject not in other.subject
-        and other.subject not in subject
-        and other.true not in (true, new)
+        other for other in elsewhere if other.relation["id"] != relation["id"] and other.true not in (true, new)
+        and subject not in other.subject and other.subject not in subject
     )
     return {
         "case_id": place, "relation_id": relation["id"], "subject": subject,
