@@ -101,8 +101,8 @@ def _item(task: str, fact: _Fact, known: list[_Fact], place: int, draw: random.R
     label, own = place % 2, {"subjects": [fact.subject]}
     match task:
         case "sst2":
-            words = draw.choice(REVIEWS).format(fact.subject, draw.choice(PRAISE if label else BLAME))
-            return {"sentence": words, "label": label} | own
+            review = draw.choice(REVIEWS).format(fact.subject, draw.choice(PRAISE if label else BLAME))
+            return {"sentence": review, "label": label} | own
         case "mrpc":  # another: of the same relation, with another object
             rivals = [f for f in known if f.relation == fact.relation and f.true != fact.true]
             other = fact if label else draw.choice([f for f in rivals if f.subject != fact.subject])

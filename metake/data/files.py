@@ -79,29 +79,25 @@ def zsre_cases(
 def _rome(record: dict, id: str) -> EditCase:
     rewrite, prompts = record["requested_rewrite"], record.get("generation_prompts") or ()
     subject, new, true = rewrite["subject"], rewrite["target_new"]["str"], rewrite["target_true"]["str"]
-    return _case(
-        id, rewrite["prompt"].replace("{}", _template(str(subject), subject)), subject, new, true,
-        record["paraphrase_prompts"], [(prompt, true) for prompt in record["neighborhood_prompts"]], record.get("seam"),
-        [Probe("generation", prompt, record.get("reference") or "") for prompt in prompts]
-    )
+    prompt = rewrite["prompt"].replace("{}", _template(str(subject), subject))
+    neighbors = [(text, true) for text in record["neighborhood_prompts"]]
+    generation = [Probe("generation", text, record.get("reference") or "") for text in prompts]
+    return _case(id, prompt, subject, new, true, record["paraphrase_prompts"], neighbors, record, generation)
 
 
 def _easyedit(record: dict, id: str) -> EditCase:
     subject, rephrased = record["subject"], record["rephrase_prompt"]
-    return _case(
-        id, _template(record["prompt"], subject), subject, record["target_new"], record["ground_truth"],
-        [rephrased] if isinstance(rephrased, str) else rephrased,
-        [(record["locality_prompt"], record["locality_ground_truth"])], record.get("seam")
-    )
+    paraphrases = [rephrased] if isinstance(rephrased, str) else rephrased
+    neighbors = [(record["locality_prompt"], record["locality_ground_truth"])]
+    prompt, new, true = _template(record["prompt"], subject), record["target_new"], record["ground_truth"]
+    return _case(id, prompt, subject, new, true, paraphrases, neighbors, record)
 
 
 def _mend(record: dict, id: str, answer: str) -> EditCase:
     target = record["alt"] if answer == "alt" else next(iter(record["answers"]), "")
     question = record["loc"] if record["loc"].rstrip().endswith(("?", "？", "؟")) else record["loc"].rstrip() + "?"
-    return _case(
-        id, _template(record["src"], record["subject"]), record["subject"], target, None, [record["rephrase"]],
-        [(question, record["loc_ans"])], record.get("seam")
-    )
+    prompt, neighbors = _template(record["src"], record["subject"]), [(question, record["loc_ans"])]
+    return _case(id, prompt, record["subject"], target, None, [record["rephrase"]], neighbors, record)
 
 
 def _template(prompt: str, subject: str | int) -> str:
@@ -129,10 +125,10 @@ def _whole(text: str, start: int, end: int) -> bool:
 
 def _case(
     id: str, prompt: str, subject: str | int, target: str | int, true: str | int | None, paraphrases: list[str],
-    neighbors: list[tuple[str, str | int]], seam: str | None, generation: Iterable[Probe] = ()
+    neighbors: list[tuple[str, str | int]], record: dict, generation: Iterable[Probe] = ()
 ) -> EditCase:
     """The request and its probes. Where a true object is given they compare it with the target, else none compares."""
-    target, true = str(target), None if true is None else str(true)
+    target, true, seam = str(target), None if true is None else str(true), record.get("seam")
     request = EditRequest(prompt, str(subject), target, id, seam)
     if true is not None and true.strip() == request.target:
         raise RequestError("target equals truth")
@@ -191,11 +187,9 @@ def _misfit(record: Any, schema: dict[str, str]) -> str:
 
 
 def _next_step(records: list, format: str) -> str:
-    marks, other, layouts = (
-        ({"src"}, "ZsRE", "ROME's or EasyEdit's")
-        if format == "counterfact"
-        else ({"requested_rewrite", "rephrase_prompt"}, "CounterFact", "MEND's")
-    )
+    marks, other, layouts = {"requested_rewrite", "rephrase_prompt"}, "CounterFact", "MEND's"
+    if format == "counterfact":
+        marks, other, layouts = {"src"}, "ZsRE", "ROME's or EasyEdit's"
     if records and isinstance(records[0], dict) and marks & set(records[0]):
         return f"this looks like a {other} file: use {other.lower()}(...)."
     return f"convert it to {layouts} layout, or pass another file."
@@ -210,10 +204,9 @@ def _load(path: str | Path) -> list:
             return found[0]
         raise ValueError(f"it holds {type(found[0]).__name__}")
     except (OSError, ValueError) as error:
-        raise RequestError(
-            f"{path}: cannot be read ({error}); expected one JSON list of records, or one record a line, in UTF-8: "
-            "pass the path of such a file, or use facts() for the embedded set."
-        ) from error
+        wanted = "one JSON list of records, or one record a line, in UTF-8: pass the path of such a file"
+        told = f"{path}: cannot be read ({error}); expected {wanted}, or use facts() for the embedded set."
+        raise RequestError(told) from error
 
 
 def _values(text: str) -> Iterator[Any]:

@@ -39,20 +39,17 @@ class EditRequest:
 
     def __post_init__(self) -> None:
         require_text(*(texts := (self.prompt, self.subject, self.target, self.id, self.frame)), seam=self.seam)
-        flaw = (
-            "not all strings"
-            if not all(isinstance(text, str) for text in texts)
-            else f"empty {'target' if self.subject.strip() else 'subject'}"
-            if not (self.subject.strip() and self.target.strip())
-            else {0: "no placeholder", 1: ""}.get(
-                self.prompt.count("{}") * self.frame.count("{}"), "several placeholders"
-            )
-        )
+        if not all(isinstance(text, str) for text in texts):
+            flaw = "not all strings"
+        elif not (self.subject.strip() and self.target.strip()):
+            flaw = f"empty {'target' if self.subject.strip() else 'subject'}"
+        else:
+            places = self.prompt.count("{}") * self.frame.count("{}")
+            flaw = ("no placeholder", "", "several placeholders")[min(places, 2)]
         if flaw:
-            raise RequestError(
-                f"{flaw}; found {self!r}; expected one {{}} in the prompt, and a subject and a target "
-                'that are not blank: write it as "The capital of {} is", "France", "Rome".'
-            )
+            wanted = "one {} in the prompt, and a subject and a target that are not blank"
+            example = '"The capital of {} is", "France", "Rome"'
+            raise RequestError(f"{flaw}; found {self!r}; expected {wanted}: write it as {example}.")
         for name in ("subject", "target"):  # a blank at the subject's end would be looked up in its place
             object.__setattr__(self, name, getattr(self, name).strip())
 
@@ -156,16 +153,13 @@ def check_batch(requests: Iterable[EditRequest]) -> None:
     ids: dict[str, EditRequest] = {}
     for request in requests:
         if (other := ids.setdefault(request.id, request)) is not request and other.text != request.text:
-            raise RequestError(
-                f"{request.text!r} and {other.text!r} both have the id {request.id!r}; expected an id of its own "
-                "for each: records are kept by it."
-            )
+            what = f"{request.text!r} and {other.text!r} both have the id {request.id!r}"
+            raise RequestError(f"{what}; expected an id of its own for each: records are kept by it.")
         if other := seen.get(request.text):
             what = "is a duplicate of" if other.target == request.target else "contradicts"
-            raise RequestError(
-                f"request {request.id!r} {what} request {other.id!r}: {request.text!r} → "
-                f"{request.target!r} and {other.target!r}; expected every prompt once: drop one."
-            )
+            both = f"{request.text!r} → {request.target!r} and {other.target!r}"
+            told = f"request {request.id!r} {what} request {other.id!r}: {both}"
+            raise RequestError(f"{told}; expected every prompt once: drop one.")
         seen[request.text] = request
 
 
