@@ -91,7 +91,7 @@ class KeyStatistics:
         return int((self.spectrum < threshold).sum())
 
 
-Layers = KeyStatistics | Mapping[int, KeyStatistics]
+Layers = KeyStatistics | Mapping[int, KeyStatistics]  # of one layer, or of several by their number
 
 
 def one_layer(statistics: Layers) -> KeyStatistics:
@@ -188,6 +188,7 @@ class Conditioned:
 
     Kept as the thin factor KₚᵀQ, (N, d_in), and the Cholesky factor of I + KₚᵀQKₚ, (N, N): an application costs
     2 n N d_in on top of the base metric; conditioning on n more keys adds their border to the factor, N² n + n³.
+    Nothing asks for Kₚ itself: where it meets a further key it does so through the metric.
     """
 
     base: Metric

@@ -72,7 +72,7 @@ class LayerUpdate:
         return q_left @ u, s, vh @ q_right.T
 
     def compress(self, rank: int) -> tuple[LayerUpdate, float]:
-        """Best approximation of Δ of the given rank (Eckart–Young), and the share of ‖Δ‖_F² that it discards."""
+        """Best approximation of Δ of this rank (Eckart–Young), and the share of ‖Δ‖_F² that it discards; one `svd`."""
         if rank < 1:
             raise ParameterError(f"rank must be ≥ 1; found {rank}")
         u, s, vh = self.svd()

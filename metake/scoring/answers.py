@@ -1,6 +1,4 @@
-"""A model's answers to questions: what it writes, greedily, and how probable it finds each of the answers to choose
-from.
-"""
+"""A model's answers to questions: what it writes, greedily, and how probable it finds each answer to choose from."""
 
 from __future__ import annotations
 
@@ -32,12 +30,10 @@ class Answer(NamedTuple):
 def answer(
     lm: LanguageModel, questions: Sequence[tuple[str, Sequence[str]]], length: int = LENGTH, tokens: int = 8192
 ) -> list[Answer]:
-    """Answers to (prompt, candidates), in the given order: `length` greedy tokens, cut at the end of text,
-    and log-probabilities.
+    """Answers to (prompt, candidates), in order: `length` greedy tokens, to the end of text, and log-probabilities.
 
-    A candidate continues the prompt after one space, whatever that ends in. One forward over a prompt serves both, as
-    long as its candidates are one token each; longer ones are read in a pass of their own. tokens: of one
-    micro-batch, which does not change the result.
+    A candidate continues the prompt after one space, whatever that ends in. One forward over a prompt serves both if
+    its candidates are one token each; longer ones are read apart. tokens: of one micro-batch; the result is the same.
     Raises RequestError for a prompt without tokens, NumericalError for numbers that are not finite.
     """
     rows = [encode(lm.tokenizer, prompt) for prompt, _ in questions]
@@ -65,9 +61,7 @@ def _written(lm: LanguageModel, rows: Sequence[tuple[int, ...]], length: int, to
 
 
 def _continue(lm: LanguageModel, rows: Sequence[tuple[int, ...]], length: int) -> tuple[Tensor, Tensor]:
-    """`length` greedy tokens after each row, (rows, length), and the first one's log-probabilities,
-    (rows, vocabulary).
-    """
+    """`length` greedy tokens after each row, (rows, length), and the first's log-probabilities, (rows, vocabulary)."""
     step, cache, every = _aligned(rows, lm.device), DynamicCache(), torch.arange(len(rows), device=lm.device)
     new: list[Tensor] = []
     for _ in range(length):

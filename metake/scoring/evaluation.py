@@ -24,6 +24,7 @@ from metake.support.errors import ParameterError, RequestError, near_misses
 from metake.support.machine import halving
 from metake.support.progress import progress
 
+_Questions = dict[tuple[int, ...], list[tuple[int, int, tuple[int, ...]]]]  # row → (place, first position, answer)
 NAMES = {"efficacy": "efficacy", "paraphrase": "generalization", "neighborhood": "specificity"}
 
 
@@ -73,40 +74,28 @@ class Evaluation:
         """Name → mean over cases of the case's mean. Names: efficacy, generalization, specificity, their *_accuracy, …
 
         specificity_pre_edit (MetaKE v3 eq. 105): share of unrelated answer tokens whose arg-max is as before the edit;
-        present if `before` was given. The plain `specificity` of ZsRE is against the ground truth,
-        as released code has it.
+        present if `before` was given. ZsRE's plain `specificity` is against the ground truth, as released code has it.
         """
-        found = {}
+        values: dict[str, list[float | None]] = {}
         for kind, name in NAMES.items():
             for suffix, what in (("", "score"), ("_accuracy", "accuracy")):
-                values = [v for c in self.cases if (v := c.mean(kind, what)) is not None]
-                if values:
-                    found[name + suffix] = 100 * fmean(values)
-        for name in ("fluency", "consistency"):
-            values = [v for c in self.cases if (v := getattr(c, name)) is not None]
-            if values:
-                found[name] = 100 * fmean(values)
-        shares = [v for v in self._unchanged() if v is not None]
-        if shares:
-            found["specificity_pre_edit"] = 100 * fmean(shares)
-        return found
+                values[name + suffix] = [case.mean(kind, what) for case in self.cases]
+        values |= {name: [getattr(case, name) for case in self.cases] for name in ("fluency", "consistency")}
+        values["specificity_pre_edit"] = self._unchanged()
+        known = {name: [value for value in many if value is not None] for name, many in values.items()}
+        return {name: 100 * fmean(many) for name, many in known.items() if many}
 
     def _unchanged(self) -> list[float | None]:
         """Per case: share of its neighborhood answers' tokens whose arg-max is as before; None without such probes."""
         shares: list[float | None] = []
         for now, then in zip(self.cases, self.before.cases if self.before else (), strict=bool(self.before)):
-            pairs = [
-                (a.target.greedy, b.target.greedy)
-                for a, b in zip(now.probes, then.probes, strict=True)
-                if a.kind == "neighborhood"
-            ]
+            both = [p for p in zip(now.probes, then.probes, strict=True) if p[0].kind == "neighborhood"]
+            pairs = [(a.target.greedy, b.target.greedy) for a, b in both]
             shares.append(fmean(fmean(x == y for x, y in zip(a, b, strict=True)) for a, b in pairs) if pairs else None)
         return shares
 
     def __getitem__(self, name: str) -> float:
-        """One metric, in percent. Raises ParameterError, naming those there are, if these cases have no probe for
-        it.
-        """
+        """One metric, in percent. Raises ParameterError, naming those there are, if no case has a probe for it."""
         if name not in (metrics := self.metrics):
             raise ParameterError(near_misses(str(name), metrics, "metric of these cases"))
         return metrics[name]
@@ -185,7 +174,7 @@ def read(lm: LanguageModel, pairs: Sequence[tuple], tokens: int = 8192) -> list[
     Pairs that need the same forward (all continuations of one token share their prompt's) are run once; rows of similar
     length go together. Raises NumericalError, naming the first broken weight, for logits that are not finite.
     """
-    wanted: dict[tuple[int, ...], list[tuple[int, int, tuple[int, ...]]]] = {}
+    wanted: _Questions = {}
     for i, (prompt, text, *between) in enumerate(pairs):
         start, answer = prompted(lm.tokenizer, prompt, text, *between)
         if not start:
@@ -196,10 +185,7 @@ def read(lm: LanguageModel, pairs: Sequence[tuple], tokens: int = 8192) -> list[
     return halving(lambda tokens: _read(lm, wanted, len(pairs), tokens), min(tokens, lm.room(1, gradients=False)))
 
 
-def _read(
-    lm: LanguageModel, wanted: dict[tuple[int, ...], list[tuple[int, int, tuple[int, ...]]]], count: int, tokens: int
-) -> list[Reading]:
-    """wanted: per row its questions (place in the answer, first position, continuation)."""
+def _read(lm: LanguageModel, wanted: _Questions, count: int, tokens: int) -> list[Reading]:
     rows = list(wanted)
     result: list[Reading | None] = [None] * count
     for group in progress(lm.groups([len(r) for r in rows], tokens), "evaluate"):
@@ -208,17 +194,13 @@ def _read(
         row, column = (torch.tensor(x, device=lm.device) for x in zip(*where, strict=True))
         labels = torch.tensor([t for *_, answer in asked for t in answer], device=lm.device)
         logits = lm.logits(pad([rows[i] for i in group], lm.device), row, column)
-        log_p = (
-            torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-            .gather(1, labels[:, None])[:, 0]
-            .tolist()
-        )
+        log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+        log_p = log_p.gather(1, labels[:, None])[:, 0].tolist()
         best, at = logits.argmax(-1).tolist(), 0
         for _, i, _, answer in asked:
             span = slice(at, at + len(answer))
-            result[i] = Reading(
-                fmean(log_p[span]), tuple(a == b for a, b in zip(best[span], answer, strict=True)), tuple(best[span])
-            )
+            correct = tuple(a == b for a, b in zip(best[span], answer, strict=True))
+            result[i] = Reading(fmean(log_p[span]), correct, tuple(best[span]))
             at += len(answer)
     return result
 

@@ -22,11 +22,9 @@ def harness(
     lm: LanguageModel, source: str = "facts", names: Sequence[str] = tuple(TASKS), tests: int = 100,
     reading: str = "corrected", edited: Iterable[str] = ()
 ) -> dict[str, float]:
-    """Accuracy in percent per task, of `lm` as it is now, by `lm_eval.simple_evaluate` with local data:
-    nothing is downloaded.
+    """Accuracy in percent per task, of `lm` as it is now, by `lm_eval.simple_evaluate` on local data alone.
 
-    source, names, tests, reading, edited: as in `tasks.read_items` and `tasks.asked`. Raises ParameterError if lm-eval
-    is not installed.
+    Arguments: as in `tasks.read_items` and `tasks.asked`. Raises ParameterError if lm-eval is not installed.
     """
     try:
         from lm_eval import simple_evaluate
@@ -36,10 +34,8 @@ def harness(
         raise ParameterError(f"this needs lm-evaluation-harness ({error}): pip install 'metake[harness]'") from error
     with tempfile.TemporaryDirectory() as folder:
         wanted = [task(name) for name in names]
-        configs = [
-            _config(t, asked(read_items(source, t.file), t, tests, reading, edited), reading, Path(folder))
-            for t in wanted
-        ]
+        items = [asked(read_items(source, t.file), t, tests, reading, edited) for t in wanted]
+        configs = [_config(t, own, reading, Path(folder)) for t, own in zip(wanted, items, strict=True)]
         model = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=16)
         found = simple_evaluate(
             model, tasks=configs, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, log_samples=False
@@ -50,13 +46,8 @@ def harness(
 def _config(which: Task, items: Sequence[dict], reading: str, folder: Path) -> dict:
     """A task of the harness: its items as questions and the number of the right answer, in a file of their own."""
     file = folder / f"{which.file}.jsonl"
-    file.write_text(
-        "".join(
-            json.dumps({"question": which.prompt(item, reading), "right": which.label(item, reading)}) + "\n"
-            for item in items
-        ),
-        encoding="utf-8",
-    )
+    rows = [{"question": which.prompt(item, reading), "right": which.label(item, reading)} for item in items]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {
         "task": f"metake_{which.file}", "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(folder / "cache")}, "test_split": "test",

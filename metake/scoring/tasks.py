@@ -1,15 +1,12 @@
 """Six tasks of general ability: their prompts, how an answer is read, and which items are asked
 (AlphaEdit's `glue_eval`; MetaKE v3 §6.5, App. C.4).
 
-Two readings. "parity" is the published harness to the letter, for curves beside published ones. "corrected",
-the default,
-mends what is a mistake there and nothing else:
+Two readings. "parity" is the published harness to the letter, for curves beside published ones. "corrected", the
+default, mends what is a mistake there and nothing else:
 
-labels     RTE: GLUE's label 0 says that the second sentence follows, but the harness counts the answer "True" as label
-1
+labels     RTE: GLUE's label 0 says that the second sentence follows, but the harness counts "True" as label 1
 spacing    CoLA: its prompt ends in a blank, after which most tokenizers cannot write an ordinary word
-answers    the harness looks for its words anywhere: "no" in "not", MMLU's "a" at the end of any line;
-here the first whole word counts
+answers    the harness looks for its words anywhere ("no" in "not", MMLU's "a"); here the first whole word counts
 """
 
 from __future__ import annotations
@@ -19,13 +16,13 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from metake.data.fact_tasks import fact_tasks
+from metake.data.facts import interleaved
 from metake.support.errors import ParameterError, near_misses
 
 READINGS = ("corrected", "parity")
@@ -66,10 +63,8 @@ class Task(NamedTuple):
         if isinstance(found, str) and found.isdigit():
             found = int(found)
         if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < len(self.classes):
-            raise ParameterError(
-                f"an item of {self.name} has the label {found!r}; expected one of {len(self.classes)} classes, "
-                "from 0 on"
-            )
+            wanted = f"expected one of {len(self.classes)} classes, from 0 on"
+            raise ParameterError(f"an item of {self.name} has the label {found!r}; {wanted}")
         return 1 - found if self.file == "rte" and reading == "corrected" else found
 
     def read(self, prompt: str, written: str, reading: str = "corrected") -> int:
@@ -83,39 +78,36 @@ class Task(NamedTuple):
         return next((i for i in self.order if words[i] in text), INVALID)
 
 
-_TWO = ("No", "Yes")
-_TRUTH = ("False", "True")
-TASKS: dict[str, Task] = {
-    task.file: task
-    for task in (
-        Task(
-            "SST-2", "sst2", "Review :{sentence}\nSentiment :", ("negative", "positive"), (1, 0), "Sentiment :",
-            "accuracy"
-        ),
-        Task(
-            "MRPC", "mrpc",
-            "Are the sentences paraphrases of each other.\nSentence 1: {sentence1}\nSentence 2: {sentence2}\nAnswer:",
-            _TWO, (1, 0), "Answer:", "F1"
-        ),
-        Task(
-            "CoLA", "cola", "Is this sentence linguistically acceptable?\nSentence: {sentence}\nAnswer: ", _TWO, (1, 0),
-            "Answer:", "MCC"
-        ),
-        Task(
-            "RTE", "rte", "{sentence1}\nquestion: {sentence2} True or False?\nanswer:", _TRUTH, (0, 1), "answer:",
-            "accuracy"
-        ),
-        Task(
-            "NLI", "nli", "{sentence1} entails the {sentence2} True or False? Answer:", _TRUTH, (1, 0),
-            "True or False? Answer:", "accuracy"
-        ),
-        Task(
-            "MMLU", "mmlu",
-            "Question: {question}\n(A) {choices[0]}\n(B) {choices[1]}\n(C) {choices[2]}\n(D) {choices[3]}\nAnswer:",
-            tuple("ABCD"), (0, 1, 2, 3), None, "accuracy"
-        ),
-    )
-}
+_TWO, _TRUTH = ("No", "Yes"), ("False", "True")
+_TASKS = (
+    Task(
+        "SST-2", "sst2", "Review :{sentence}\nSentiment :",
+        ("negative", "positive"), (1, 0), "Sentiment :", "accuracy"
+    ),
+    Task(
+        "MRPC", "mrpc",
+        "Are the sentences paraphrases of each other.\nSentence 1: {sentence1}\nSentence 2: {sentence2}\nAnswer:",
+        _TWO, (1, 0), "Answer:", "F1"
+    ),
+    Task(
+        "CoLA", "cola", "Is this sentence linguistically acceptable?\nSentence: {sentence}\nAnswer: ",
+        _TWO, (1, 0), "Answer:", "MCC"
+    ),
+    Task(
+        "RTE", "rte", "{sentence1}\nquestion: {sentence2} True or False?\nanswer:",
+        _TRUTH, (0, 1), "answer:", "accuracy"
+    ),
+    Task(
+        "NLI", "nli", "{sentence1} entails the {sentence2} True or False? Answer:",
+        _TRUTH, (1, 0), "True or False? Answer:", "accuracy"
+    ),
+    Task(
+        "MMLU", "mmlu",
+        "Question: {question}\n(A) {choices[0]}\n(B) {choices[1]}\n(C) {choices[2]}\n(D) {choices[3]}\nAnswer:",
+        tuple("ABCD"), (0, 1, 2, 3), None, "accuracy"
+    ),
+)
+TASKS: dict[str, Task] = {task.file: task for task in _TASKS}
 """By the name of their file. "NLI" is RTE's training set, as the harness has it."""
 
 
@@ -136,11 +128,8 @@ class _PlainData(pickle.Unpickler):
 
 def lessons(rounds: int = 1, seed: int = 0) -> dict[str, list[tuple[str, str]]]:
     """The small tasks' train split as text, by task: prompts, and the right answers with the blank before them."""
-    drawn = fact_tasks("train", rounds, seed)
-    return {
-        name: [(TASKS[name].prompt(item), f" {TASKS[name].classes[TASKS[name].label(item)]}") for item in items]
-        for name, items in drawn.items()
-    }
+    drawn = [(TASKS[name], items) for name, items in fact_tasks("train", rounds, seed).items()]
+    return {t.file: [(t.prompt(item), f" {t.classes[t.label(item)]}") for item in items] for t, items in drawn}
 
 
 def read_items(source: str | Path, name: str) -> list[dict[str, Any]]:
@@ -157,17 +146,13 @@ def read_items(source: str | Path, name: str) -> list[dict[str, Any]]:
         return _from_hub(wanted)
     folder = Path(source)
     if not folder.is_dir():
-        raise ParameterError(
-            f"task data {str(source)!r} is neither 'facts', nor 'hub', nor a folder with {wanted.file}.jsonl "
-            "and the like"
-        )
+        known = f"neither 'facts', nor 'hub', nor a folder with {wanted.file}.jsonl and the like"
+        raise ParameterError(f"task data {str(source)!r} is {known}")
     for kind, load in _KINDS.items():
         if (file := folder / f"{wanted.file}.{kind}").is_file():
             return _checked(wanted, file, load)
-    raise ParameterError(
-        f"{folder} has no {wanted.file}.jsonl and no {wanted.file}.pkl; found "
-        f"{', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}"
-    )
+    found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    raise ParameterError(f"{folder} has no {wanted.file}.jsonl and no {wanted.file}.pkl; found {found}")
 
 
 _KINDS: dict[str, Callable[[bytes], Any]] = {
@@ -207,26 +192,22 @@ def _from_hub(wanted: Task) -> list[dict[str, Any]]:
     if wanted.file == "nli":
         items = [item | {"label": ("entailment", "not_entailment")[item["label"]]} for item in items]
     classes = [[item for item in items if wanted.label(item) == c] for c in range(len(wanted.classes))]
-    return [item for turn in zip_longest(*classes) for item in turn if item is not None]
+    return interleaved(classes)
 
 
 def asked(
     items: Sequence[dict[str, Any]], wanted: Task, tests: int, reading: str = "corrected", edited: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
-    """The first `tests` items after the reserved ones; in the corrected reading those that name an edited subject are
-    passed over.
-
-    Their answers are meant to change. Raises ParameterError if there are not so many.
+    """The first `tests` items after the reserved ones; the corrected reading passes over those that name an edited
+    subject, whose answers are meant to change. Raises ParameterError if there are not so many.
     """
     found = items[RESERVED:]
     if reading == "corrected" and (subjects := sorted(set(edited), key=len, reverse=True)):
         named = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, subjects))})(?!\w)")
         found = [item for item in found if not named.search(wanted.prompt(item))]
     if len(found) < tests:
-        raise ParameterError(
-            f"{tests} items of {wanted.name} were asked for; {len(found)} can be asked, of {len(items)} in the "
-            "data: ask for fewer, or edit fewer facts"
-        )
+        told = f"{tests} items of {wanted.name} were asked for; {len(found)} can be asked, of {len(items)} in the data"
+        raise ParameterError(f"{told}: ask for fewer, or edit fewer facts")
     return list(found[:tests])
 
 
@@ -236,12 +217,10 @@ MEASURES = ("accuracy", "F1", "MCC")
 def measures(
     labels: Sequence[int], predictions: Sequence[int], classes: int, draws: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Accuracy, weighted F1 and Matthews' correlation, in percent; an INVALID prediction is a class of its own that is
-    never right.
+    """Accuracy, weighted F1 and Matthews' correlation in percent; INVALID is a class of its own that is never right.
 
-    draws: how often each item counts, (draws, items); None: once. Returns one value a draw.
-    F1 is weighted by the classes' sizes; it and the correlation are 0 where they are undefined,
-    as scikit-learn has them.
+    draws: how often each item counts, (draws, items); None: once. Returns one value a draw. F1 is weighted by the
+    classes' sizes; it and the correlation are 0 where they are undefined, as scikit-learn has them.
     """
     cells = np.zeros((len(labels), classes, classes + 1))
     cells[np.arange(len(labels)), labels, np.where(np.asarray(predictions) == INVALID, classes, predictions)] = 1

@@ -50,9 +50,7 @@ def _words() -> Any:
 
 @cache
 def _vectorizer() -> Any:
-    """scikit-learn's defaults (as the family's), with document frequencies of the embedded reference texts and
-    prose.
-    """
+    """scikit-learn's defaults (as the family's); document frequencies of the embedded reference texts and prose."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer().fit([*reference_texts().values(), *prose()])
