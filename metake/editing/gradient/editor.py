@@ -77,14 +77,11 @@ class GradientEditor:
                     f"this editor was trained on {path} with SHA-256 {expected[:12]}…, but {lm.name!r} has "
                     f"{found.get(path, 'none')[:12]}…: train one on this model, with metake train"
                 )
-        begin = {i: self._first_moments(lm, i, sum(size)) for i, size in enumerate(self._shapes(lm))}
+        # what a living normalization goes on from: the training's moments, those of its last step; else none
+        tables = [torch.zeros(3, sum(size), dtype=torch.float64) for size in self._shapes(lm)]
+        tables = [network.table for network in self.networks[-1]] if self.networks else tables
+        begin = {i: Moments(table.to(lm.device)) for i, table in enumerate(tables)}
         return EditorState(begin if self.rule.living else {}, PLAIN, self.digest)
-
-    def _first_moments(self, lm: LanguageModel, shape: int, width: int) -> Moments:
-        """What a living normalization goes on from: the training's moments, those of its last step; else none."""
-        if self.networks:
-            return Moments(self.networks[-1][shape].table.to(lm.device))
-        return Moments.of(torch.zeros(0, width, device=lm.device))
 
     def edit(self, lm: LanguageModel, requests: Sequence[EditRequest], statistics: Any = None) -> Edit:
         """One batch from a fresh state. `lm` is bit-identical on return."""
@@ -138,7 +135,11 @@ class GradientEditor:
             recipe=describe(self.rule) | {"modules": list(self.modules), "trained": dict(self.trained)},
             **known, requests=tuple(r.id for r in requests), requests_digest=digest_of(requests),
             statistics_digest=state.statistics_digest, context_templates=PLAIN, seed=self.seed, versions=versions(),
-            layers={path: self._norms(lm, update, solved[path]) for path, update in sums.items()},
+            layers={
+                path: norms(lm, u, solved[path])
+                or {"relative_update": (u.delta.norm() / lm.weight(path).double().norm()).item()}
+                for path, u in sums.items()
+            },
             trace={r.id: {"nll": [step[i].item() / share[i] for step in history]} for i, r in enumerate(requests)},
             seconds=clock.seconds, peak_memory=peak_memory(lm.device),
         )  # fmt: skip
@@ -162,12 +163,9 @@ class GradientEditor:
 
     def places(self, lm: LanguageModel) -> dict[str, tuple[int, int]]:
         """Each weight's shape, and its number among those of this shape, which share a network."""
-        order, counts, found = self._shapes(lm), {}, {}
-        for path in self.modules:
-            shape = order.index(lm.shape(path))
-            found[path] = (shape, counts.get(shape, 0))
-            counts[shape] = found[path][1] + 1
-        return found
+        order, sizes = self._shapes(lm), [lm.shape(path) for path in self.modules]
+        numbers = [(order.index(size), sizes[:i].count(size)) for i, size in enumerate(sizes)]
+        return dict(zip(self.modules, numbers, strict=True))
 
     @torch.no_grad()
     def _corrected(
@@ -178,11 +176,6 @@ class GradientEditor:
         if self.networks:
             return corrected(self.networks[j][shape].to(slopes.keys.device), slopes, place, moments)
         return Corrected((moments or Moments.of(slopes.rows)).normalized(slopes.rows), self.rule.step, 1.0)
-
-    def _norms(self, lm: LanguageModel, update: LayerUpdate, solved: Sequence[SolvedLayer]) -> dict[str, float]:
-        if solved:
-            return norms(lm, update, solved)
-        return {"relative_update": (update.delta.norm() / lm.weight(update.module).double().norm()).item()}
 
 
 def corrected(network: Network, slopes: Slopes, place: int, moments: Moments | None = None) -> Corrected:
@@ -203,11 +196,9 @@ def _nothing(lm: LanguageModel, path: str) -> LayerUpdate:
 
 
 def _check_finite(lm: LanguageModel, history: Sequence[Tensor], slopes: Mapping[str, Slopes]) -> None:
-    if not torch.isfinite(history[-1]).all():
-        bad = (~torch.isfinite(history[-1])).nonzero()[:, 0].tolist()
-        raise NumericalError(
-            f"the loss of request(s) {bad} is not finite at step {len(history) - 1}: {lm.cause()}, or step less"
-        )
+    step = len(history) - 1
+    if bad := (~torch.isfinite(history[-1])).nonzero()[:, 0].tolist():
+        raise NumericalError(f"the loss of request(s) {bad} is not finite at step {step}: {lm.cause()}, or step less")
     for path, found in slopes.items():
         if not torch.isfinite(found.rows).all():
-            raise NumericalError(f"inputs or gradients at {path} are not finite at step {len(history) - 1}")
+            raise NumericalError(f"inputs or gradients at {path} are not finite at step {step}")

@@ -72,20 +72,13 @@ class Corrected(NamedTuple):
     ridge: Tensor | float
 
 
-def residuals(rule: GradientRule, slopes: Slopes, corrected: Corrected) -> Tensor:
-    """D, (T, d_out), of least squares; of a sum −η g̃."""
+def factors(rule: GradientRule, slopes: Slopes, corrected: Corrected) -> tuple[Tensor, Tensor]:
+    """R = Dᵀ, (d_out, T), and M, (T, d_in), in float64, differentiable in what is corrected: Δ = R·M."""
     width = slopes.keys.shape[1]
     keys, gradients = corrected.rows[:, :width], corrected.rows[:, width:]
     step = corrected.step if rule.added else -corrected.step
     if rule.solve == "sum":
-        return step * gradients
+        return (step * gradients).double().T, keys.double()
     other = slopes.keys if rule.coefficient == "raw" else keys
-    return step * (other * keys).sum(1, keepdim=True) * gradients
-
-
-def factors(rule: GradientRule, slopes: Slopes, corrected: Corrected) -> tuple[Tensor, Tensor]:
-    """R, (d_out, T), and M, (T, d_in), in float64, differentiable in what is corrected: Δ = R·M."""
-    left = residuals(rule, slopes, corrected).double()
-    if rule.solve == "sum":
-        return left.T, corrected.rows[:, : slopes.keys.shape[1]].double()
-    return left.T, gate(slopes.keys.double(), Isotropic(slopes.keys.shape[1], corrected.ridge))
+    residuals = step * (other * keys).sum(1, keepdim=True) * gradients
+    return residuals.double().T, gate(slopes.keys.double(), Isotropic(width, corrected.ridge))

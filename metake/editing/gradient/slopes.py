@@ -89,7 +89,9 @@ class Passes:
 
     def _read(self, part: _Part, paths: Sequence[str], drift: float, total: Tensor) -> Iterator[tuple[str, Slopes]]:
         with torch.enable_grad(), probing({path: self.lm.model.get_submodule(path) for path in paths}) as probes:
-            logits = self.lm.logits_at(part.batch, part.bucket.places, thin=not self._looks_into_the_last(paths))
+            last = self.lm.architecture.mlp.format(self.lm.depth - 1)
+            inside = any(f"{path}.".startswith(f"{last}.") for path in paths)
+            logits = self.lm.logits_at(part.batch, part.bucket.places, thin=not inside)
             losses = self._losses(part, logits)
             scalar = losses[:, 0].sum() + (drift * losses[:, 1].sum() if drift else 0.0)
             slopes = torch.autograd.grad(scalar, [probes[path].leaf for path in paths])
@@ -99,7 +101,3 @@ class Passes:
             wide = torch.promote_types(slope.dtype, torch.float32)
             keys, gradients = (t.flatten(0, -2)[part.kept].to(wide) for t in (probes[path].input, slope))
             yield path, Slopes(keys, gradients)
-
-    def _looks_into_the_last(self, paths: Sequence[str]) -> bool:
-        last = self.lm.architecture.mlp.format(self.lm.depth - 1)
-        return any(f"{path}.".startswith(f"{last}.") for path in paths)

@@ -26,15 +26,19 @@ def _tensors(networks: Sequence[Sequence[Network]]) -> Iterator[tuple[str, Tenso
 
 
 def save(editor: GradientEditor, folder: str | Path) -> Path:
-    """Write a trained editor's networks (safetensors) and record (JSON) to `folder`, which appears whole or not at all.
-    Raises ParameterError if the folder holds anything else."""
+    """Write networks (safetensors) and record (JSON), whole or not at all. Raises ParameterError if the folder holds
+    anything else."""
     folder = Path(folder)
     if folder.exists() and any(p.name not in (WEIGHTS, RECORD, "checkpoint") for p in folder.iterdir()):
         raise ParameterError(f"{folder} exists and holds no trained editor; choose another folder")
+    return _write(folder, dict(_tensors(editor.networks)), dict(editor.trained))
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], record: Mapping[str, Any]) -> Path:
     with atomic_path(folder) as scratch:
         scratch.mkdir()
-        save_tensors(dict(_tensors(editor.networks)), scratch / WEIGHTS)
-        (scratch / RECORD).write_text(json.dumps(dict(editor.trained), indent=1, ensure_ascii=False), encoding="utf-8")
+        save_tensors(tensors, scratch / WEIGHTS)
+        (scratch / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     return folder
 
 
@@ -54,9 +58,7 @@ def read(folder: str | Path, device: Any = "cpu") -> GradientEditor:
     return GradientEditor(tuple(told["modules"]), rule, placed, told, told["training"]["seed"])
 
 
-def _networks(
-    tensors: Mapping[str, Tensor], rule: GradientRule, training: Mapping[str, Any]
-) -> Sequence[Sequence[Network]]:
+def _networks(tensors: Mapping[str, Tensor], rule: GradientRule, training: Mapping[str, Any]) -> list[list[Network]]:
     found: dict[tuple[int, int], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         j, i, rest = name.split(".", 2)
@@ -73,8 +75,7 @@ def _networks(
 
 
 def finished(folder: str | Path, told: Mapping[str, Any]) -> GradientEditor | None:
-    """The editor in a folder, if one was trained there by these settings; None if there is none yet. Raises
-    ParameterError for one of other settings."""
+    """The editor that these settings made in a folder, or None. Raises ParameterError for one of other settings."""
     if not (Path(folder) / RECORD).is_file():
         return None
     done = read(folder)
@@ -101,11 +102,8 @@ def checkpoint(
         for i, own in optimizer.state_dict()["state"].items()
         for name, value in own.items()
     }
-    with atomic_path(out / "checkpoint") as scratch:
-        scratch.mkdir()
-        save_tensors(dict(_tensors(made.networks)) | state, scratch / WEIGHTS)
-        text = json.dumps({"told": _same(told), "losses": list(losses)}, ensure_ascii=False)
-        (scratch / RECORD).write_text(text, encoding="utf-8")
+    record = {"told": _same(told), "losses": list(losses)}
+    _write(out / "checkpoint", dict(_tensors(made.networks)) | state, record)
 
 
 def _same(told: Mapping[str, Any]) -> dict[str, Any]:

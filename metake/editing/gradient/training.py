@@ -32,6 +32,7 @@ from metake.support.machine import versions
 from metake.support.progress import progress
 
 OUTER = ("both", "prompt", "paraphrase")
+Pair = tuple[Tensor, Tensor]  # R and M
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,8 @@ def _told(lm: LanguageModel, made: GradientEditor, training: Training, cases: Se
 
 def _optimizer(made: GradientEditor, training: Training) -> torch.optim.Optimizer:
     groups = [network.groups() for step in made.networks for network in step]
-    return torch.optim.Adam(
-        [
-            {"params": [p for own, _ in groups for p in own], "lr": training.rate},
-            {"params": [p for _, own in groups for p in own], "lr": training.step_rate},
-        ]
-    )
+    parts = zip(zip(*groups, strict=True), (training.rate, training.step_rate), strict=True)
+    return torch.optim.Adam([{"params": [p for own in part for p in own], "lr": rate} for part, rate in parts])
 
 
 def _step(
@@ -176,8 +173,7 @@ def meta_gradient(
     Cost: J + 1 forwards and backwards; for "kl" a forward of the unedited model.
     """
     outer = Passes(lm, outer_rows(lm, batch, made.rule.penalty, draw, training.outer), "all")
-    keep = training.keep
-    held = made.rule.penalty == "kl"
+    keep, held = training.keep, made.rule.penalty == "kl"
     if held:
         outer.losses()  # what the model says before the edit: the drift is from it
     with lm.scratch(made.modules):
@@ -187,20 +183,14 @@ def meta_gradient(
     surrogate = sum(_inner(slopes[path], left, right) for path, steps in pairs.items() for left, right in steps)
     norm = sum(_square(steps) for steps in pairs.values())
     (surrogate + (keep * norm if made.rule.penalty == "norm" else 0.0)).backward()
-    count = len(batch)
-    return {
-        "before": before.sum().item() / count, "after": after[:, 0].sum().item() / count,
-        "drift": after[:, 1].sum().item() / count, "norm": float(norm.detach()) ** 0.5
-    }
+    sums = {"before": before, "after": after[:, 0], "drift": after[:, 1]}
+    return {name: t.sum().item() / len(batch) for name, t in sums.items()} | {"norm": float(norm.detach()) ** 0.5}
 
 
-def _applied(
-    lm: LanguageModel, made: GradientEditor, inner: Passes
-) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
-    """Edit the model step by step: each request's −log p before, and each step's R and M of each weight, differentiable
-    in the networks."""
+def _applied(lm: LanguageModel, made: GradientEditor, inner: Passes) -> tuple[Tensor, dict[str, list[Pair]]]:
+    """Edit the model step by step: each request's −log p before, and the steps' R and M of each weight, with graph."""
     before: list[Tensor] = []
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in made.modules}
+    pairs: dict[str, list[Pair]] = {path: [] for path in made.modules}
     places = made.places(lm)
     for networks in made.networks:
         losses, slopes = inner.slopes(made.modules)
@@ -211,8 +201,6 @@ def _applied(
             shape, place = places[path]
             left, right = factors(made.rule, own, corrected(networks[shape], own, place))
             pairs[path].append((left, right))
-        for path in made.modules:
-            left, right = pairs[path][-1]
             lm.add(path, LayerUpdate(path, left.detach(), right.detach()))
     return before[0], pairs
 
@@ -222,9 +210,9 @@ def _inner(slopes: Slopes, left: Tensor, right: Tensor) -> Tensor:
     return ((slopes.gradients.double() @ left) * (slopes.keys.double() @ right.T)).sum()
 
 
-def _square(steps: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _square(steps: Sequence[Pair]) -> Tensor:
     """‖Δ‖² of the sum of the steps, from the thin factors."""
-    left, right = torch.cat([s[0] for s in steps], 1), torch.cat([s[1] for s in steps])
+    left, right = torch.cat([r for r, _ in steps], 1), torch.cat([m for _, m in steps])
     return ((left.T @ left) * (right @ right.T)).sum()
 
 
