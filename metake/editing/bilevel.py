@@ -70,7 +70,11 @@ def _descend(outer: OuterObjective, targets: Targets) -> Targets:
             raise _Enough
         value.grad = None
         history.append(outer.losses(value))
-        _check_finite(history[-1], len(history) - 1)
+        if bad := (~history[-1].isfinite().all(1)).nonzero()[:, 0].tolist():
+            raise NumericalError(
+                f"the refinement loss of request(s) {bad} is not finite at step {len(history) - 1}; try a smaller "
+                "step_size"
+            )
         total = (history[-1] @ outer.weights).sum()
         if rule.keep == "last" or total < least:
             best, kept, least = value.detach().clone(), len(history) - 1, total
@@ -93,14 +97,6 @@ def _descend(outer: OuterObjective, targets: Targets) -> Targets:
 
 class _Enough(Exception):
     """As many plans as were asked for have been tried; never leaves this module."""
-
-
-def _check_finite(losses: Tensor, step: int) -> None:
-    if not torch.isfinite(losses).all():
-        bad = (~torch.isfinite(losses).all(1)).nonzero()[:, 0].tolist()
-        raise NumericalError(
-            f"the refinement loss of request(s) {bad} is not finite at step {step}; try a smaller step_size"
-        )
 
 
 def _traced(targets: Targets, history: Tensor, weights: Tensor, kept: int) -> tuple[dict, ...]:

@@ -24,7 +24,7 @@ from metake.algebra.update import LayerUpdate
 from metake.data.requests import EditRequest
 from metake.editing.keys import Keys, Reading, average
 from metake.editing.objective import Bucket
-from metake.editing.outer import OuterObjective, Refinement, micro_batches
+from metake.editing.outer import OuterObjective, Refinement, micro_batches, responses, shifted
 from metake.editing.targets import Targets
 from metake.language.model import LanguageModel
 from metake.language.prefixes import Prefixed, Split
@@ -36,21 +36,19 @@ Written = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class StageTwo:
-    """How targets become an edit: the edited layers, the share of what is left that each takes, what is read and solved
-    there, and what is done to its update before it is written.
-    """
+    """How targets become an edit."""
 
     layers: tuple[int, ...]
-    shares: tuple[float, ...]
+    shares: tuple[float, ...]  # of what is left that each layer takes
     reading: Reading
     metrics: Mapping[int, Metric] = field(repr=False)
+    # what is done to a layer's update before it is written
     post: Mapping[int, Callable[[LayerUpdate], LayerUpdate]] = field(default_factory=dict, repr=False)
 
     def written(self, layer: int, residuals: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         """(R, M) as rows, (n, d) and (n, d_in), as they are written at `layer`."""
         update = LayerUpdate("", residuals.T, gate)
-        if layer in self.post:
-            update = self.post[layer](update)
+        update = self.post[layer](update) if layer in self.post else update
         return update.left.T, update.right
 
 
@@ -84,16 +82,13 @@ class Downstream(OuterObjective):
         self.lm, self.stage, self.first, self.last = lm, stage, stage.layers[0], stage.layers[-1]
         batch = Rows.of(lm.tokenizer, requests, contexts)
         self.count, self.contexts = len(batch), len(batch.contexts)
-        plain = [
-            row._replace(ids=row.ids[: row.lookup + 1], read=(), labels=()) for row in batch.taught[:: self.contexts]
-        ]
+        plain = [_cut(row) for row in batch.taught[:: self.contexts]]
         self.parts, self.plain = self._key_rows(batch), self._divided(list(enumerate(plain)))
         with torch.no_grad():
             self.below = [self._below(part) for part in self.parts], [self._below(part) for part in self.plain]
             for part, below in zip(self.parts, self.below[0], strict=True):
                 if part.bucket and part.bucket.watches:  # p₀: the live model before this batch
-                    live = part.run.read([], [self.last], self.first - 1, below)[1][self.last]
-                    self.score(part, live)
+                    self.score(part, part.run.read([], [self.last], self.first - 1, below)[1][self.last])
             self.gates: list[Tensor] = []  # frozen ones
             if rule.gates == "frozen":
                 self.write(self.initial)
@@ -108,8 +103,8 @@ class Downstream(OuterObjective):
         if self.rule.prompts == "contexts":
             return self._divided(rows + watched)
         scored = zip(range(0, len(rows), self.contexts), batch.rewriting(plain=True), strict=True)
-        cut = [(i, row._replace(ids=row.ids[: row.lookup + 1], read=(), labels=())) for i, row in rows]
-        return self._divided([*scored, *watched]) + self._divided([x for x in cut if x[0] % self.contexts])
+        cut = [(i, _cut(row)) for i, row in rows if i % self.contexts]
+        return self._divided([*scored, *watched]) + self._divided(cut)
 
     def _divided(self, numbered: Sequence[tuple[int, Row]]) -> list[_Part]:
         """Micro-batches of rows with their numbers among the keys, −1 for those that give none."""
@@ -149,9 +144,7 @@ class Downstream(OuterObjective):
         return [x for x, _, _ in ran], [x for _, x, _ in ran], torch.cat([x for _, _, x in ran])[order]
 
     def write(self, value: Tensor) -> tuple[Written, list[Split]]:
-        """The whole sequential edit towards V, (n, d): (R, M) of each layer as rows, and block L's outputs after all of
-        them, of each micro-batch.
-        """
+        """The whole edit towards V, (n, d): (R, M) of each layer as rows, and block L's outputs, per micro-batch."""
         if not torch.isfinite(value).all():
             raise NumericalError(
                 f"{int((~torch.isfinite(value)).any(1).sum())} of {len(value)} targets are not finite; expected "
@@ -183,18 +176,13 @@ class Downstream(OuterObjective):
         return part.bucket.losses(logits, self.count, self.rule.locality_direction)
 
     def slopes(self, states: list[Split]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The losses, (n, 2), and the outputs of block L that they depend on with the gradient of their weighted sum,
-        one micro-batch after the other.
-        """
+        """The losses, (n, 2), and, per micro-batch, block L's outputs and their weighted sum's gradient there."""
         total, tensors, slopes = torch.zeros(self.count, 2, dtype=torch.float64, device=self.lm.device), [], []
         for part, own in zip(self.parts, states, strict=True):
             if not part.bucket:
                 continue
             leaves = Split(*(t if t is None else t.detach().requires_grad_(torch.is_grad_enabled()) for t in own))
-            nll, drift = self.score(part, leaves)
-            total += torch.stack([nll, drift], 1).detach()
-            if nll.requires_grad:
-                self.weighted(nll, drift).backward()
+            if self.add(total, *self.score(part, leaves)):
                 slopes += [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves if t is not None]
                 tensors += [t for t in own if t is not None]
         return total, tensors, slopes
@@ -207,15 +195,10 @@ class Downstream(OuterObjective):
 
 
 def moved(states: Sequence[Split], inputs: Sequence[Split], residuals: Tensor, gate: Tensor) -> list[Split]:
-    """Outputs of a block after its weight changed by R M: h_j + R M u_j at every position. residuals: (n, d); gate:
-    (n, d_in).
-    """
-    return [
-        Split(
-            *(
-                h if h is None else h + (u @ gate.T.to(h.dtype)) @ residuals.to(h.dtype)
-                for h, u in zip(state, own, strict=True)
-            )
-        )
-        for state, own in zip(states, inputs, strict=True)
-    ]
+    """A block's outputs after its weight changed by R M, (n, d) and (n, d_in): h_j + R M u_j at every position."""
+    return [shifted(h, responses(u, gate), residuals) for h, u in zip(states, inputs, strict=True)]
+
+
+def _cut(row: Row) -> Row:
+    """It ends with the subject, unscored."""
+    return row._replace(ids=row.ids[: row.lookup + 1], read=(), labels=())

@@ -25,9 +25,7 @@ from metake.support.errors import ParameterError
 
 
 class Gradients(NamedTuple):
-    """At one V, float64: parts of the exact gradient g and of the proxy ĝ, (n, d) each, and what the proxy is made
-    of.
-    """
+    """At one V, float64: parts of the exact gradient g and of the proxy ĝ, (n, d) each, and what makes the proxy."""
 
     down: Tensor  #        g_down = Σ_l g_l, all that comes through the edited weights
     last: Tensor  #        g_L, the share of it that comes through Δ_L
@@ -48,9 +46,7 @@ class Gradients(NamedTuple):
         return self.proxy_down + self.pull
 
     def through(self, gate: Tensor) -> Tensor:
-        """The proxy with another gate in M's place, the task signal as it is: G M′ᵀ + ∇L_reg, (n, d). gate:
-        (n, d_in).
-        """
+        """The proxy with another gate, (n, d_in), in M's place, the task signal as it is: G M′ᵀ + ∇L_reg, (n, d)."""
         return gate @ self.signal.T + self.pull
 
     def fidelity(self) -> Fidelity:
@@ -63,8 +59,7 @@ class Fidelity(NamedTuple):
     """The quantities of v3 Theorem 2, each of the batch's shape; NaN where a denominator is zero."""
 
     leakage: Tensor  #     ε_tail = ‖g_down − g_L‖ / ‖g_L‖               condition 1: what the other layers contribute
-    # ε_gap = ‖g_L − ĝ_down‖ / (‖G‖_F ‖M‖₂)  condition 2: what the proxy misses of the last layer
-    gap: Tensor
+    gap: Tensor  #         ε_gap = ‖g_L − ĝ_down‖ / (‖G‖_F ‖M‖₂)         condition 2: what it misses of the last layer
     strength: Tensor  #    ρ = ‖GMᵀ‖ / (‖G‖_F ‖M‖₂)                      condition 3: what the gate lets through
     compatibility: Tensor  # κ = ‖ĝ‖ / ‖ĝ_down‖
     bound: Tensor  #       q = ε_tail + (1 + ε_tail) ε_gap / ρ;  ‖g − ĝ‖ ≤ q ‖ĝ_down‖
@@ -162,8 +157,7 @@ class Hypergradient(Downstream):
         self.lm.check_finite(losses, lambda i: self._rows.taught[i * self.contexts].ids)
         (down,) = torch.autograd.grad(tensors, value, slopes, retain_graph=True)
         factors = [t for t in written[-1] if t.requires_grad]  # with one edited layer, M does not depend on V
-        inner = torch.autograd.grad(tensors, factors, slopes, retain_graph=True)
-        (last,) = torch.autograd.grad(factors, value, inner)
+        (last,) = torch.autograd.grad(factors, value, torch.autograd.grad(tensors, factors, slopes, retain_graph=True))
         anchored = value.detach().clone().requires_grad_()
         pull = self.rule.anchor_weight * self.pull(anchored)
         pull.sum().backward()

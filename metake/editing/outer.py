@@ -80,10 +80,8 @@ class Refinement:
             if getattr(self, name) not in known:
                 raise ParameterError(near_misses(str(getattr(self, name)), known, name))
         if self.steps < 0 or not 0 < self.step_size < float("inf") or self.tokens < 1:
-            raise ParameterError(
-                f"steps must be ≥ 0, step_size > 0 and finite, tokens ≥ 1; found {self.steps}, "
-                f"{self.step_size}, {self.tokens}"
-            )
+            found = f"{self.steps}, {self.step_size}, {self.tokens}"
+            raise ParameterError(f"steps must be ≥ 0, step_size > 0 and finite, tokens ≥ 1; found {found}")
         for name in ("edit_weight", "locality_weight", "anchor_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ParameterError(f"{name} must be ≥ 0 and finite; found {getattr(self, name)}")
@@ -101,9 +99,7 @@ class OuterObjective:
         self.weights = torch.tensor(weights, dtype=dtype, device=self.initial.device)
 
     def task(self, value: Tensor) -> Tensor:
-        """L_edit and L_loc of each request, (n, 2); where gradients are on, their weighted sum's is added to that of
-        `value`, (n, d), a leaf.
-        """
+        """L_edit and L_loc of each request, (n, 2); with gradients on, their weighted sum's is added to a leaf's, V."""
         raise NotImplementedError
 
     def losses(self, value: Tensor) -> Tensor:
@@ -125,9 +121,12 @@ class OuterObjective:
         leaf = value.detach().to(self.initial).clone().requires_grad_()
         return self.losses(leaf).sum(0) @ self.weights, leaf.grad
 
-    def weighted(self, nll: Tensor, drift: Tensor) -> Tensor:
-        """w_e Σ L_edit + w_l Σ L_loc: what is differentiated of a micro-batch."""
-        return (self.rule.edit_weight * nll + self.rule.locality_weight * drift).sum()
+    def add(self, total: Tensor, nll: Tensor, drift: Tensor) -> bool:
+        """Add a micro-batch's losses to `total`, (n, 2); whether w_e Σ L_edit + w_l Σ L_loc was differentiated too."""
+        total += torch.stack([nll, drift], 1).detach()
+        if nll.requires_grad:
+            (self.rule.edit_weight * nll + self.rule.locality_weight * drift).sum().backward()
+        return nll.requires_grad
 
 
 class _LookAhead(NamedTuple):
@@ -154,41 +153,51 @@ class LastLayer(OuterObjective):
         super().__init__(targets, rule, torch.promote_types(lm.dtype, torch.float32))
         self.lm, self.layer, self.gate = lm, targets.layer, gate
         batch = Rows.of(lm.tokenizer, requests, contexts)
-        rows = batch.rewriting(plain=rule.prompts == "plain") + batch.locality(rule.locality_position)
-        self.parts = [self._part(lm, *group) for group in micro_batches(lm, rows, rule.tokens)]
+        self.parts = [self._part(*part) for part in _scored(lm, batch, rule, rule.tokens)]
 
     @torch.no_grad()
-    def _part(self, lm: LanguageModel, rows: list[Row], cuts: list[int]) -> _LookAhead:
-        bucket, run = Bucket.of(rows, cuts, lm.device), Prefixed(lm, [r.ids for r in rows], cuts)
+    def _part(self, bucket: Bucket, run: Prefixed) -> _LookAhead:
         keys, states = run.read([self.layer], [self.layer])
-        response = (u if u is None else u @ self.gate.T.to(lm.dtype) for u in keys[self.layer])
-        part = _LookAhead(bucket, run, states[self.layer], Split(*response))
+        part = _LookAhead(bucket, run, states[self.layer], responses(keys[self.layer], self.gate))
         if bucket.watches:  # p₀: the live model before this batch
             self._score(part, torch.zeros_like(self.anchor))
         return part
 
     def _score(self, part: _LookAhead, residuals: Tensor) -> tuple[Tensor, Tensor]:
         """L_edit and L_loc of one bucket on the virtually edited model, (n,) each. residuals: R as rows, (n, d)."""
-        moved = (
-            h if h is None else h + a @ residuals.to(h.dtype) for h, a in zip(part.state, part.response, strict=True)
-        )
-        logits = part.run.logits(self.layer, Split(*moved), part.bucket.places)
+        moved = shifted(part.state, part.response, residuals)
+        logits = part.run.logits(self.layer, moved, part.bucket.places)
         return part.bucket.losses(logits, len(residuals), self.rule.locality_direction)
 
     def task(self, value: Tensor) -> Tensor:
         total = torch.zeros(len(value), 2, dtype=value.dtype, device=value.device)
         for part in self.parts:  # every bucket sees all virtual edits, so gradients add up over buckets before the step
-            nll, drift = self._score(part, value - self.anchor)
-            total += torch.stack([nll, drift], 1).detach()
-            if nll.requires_grad:
-                self.weighted(nll, drift).backward()
+            self.add(total, *self._score(part, value - self.anchor))
         return total
+
+
+def responses(inputs: Split, gate: Tensor) -> Split:
+    """M u_j of a weight's inputs at every position, (…, n). gate: (n, d_in)."""
+    return Split(*(u if u is None else u @ gate.T.to(u.dtype) for u in inputs))
+
+
+def shifted(state: Split, response: Split, residuals: Tensor) -> Split:
+    """h_j + R (M u_j) at every position. residuals: R as rows, (n, d)."""
+    pairs = zip(state, response, strict=True)
+    return Split(*(h if h is None else h + a @ residuals.to(h.dtype) for h, a in pairs))
 
 
 def micro_batches(lm: LanguageModel, rows: Sequence[Row], tokens: int) -> list[tuple[list[Row], list[int]]]:
     """Rows that run together, and how much of each one's beginning is shared: at most before its lookup position."""
     groups, cuts = lm.continuing([r.ids for r in rows], [r.lookup for r in rows], tokens)
     return [([rows[i] for i in group], [cuts[i] for i in group]) for group in groups]
+
+
+def _scored(lm: LanguageModel, batch: Rows, rule: Refinement, tokens: int) -> list[tuple[Bucket, Prefixed]]:
+    """What L_edit and L_loc read, in micro-batches."""
+    rows = batch.rewriting(plain=rule.prompts == "plain") + batch.locality(rule.locality_position)
+    made = micro_batches(lm, rows, tokens)
+    return [(Bucket.of(own, cuts, lm.device), Prefixed(lm, [r.ids for r in own], cuts)) for own, cuts in made]
 
 
 MEASURED = Refinement(prompts="contexts", locality_direction="post_pre", locality_position="subject")
@@ -205,12 +214,7 @@ def edited_losses(
     p₀ of L_loc is the model as it is. The model is restored. Cost: two forwards over the rewriting rows.
     """
     batch = Rows.of(lm.tokenizer, requests, contexts)
-    rows = batch.rewriting(plain=rule.prompts == "plain") + batch.locality(rule.locality_position)
-    tokens = min(rule.tokens, lm.room(1, gradients=False))
-    parts = [
-        (Bucket.of(own, cuts, lm.device), Prefixed(lm, [r.ids for r in own], cuts))
-        for own, cuts in micro_batches(lm, rows, tokens)
-    ]
+    parts = _scored(lm, batch, rule, min(rule.tokens, lm.room(1, gradients=False)))
 
     def measured() -> Tensor:
         """The first call keeps p₀."""
