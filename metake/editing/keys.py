@@ -1,6 +1,4 @@
-"""Keys and current states of a batch at each edited layer, read in one sweep that resumes where the last edit ended,
-and what an editor solves from them.
-"""
+"""Keys and current states of a batch, read layer by layer in one sweep, and what an editor solves from them."""
 
 from __future__ import annotations
 
@@ -52,9 +50,8 @@ class KeyReader:
         self, lm: LanguageModel, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str], last: int,
         tokens: int = 8192, flat: bool = False, site: str = "block"
     ):
-        self.lm, self.last, self.count, self.contexts, self.flat, self.site = (
-            lm, last, len(requests), len(contexts), flat, site
-        )
+        self.lm, self.last, self.flat, self.site = lm, last, flat, site
+        self.count, self.contexts = len(requests), len(contexts)
         self.rows = Rows.of(lm.tokenizer, requests, contexts).prompts()
         self._divide(min(tokens, lm.room(1, gradients=False)))
 
@@ -72,8 +69,7 @@ class KeyReader:
 
     @LanguageModel.entry()
     def read(self, layer: int, last: int | None = None) -> Keys:
-        """Keys at `layer`, and the current value at `last` (default: the last edited layer): finite, or NumericalError.
-        """
+        """Keys at `layer`, and the current value at `last` (default: the last edited): finite, or NumericalError."""
         return halving(lambda tokens: self._read(layer, self.last if last is None else last, tokens), self.tokens)
 
     def _read(self, layer: int, last: int, tokens: int) -> Keys:
@@ -83,19 +79,15 @@ class KeyReader:
         rows_of_keys = torch.zeros(self.count * self.contexts, widths[1], dtype=torch.float64, device=device)
         current = torch.zeros(self.count, self.lm.width, dtype=torch.float64, device=device)
         below: list[Split] = []
-        resumes = bool(self.below) and self.start < layer
+        resumes, block = bool(self.below) and self.start < layer, self.site == "block"
+        inputs, outputs = ({layer}, {layer - 1, last} - {-1}) if block else ({layer, last}, {layer - 1} - {-1})
         for g, (rows, run, ends) in enumerate(self.groups):
             start = (self.start, self.below[g]) if resumes else ()
-            block = self.site == "block"
-            keys, states = run.read(
-                sorted({layer} if block else {layer, last}), sorted({layer - 1, *[last] * block} - {-1}), *start
-            )
+            keys, states = run.read(sorted(inputs), sorted(outputs), *start)
             at, plain = torch.arange(len(rows), device=device), rows % self.contexts == 0
             rows_of_keys[rows] = keys[layer].tail[at, ends].double()
-            found = (
-                states[last].tail[at, ends][plain] if block else self.lm.write(last)(keys[last].tail[at, ends][plain])
-            )
-            current[rows[plain] // self.contexts] = found.double()
+            found = (states if block else keys)[last].tail[at, ends][plain]
+            current[rows[plain] // self.contexts] = (found if block else self.lm.write(last)(found)).double()
             if layer:
                 below.append(states[layer - 1])
         self.below, self.start = below, layer - 1
@@ -114,8 +106,7 @@ def average(rows: Tensor, contexts: int, flat: bool = False) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """How an editor reads a batch, and what it solves from that: one answer for all that ask, before, in and after an
-    edit.
+    """How an editor reads a batch, and what it solves from that: one answer before, in and after an edit.
 
     site, flat: as in `KeyReader`; plain: the residual is to be found at the plain prompt's key; noise: ν of the gate;
     together: how many requests are solved at once, None for all of a batch.

@@ -30,8 +30,7 @@ class Bucket:
     weight: Tensor
     label: Tensor
     width: int
-    # log-probabilities before the edit at the locality reads, (locality reads, vocabulary)
-    initial: Tensor | None = None
+    initial: Tensor | None = None  # log-probabilities before the edit at the locality reads, (reads, vocabulary)
 
     def __post_init__(self) -> None:
         self.places = Places.of(self.row, self.column, self.width)
@@ -41,16 +40,9 @@ class Bucket:
     @classmethod
     def of(cls, rows: Sequence[Row], first: Sequence[int], device: torch.device) -> Bucket:
         """Columns count from each row's position `first`: what stands before it is not run together with the rest."""
-        taught, watched = (
-            [
-                (i, position - first[i], row.request, row.weight)
-                for i, row in enumerate(rows)
-                if bool(row.labels) is labeled
-                for position in row.read
-            ]
-            for labeled in (True, False)
-        )
-        row, column, request, weight = zip(*taught, *watched, strict=True)
+        order = sorted(enumerate(rows), key=lambda pair: not pair[1].labels)  # those with labels first
+        reads = [(i, position - first[i], row.request, row.weight) for i, row in order for position in row.read]
+        row, column, request, weight = zip(*reads, strict=True)
         return cls(
             torch.tensor([r.request for r in rows], device=device),
             *(torch.tensor(x, device=device) for x in (row, column, request)),
@@ -60,9 +52,7 @@ class Bucket:
         )
 
     def keep(self, rows: Tensor) -> Bucket:
-        """The bucket of some of its rows, (kept,) indices in ascending order: finished requests are dropped this
-        way.
-        """
+        """The bucket of some of its rows, (kept,) indices in ascending order: so finished requests are dropped."""
         place = torch.full((len(self.owner),), -1, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
         stays = place[self.row] >= 0
@@ -77,8 +67,7 @@ class Bucket:
         return self.parts[1] > 0
 
     def losses(self, logits: Tensor, requests: int, direction: str = "post_pre") -> tuple[Tensor, Tensor]:
-        """Per-request target loss and drift from this bucket's logits, each (requests,) in float64 or the logits'
-        dtype.
+        """Per-request target loss and drift from this bucket's logits, each (requests,) in float32 or wider.
 
         nll_i = Σ weight · −log p(label)        KL_i = KL(p ‖ p₀) ("post_pre") or KL(p₀ ‖ p) ("pre_post")
         The first call keeps p₀: it must be made before any change. logits: (reads, vocabulary).

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metake.editing.objective import Bucket
 from metake.language.capture import adding, moved, reading
@@ -26,21 +26,15 @@ MLP's output, times `lm.scale`, to the residual stream last, so that a vector en
 
 
 CACHED = 2
-"""So many cached columns take as much memory in a step as one that is computed: their keys and values are copied,
-for every head.
-"""
-
+"""So many cached columns, copied for every head, take as much memory in a step as one that is computed."""
 HELD = 4
-"""So many micro-batches' tokens are held between steps as keys and values alone: a third of what one of them takes in
-a step, or less.
+"""So many micro-batches are held between steps, as keys and values alone: a third of what one takes in a step, or less.
 """
 
 
 @dataclass
 class Plant:
-    """A bucket with everything that does not depend on δ: prefix keys and values, and the state where the first block
-    runs.
-    """
+    """A bucket with all that does not depend on δ: prefix keys and values, and the state where the first block runs."""
 
     bucket: Bucket  # columns counted from the lookup position
     batch: Padded  # the active positions, after those of the prefix
@@ -87,9 +81,7 @@ def planted(lm: LanguageModel, batch: Rows, layer: int, site: str, tokens: int) 
 
 
 def score(lm: LanguageModel, part: Plant, delta: Tensor, layer: int, site: str) -> Tensor:
-    """Logits at one bucket's scored positions with δ, (vectors a request, n, d), planted at its rows' lookup
-    positions.
-    """
+    """Logits at one bucket's scored positions with δ, (vectors a request, n, d), planted at its rows' lookups."""
     first, *others = delta.index_select(1, part.bucket.owner)
     first = first if site == "block" else first * lm.scale
     with ExitStack() as stack:
@@ -103,9 +95,7 @@ def score(lm: LanguageModel, part: Plant, delta: Tensor, layer: int, site: str) 
 
 
 @torch.no_grad()
-def _plant(
-    lm: LanguageModel, rows: Sequence[Row], cuts: Sequence[int], layer: int, site: str
-) -> tuple[Plant, Tensor]:
+def _plant(lm: LanguageModel, rows: Sequence[Row], cuts: Sequence[int], layer: int, site: str) -> tuple[Plant, Tensor]:
     """What δ does not change in rows that run together, and the site's outputs at their lookup positions, (vectors a
     request, rows, d). cuts: how much of each row's beginning is shared.
 
@@ -117,7 +107,9 @@ def _plant(
     batch = continued([row.ids[row.lookup :] for row in rows], lookups, lm.device)
     run, upto = Prefixed(lm, ids, cuts), Prefixed(lm, [row.ids[: row.lookup + 1] for row in rows], cuts)
     start, state = Split(None, None), torch.zeros(*batch.ids.shape, 1, device=lm.device)
-    with reading(outputs=_modules(lm, layer, site), then=torch.clone) as found:  # some blocks go on adding in place
+    owners = {"block": lm.block, "write": lm.write, "attention": lm.attention}
+    outputs = {i: owners[name](layer) for i, name in enumerate(SITES[site])}
+    with reading(outputs=outputs, then=torch.clone) as found:  # some blocks go on adding in place
         if done >= 0:  # else no block is passed over: nobody reads a state
             whole = run.read([], [done])[1][done]
             columns = (before - run.cut)[:, None] + torch.arange(batch.ids.shape[1], device=lm.device)
@@ -126,12 +118,6 @@ def _plant(
         cache = upto.fill(done, start)
     # a row's tokens end its beginning's columns
     own = columns_before(before, max(lookups)) + (upto.width - upto.cut)[:, None]
-    # a flat output is in rows again
-    sites = (found[i].reshape(len(rows), -1, lm.width) for i in range(len(found)))
+    sites = (found[i].reshape(len(rows), -1, lm.width) for i in outputs)  # a flat output is in rows again
     anchor = torch.stack([own_site[at[:, 0], before - run.cut] for own_site in sites])
     return Plant(Bucket.of(rows, lookups, lm.device), batch, rearranged(cache, at, own, done), state), anchor
-
-
-def _modules(lm: LanguageModel, layer: int, site: str) -> dict[int, nn.Module]:
-    owners = {"block": lm.block, "write": lm.write, "attention": lm.attention}
-    return {i: owners[name](layer) for i, name in enumerate(SITES[site])}

@@ -29,9 +29,8 @@ class TargetRule:
     J(δ) = NLL + kl_weight · KL(p_δ ‖ p₀) + decay · ‖δ‖ / ‖h‖²;  Adam(step_size), at most steps − 1 updates;
     stop once J < stop_below; after each update ‖δ‖ ≤ clamp · ‖h‖.       (v_lr, v_num_grad_steps, kl_factor, …)
 
-    site:  where δ enters, and whose output h is: "block" (MEMIT), "mlp", its output projection (ROME),
-    or "mlp+attention",
-           a vector at each, optimized together and each with its own decay and clamp; only the MLP's is written (PMET)
+    site:  where δ enters, and whose output h is: "block" (MEMIT), "mlp", its output projection (ROME), or
+           "mlp+attention", a vector at each, together but with its own decay and clamp; the MLP's is written (PMET)
     relax: once every target token is the arg-max, NLL counts only so much in the next step, and optimization stops if
            kl_weight · KL ≤ drift_below, or KL itself unless drift_weighted (PMET: 0.1; None: no such rule)
     """
@@ -153,9 +152,7 @@ def _descend(
 def _losses(
     lm: LanguageModel, parts: list[Plant], delta: Tensor, emphasis: Tensor, layer: int, rule: TargetRule
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Likelihood loss, drift and number of missed target tokens, (n,) each; ν · NLL + kl_weight · KL is differentiated
-    into `delta`.
-    """
+    """NLL, drift and number of missed target tokens, (n,) each; ν · NLL + kl_weight · KL is differentiated into δ."""
     nll, kl, wrong = (torch.zeros_like(emphasis) for _ in range(3))
     for part in parts:
         logits = score(lm, part, delta, layer, rule.site)
@@ -195,11 +192,5 @@ def _record(lm: LanguageModel, trace: dict[int, dict], numbers: Tensor, step: in
 
 
 def _compact(parts: list[Plant], active: Tensor) -> list[Plant]:
-    kept = []
-    for part in parts:
-        stays = active[part.bucket.owner]
-        if stays.all():
-            kept.append(part)
-        elif stays.any():
-            kept.append(part.keep(stays.nonzero()[:, 0]))
-    return kept
+    stays = ((part, active[part.bucket.owner]) for part in parts)
+    return [part if rows.all() else part.keep(rows.nonzero()[:, 0]) for part, rows in stays if rows.any()]
