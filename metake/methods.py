@@ -217,39 +217,37 @@ LITERAL = {
 
 DIFFERENCES: dict[str, Difference] = {
     "metake/literal": Difference(
-        lambda model, **changes: metake(
-            model, **{"refine": replace(metake(model).refine, **LITERAL), **changes}
-        ),
+        lambda model, **changes: metake(model, **{"refine": replace(metake(model).refine, **LITERAL)} | changes),
         "the anchor is the sum of squares as eq. 80 writes it, and the last of the plans is taken, whatever its loss",
         "the reading that a rule fixed beforehand chose (no code was released; page on what the paper leaves open), "
             "and the best of the plans by its own loss", "ours",
     ),
     "prune/added-twice": Difference(
         partial(prune, post=(cap_spectrum(add_twice=True),)), "the capped change replaces the change: W₀ + Δ′",
-        "AlphaEdit's repository adds Δ′ to the weight that already carries Δ: about W₀ + 2Δ; SPHERE's "
-            "repository mends it", "paper",
+        "AlphaEdit's repository adds Δ′ to the weight that already carries Δ: about W₀ + 2Δ; SPHERE's repository "
+        "mends it", "paper",
     ),
     "rect/original": Difference(
-        partial(rect, post=(keep_largest(0.2, 0.0, strict=True),)), "RECT's own code sets the 80 % smallest "
-            "relative changes to zero, ε = 0",
+        partial(rect, post=(keep_largest(0.2, 0.0, strict=True),)),
+        "RECT's own code sets the 80 % smallest relative changes to zero, ε = 0",
         "AlphaEdit's repository, whose RECT rows later papers quote, keeps 40 % with ε = 1e-8", "code",
     ),
     "sphere/stored": Difference(
         lambda model, **changes: sphere(
-            model, **{"post": (replace(sphere(model).post[0], side=recipe(model).sphere_stored_side),), **changes}
+            model, **{"post": (replace(sphere(model).post[0], side=recipe(model).sphere_stored_side),)} | changes
         ),
         "principal directions of the weight's rows, on the key side",
-        "the code takes the weight as it is stored: on GPT-2, whose weights are stored transposed, it softens "
-            "the output side", "paper",
+        "the code takes the weight as it is stored: on GPT-2, whose weights are stored transposed, it softens the "
+        "output side", "paper",
     ),
     "alphaedit/paper": Difference(
-        partial(alphaedit, metric=null_space(1e-2, 1.0)), "eigenvalues below 0.01 span the null space, and the "
-            "ridge is the identity: λ = 1",
+        partial(alphaedit, metric=null_space(1e-2, 1.0)),
+        "eigenvalues below 0.01 span the null space, and the ridge is the identity: λ = 1",
         "threshold 0.02 and λ = 10, the settings behind the published tables and MetaKE's executor", "code",
     ),
     "pmet/unweighted": Difference(
         lambda model, **changes: pmet(
-            model, **{"target": replace(pmet(model).target, drift_weighted=False), **changes}
+            model, **{"target": replace(pmet(model).target, drift_weighted=False)} | changes
         ),
         "PMET's own code stops once every target token is the arg-max and λ_KL · KL ≤ 0.01",
         "BLUE's copy compares KL itself, without the factor", "paper",
@@ -281,9 +279,8 @@ GRADIENT_DIFFERENCES: dict[str, Difference] = {
 
 def named() -> dict[str, Callable[..., Editor | GradientEditor]]:
     """Every name that `method` knows: both families, MetaKE on other operators, and the published differences."""
-    return METHODS | GRADIENT | OPERATORS | {
-        name: difference.make for name, difference in (DIFFERENCES | GRADIENT_DIFFERENCES).items()
-    }
+    differences = (DIFFERENCES | GRADIENT_DIFFERENCES).items()
+    return METHODS | GRADIENT | OPERATORS | {name: difference.make for name, difference in differences}
 
 
 def planning(name: str, model: str, **changes: Any) -> Editor:

@@ -49,16 +49,11 @@ class Diagnosis(list[RequestDiagnosis]):
 
 @LanguageModel.entry()
 def diagnose(
-    lm: LanguageModel,
-    requests: Sequence[EditRequest],
-    editor: Editor,
-    statistics: Mapping[int, KeyStatistics] | EditorState,
-    tau: float = 0.25,
-    epsilon: float = 0.25,
-    relative: bool = True,
+    lm: LanguageModel, requests: Sequence[EditRequest], editor: Editor,
+    statistics: Mapping[int, KeyStatistics] | EditorState, tau: float = 0.25, epsilon: float = 0.25,
+    relative: bool = True
 ) -> Diagnosis:
-    """γ, β and the feasible interval of each request at the editor's last layer, without optimizing or editing
-    anything.
+    """γ, β and the feasible interval of each request at the editor's last layer; nothing is optimized or edited.
 
     γ = kᵀQk,  β = γ/(ν+γ),  τ/β ≤ ‖r‖ ≤ ε(1+γ/ν)    (MetaKE v3 Proposition 1, Theorem 1, eqs 111–112, with ν = 1)
 

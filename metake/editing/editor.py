@@ -54,10 +54,9 @@ class Editor:
     layers: edited blocks in ascending order; metric: rule that builds Q from a layer's statistics; target: Stage I;
     allocation: share of the residual per layer; refine: MetaKE's outer level or None; remember: condition the metric
     on the keys of earlier batches; noise: 1, or 0 to interpolate exactly; seed: of the context templates.
-    own_targets: each layer has targets of its own, made on the model that the layers before have changed (BLUE);
-    else all share the last layer's. post: see `postprocess`. together: how many requests are solved at once,
-    None for all of a batch (ROME: 1). plain: the residual is to be found at the plain prompt's key (ROME),
-    not at the averaged one.
+    own_targets: each layer has targets of its own, made on the model that the layers before have changed (BLUE); else
+    all share the last layer's. post: see `postprocess`. together: how many requests are solved at once, None for all of
+    a batch (ROME: 1). plain: the residual is to be found at the plain prompt's key (ROME), not at the averaged one.
     """
 
     layers: tuple[int, ...]
@@ -85,9 +84,7 @@ class Editor:
         ):
             raise ParameterError("contexts must begin with the plain '{}', and each must contain exactly one '{}'")
         if self.together is not None and self.together < 1:
-            raise ParameterError(
-                f"together must be at least 1, or None for all requests of a batch; found {self.together}"
-            )
+            raise ParameterError(f"together must be at least 1, or None for all of a batch; found {self.together}")
 
     def paths(self, lm: LanguageModel) -> tuple[str, ...]:
         """The weights that an edit changes."""
@@ -106,17 +103,14 @@ class Editor:
                     f"no key statistics of layer {layer}; found {sorted(statistics)}: compute them with "
                     f"statistics(lm, layers={self.layers})"
                 )
-            width = lm.shape(lm.write_path(layer))[1]
-            if statistics[layer].dim != width:
+            if statistics[layer].dim != (width := lm.shape(lm.write_path(layer))[1]):
                 raise StatisticsError(
                     f"statistics of layer {layer} have dimension {statistics[layer].dim}, the keys of "
                     f"{lm.name!r} have {width}: they are of another model"
                 )
             metrics[layer] = self.metric(statistics[layer].to(lm.device))
         contexts = self.contexts or context_templates(lm, self.context_rule, self.seed)
-        original = (
-            {path: lm.weight(path).clone() for path in map(lm.write_path, self.layers)} if self._at("sequence") else {}
-        )
+        original = {path: lm.weight(path).clone() for path in self.paths(lm)} if self._at("sequence") else {}
         return EditorState(metrics, contexts, getattr(statistics, "digest", ""), original=original)
 
     def edit(self, lm: LanguageModel, requests: Sequence[EditRequest], statistics: Mapping[int, KeyStatistics]) -> Edit:
@@ -132,12 +126,8 @@ class Editor:
             return edit
         # what a rule makes of a thin update has no higher rank
         pairs = zip((edit + last).updates, edit.updates, strict=True)
-        return replace(
-            edit,
-            updates=tuple(
-                whole if whole.dense is not None else whole.compress(max(1, own.rank))[0] for whole, own in pairs
-            ),
-        )
+        thin = (both if both.dense is not None else both.compress(max(1, own.rank))[0] for both, own in pairs)
+        return replace(edit, updates=tuple(thin))
 
     @LanguageModel.entry(gradients=True)
     def step(
@@ -145,8 +135,7 @@ class Editor:
     ) -> tuple[Edit, EditorState]:
         """The edit of one batch, and the state for the next, assuming the edit will be applied.
 
-        planned: Stage I's targets of these requests on this very model, if they are at hand:
-        methods that plan alike share them.
+        planned: Stage I's targets of these requests on this very model, if at hand: methods that plan alike share them.
 
         `lm` is bit-identical on return, also if this raises: RequestError for empty, unlocatable, repeated or
         contradicting requests, NumericalError for a loss that is not finite. Zero requests give a zero update.
@@ -175,9 +164,8 @@ class Editor:
         trace = {r.id: t for r, t in zip(requests, (t for s in solved for t in s.trace), strict=True)}
         record = EditRecord(
             recipe=describe(self), **known, requests=tuple(r.id for r in requests),
-            requests_digest=digest_of(requests),
-            statistics_digest=state.statistics_digest, context_templates=state.contexts, seed=self.seed,
-            versions=versions(),
+            requests_digest=digest_of(requests), statistics_digest=state.statistics_digest,
+            context_templates=state.contexts, seed=self.seed, versions=versions(),
             layers={
                 str(i): norms(lm, u, [s.layers[i] for s in solved], not self.plain)
                 for i, u in zip(self.layers, updates, strict=True)
@@ -185,11 +173,7 @@ class Editor:
             trace=trace, refinement=refinement(list(trace.values())),
             seconds=clock.seconds, peak_memory=peak_memory(lm.device),
         )  # fmt: skip
-        keys = (
-            {i: torch.cat([s.layers[i].keys for s in solved]) for i in self.layers}
-            if self.remember and requests
-            else {}
-        )
+        keys = {i: torch.cat([s.layers[i].keys for s in solved]) for i in self.layers if self.remember}
         edit = Edit(updates, record)
         return edit, state.after(edit, keys, len(requests))
 
@@ -210,9 +194,7 @@ class Editor:
         return Edit(updates, record)
 
     def plan_key(self, state: EditorState) -> tuple | None:
-        """What Stage I depends on besides model and requests: editors of equal keys can share it. None:
-        it is done in pieces.
-        """
+        """What Stage I depends on besides model and requests: equal keys can share it. None: it is done in pieces."""
         return None if self.own_targets or self.together else (self.layers[-1], self.target, state.contexts)
 
     def _at(self, when: str) -> tuple[PostProcess, ...]:
@@ -283,9 +265,7 @@ class Editor:
     def _write(
         self, lm: LanguageModel, rows: Rows, state: EditorState, clock: Clock, planned: Targets | None
     ) -> Solved:
-        """Both stages for requests that are solved together; layer by layer, each on the model that the layers before
-        have changed.
-        """
+        """Both stages for requests that are solved together, each layer on the model that the layers before changed."""
         reading, last = self.reading, self.layers[-1]
         scale = lm.scale if reading.site == "block" else 1.0  # of what is written on its way to where it is planned
         reader = reading.reader(lm, rows, last)
@@ -295,16 +275,14 @@ class Editor:
                 place = layer if self.own_targets else last
                 targets = self._plan(lm, reader, rows, state, place, clock, planned)
                 trace.append(targets.trace)
-            found = reader.read(layer, targets.layer)
+            found, path = reader.read(layer, targets.layer), lm.write_path(layer)
             clock("keys")
             residuals = (targets.value - found.current) * self.allocation(index, len(self.layers))
             solution = reading.solve(found, residuals, state.metrics[layer])
-            update = self._posted(
-                "layer", LayerUpdate(lm.write_path(layer), (residuals / scale).T.contiguous(), solution.gate),
-                lm.weight(lm.write_path(layer))
-            )
+            update = LayerUpdate(path, (residuals / scale).T.contiguous(), solution.gate)
+            update = self._posted("layer", update, lm.weight(path))
             clock("solve")
-            lm.add(update.module, update)
+            lm.add(path, update)
             clock("write")
             updates.append(update)
             layers[layer] = SolvedLayer(found.keys, residuals, solution)

@@ -1,6 +1,4 @@
-"""What an edit's record is made of: what was solved at each layer, its norms, the seconds of each stage, and the recipe
-as plain data.
-"""
+"""What an edit's record is made of: what was solved at each layer, its norms, seconds, and the recipe as plain data."""
 
 from __future__ import annotations
 
@@ -38,11 +36,9 @@ class Solved(NamedTuple):
 
 def joined(traces: list[tuple[dict, ...]]) -> tuple[dict, ...]:
     """One trace a request: of its only targets, or the last layer's with the earlier ones' under "earlier"."""
-    return (
-        traces[0]
-        if len(traces) == 1
-        else tuple({**last, "earlier": list(others)} for *others, last in zip(*traces, strict=True))
-    )
+    if len(traces) == 1:
+        return traces[0]
+    return tuple({**last, "earlier": list(others)} for *others, last in zip(*traces, strict=True))
 
 
 def refinement(traces: Sequence[dict]) -> dict[str, float]:
@@ -102,7 +98,4 @@ def describe(value: Any) -> Any:
 
 def digest_of(requests: Sequence[EditRequest]) -> str:
     """SHA-256 of the requests' content, in order."""
-    digest = hashlib.sha256()
-    for request in requests:
-        digest.update(repr(sorted(told(request).items())).encode())
-    return digest.hexdigest()
+    return hashlib.sha256("".join(repr(sorted(told(r).items())) for r in requests).encode()).hexdigest()

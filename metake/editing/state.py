@@ -32,17 +32,10 @@ class EditorState:
         """The state once an edit of `count` requests is applied; keys: those to remember, per layer."""
         if not count:
             return self
-        metrics = {i: _after(m, keys[i]) if i in keys else m for i, m in self.metrics.items()}
-        totals = {
-            u.module: self.totals[u.module] + u if u.module in self.totals else u
-            for u in edit.updates
-            if u.module in self.original
-        }
-        return replace(
-            self, metrics=metrics, keys=keys or self.keys, totals={**self.totals, **totals}, edits=self.edits + count
-        )
-
-
-def _after(metric: Any, keys: Tensor) -> Any:
-    """What one layer remembers once a batch is applied: a metric its keys, living moments their own."""
-    return metric.joined(keys) if hasattr(metric, "joined") else condition(metric, keys)
+        metrics, totals = {**self.metrics}, {**self.totals}
+        for layer, new in keys.items():  # a metric remembers keys, living moments their own
+            own = metrics[layer]
+            metrics[layer] = own.joined(new) if hasattr(own, "joined") else condition(own, new)
+        for u in (u for u in edit.updates if u.module in self.original):
+            totals[u.module] = totals[u.module] + u if u.module in totals else u
+        return replace(self, metrics=metrics, keys=keys or self.keys, totals=totals, edits=self.edits + count)

@@ -51,12 +51,9 @@ class Statistics(dict[int, KeyStatistics]):
         for layer, one in self.items():
             if "_eigh" in one.__dict__:
                 tensors[f"{layer}.values"], tensors[f"{layer}.vectors"] = one._eigh
-        counts = {str(layer): one.count for layer, one in self.items()}
-        with atomic_path(Path(path)) as temporary:
-            save_tensors(
-                tensors, temporary,
-                {"digest": self.digest, "source": json.dumps(self.source), "counts": json.dumps(counts)}
-            )
+        counts = json.dumps({layer: one.count for layer, one in self.items()})
+        with atomic_path(Path(path)) as file:
+            save_tensors(tensors, file, {"digest": self.digest, "source": json.dumps(self.source), "counts": counts})
 
     @classmethod
     def load(cls, path: str | os.PathLike, digest: str | None = None, device: torch.device | str = "cpu") -> Statistics:
@@ -155,25 +152,21 @@ def token_rows(
     lm: LanguageModel, found: list[str], tokens: int | None, context: int = 256, seed: int = 1, pieces: bool = False
 ) -> list[tuple[int, ...]]:
     """The rows that statistics are computed over, as `statistics` says; pieces: whether long texts may go on."""
-    order = list(range(len(found)))
-    random.Random(seed).shuffle(order)
-    rows: list[tuple[int, ...]] = []
+    found, rows = [*found], []
+    random.Random(seed).shuffle(found)
     left = tokens if tokens is not None else float("inf")
     limit = min(context, getattr(lm.model.config, "max_position_embeddings", context))
-    for row in _pieces(lm.tokenizer, (found[i] for i in order), limit, pieces):
+    for row in _pieces(lm.tokenizer, found, limit, pieces):
         if left <= 0:
             break
-        row = row[: int(min(left, len(row)))]
-        if row:
+        if row := row[: int(min(left, len(row)))]:
             rows.append(row)
             left -= len(row)
     return rows
 
 
 def _pieces(tokenizer: Any, texts: Iterable[str], limit: int, pieces: bool) -> Iterator[tuple[int, ...]]:
-    """The first `limit` tokens of each text; with `pieces`, if most tokens lie behind them, then the rest of long ones,
-    begun as a text is (BOS).
-    """
+    """The first `limit` tokens of each text; with `pieces`, if most lie behind, the rest of long ones, begun by BOS."""
     start, rest, lost, count = encode(tokenizer, "")[: limit - 1], [], 0, 0
     for text in texts:
         ids = encode(tokenizer, text)
@@ -201,12 +194,11 @@ def _stream(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int], s
                     f"keys of layer {i} of {lm.name!r} ({lm.dtype}) are not finite; look for NaN in its weights up to "
                     "there, or load it in a wider dtype. No statistics were kept"
                 )
-    least = min(s.dim for s in sums.values())
-    count = sums[layers[0]].count
+    least, count = min(s.dim for s in sums.values()), sums[layers[0]].count
     if count < least:
         raise StatisticsError(
-            f"{count} tokens of text cannot span {least} key dimensions; give a text of at least {least} "
-            "tokens, better ten times as many"
+            f"{count} tokens of text cannot span {least} key dimensions; give a text of at least {least} tokens, "
+            "better ten times as many"
         )
     return sums
 
@@ -215,9 +207,8 @@ def _digests(lm: LanguageModel, text: list[Any], layers: list[int]) -> dict[int,
     """SHA-256 of everything that each layer's statistics depend on: text, tokenizer, configuration, and up to this
     layer the model's weights and what its modules are set to, such as adapters that are switched off.
     """
-    config = {
-        k: v for k, v in lm.model.config.to_diff_dict().items() if k not in ("_name_or_path", "transformers_version")
-    }
+    names = ("_name_or_path", "transformers_version")
+    config = {k: v for k, v in lm.model.config.to_diff_dict().items() if k not in names}
     begun = encode(lm.tokenizer, "The capital of France is Paris.")
     own = getattr(lm.tokenizer, "backend_tokenizer", None)
     words = sorted(lm.tokenizer.get_vocab().items()) if own is None else own.to_str()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
 from functools import cache
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 
 from metake.data.facts import prose, reference_texts, rendered_sentences
@@ -32,7 +31,7 @@ def documents(text: str = "embedded") -> list[str]:
     if text == "embedded+tasks":
         return [*_embedded(), *(prompt + answer for taught in lessons().values() for prompt, answer in taught[::3])]
     if text.startswith("hub:"):
-        return list(_hub_documents(text.removeprefix("hub:")))
+        return _hub_documents(text.removeprefix("hub:"))
     path = Path(text)
     if not path.is_file():
         raise ParameterError(
@@ -71,16 +70,14 @@ def _units(lines: list[str]) -> list[str]:
     return [re.sub(f"(?<={WIDE})\n(?={WIDE})", "", block).replace("\n", " ") for block in joined]
 
 
-def _hub_documents(name: str, limit: int = 100_000) -> Iterable[str]:
+def _hub_documents(name: str) -> list[str]:
     try:
         from datasets import load_dataset
     except ImportError:
         raise ParameterError("text from the hub needs the package 'datasets': pip install datasets") from None
     dataset, _, config = name.partition(":")
-    for i, record in enumerate(load_dataset(dataset, config or None, split="train", streaming=True)):
-        if i == limit:
-            return
-        yield record["text"]
+    records = load_dataset(dataset, config or None, split="train", streaming=True)
+    return [record["text"] for record in islice(records, 100_000)]
 
 
 def _untokenize(line: str) -> str:
