@@ -308,7 +308,8 @@ def test_as_a_lora_adapter_it_gives_the_logits_of_the_edited_model(name, kind, t
     assert (merged - before).abs().max() > 1e-4
     torch.testing.assert_close(lora, merged, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(logits(adapted.merge_and_unload(), lm), merged, rtol=1e-10, atol=1e-10)
-    assert json.loads((tmp_path / "lora" / "metake.json").read_text())["record"] == json.loads(edit.record.to_json())
+    told = edit if thin(name) else edit.compress(min(lm.shape(edit.modules[0])))[0]  # says what compression dropped
+    assert json.loads((tmp_path / "lora" / "metake.json").read_text())["record"] == json.loads(told.record.to_json())
 
 
 @both

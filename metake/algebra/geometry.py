@@ -221,35 +221,35 @@ class Dense:
     def apply(self, rows: Tensor) -> Tensor:
         return (rows.double() @ self.operator).to(rows.dtype)
 
-    def condition(self, keys: Tensor) -> Dense:
+    def condition(self, keys: Tensor, lost: float = 1e-6) -> Dense:
         """Q − QK (I + KᵀQK)⁻¹ KᵀQ as L⁻¹KᵀQ squared, symmetric to the last bit, which not every BLAS makes it."""
-        thin = _remember(self, keys)
+        thin = _remember(self, keys, lost)
         factor = thin.factor.T.contiguous().T  # as LAPACK writes it: the last digit depends on the layout
         half = torch.linalg.solve_triangular(factor, thin.past_metric, upper=False)
         square = half.T @ half
         return Dense(self.operator - (square + square.T) / 2)
 
 
-def condition(metric: Metric, keys: Tensor) -> Metric:
+def condition(metric: Metric, keys: Tensor, lost: float = 1e-6) -> Metric:
     """Q | K: the metric that also remembers `keys`, (n, d_in). Conditioning twice equals conditioning on both.
 
     The past is kept in float64, as a thin factor up to d_in / 2 keys, where it costs as much time and memory as the
     matrix itself, and as the matrix from there on: the cost of an edit stops growing.
     Exact up to ε‖KᵀQK‖, ε = 2e-16: what a remembered key may still realize is a difference of numbers so large.
-    Raises NumericalError where that is more than 1e-6, or not a number.
+    Raises NumericalError where that is more than `lost`, or not a number.
     """
     if not keys.shape[0]:
         return metric
     if isinstance(metric, Dense):
-        return metric.condition(keys.double())
-    thin = _remember(metric, keys.double())
+        return metric.condition(keys.double(), lost)
+    thin = _remember(metric, keys.double(), lost)
     if len(thin.past_metric) <= thin.dim / 2:
         return thin
     operator = thin.apply(torch.eye(thin.dim, dtype=torch.float64, device=keys.device))
     return Dense((operator + operator.T) / 2)
 
 
-def _remember(metric: Metric, keys: Tensor) -> Conditioned:
+def _remember(metric: Metric, keys: Tensor, lost: float) -> Conditioned:
     if not isinstance(metric, Conditioned):
         metric = Conditioned(metric, keys[:0], keys.new_zeros(0, 0))
     keys_metric = metric.base.apply(keys)
@@ -259,10 +259,10 @@ def _remember(metric: Metric, keys: Tensor) -> Conditioned:
     low = torch.linalg.cholesky_ex(corner - border.T @ border).L
     top = torch.cat([metric.factor, torch.zeros_like(border)], dim=1)
     factor = torch.cat([top, torch.cat([border.T, low], dim=1)])
-    if not (trace := factor.square().sum()) <= 1e-6 / torch.finfo(factor.dtype).eps:
+    if not (trace := factor.square().sum()) <= (most := lost / torch.finfo(factor.dtype).eps):
         raise NumericalError(
-            f"these keys cannot be remembered: I + KᵀQK has the trace {trace:.1e}, and float64 keeps 1e-6 of what they "
-            "realize up to 4e9; give finite keys, and the metric a larger ridge or weight"
+            f"these keys cannot be remembered: I + KᵀQK has the trace {trace:.1e}, and float64 keeps {lost:g} of what "
+            f"they realize up to {most:.0e}; give finite keys, and the metric a larger ridge or weight"
         )
     return Conditioned(metric.base, torch.cat([metric.past_metric, keys_metric]), factor)
 

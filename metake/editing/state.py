@@ -33,8 +33,8 @@ class EditorState:
         if not count:
             return self
         metrics, totals = {**self.metrics}, {**self.totals}
-        for layer, new in keys.items():  # a metric remembers keys, living moments their own
-            own = metrics[layer]
+        for layer in keys.keys() & metrics:  # a metric remembers keys, living moments their own
+            own, new = metrics[layer], keys[layer]
             metrics[layer] = own.joined(new) if hasattr(own, "joined") else condition(own, new)
         for u in (u for u in edit.updates if u.module in self.original):
             totals[u.module] = totals[u.module] + u if u.module in totals else u

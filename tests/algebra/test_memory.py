@@ -85,7 +85,7 @@ def test_what_lost_most_is_refused(exponent):
     """Condition 1e10 and a small λ: without the bound a remembered key would realize 0.87 more or less than ½."""
     metric, _ = metric_and_truth("inverse covariance", 10, 10.0**exponent, 0)
     keys = normal(3, WIDTH, seed=1)
-    with pytest.raises(NumericalError, match=r"trace \d\.\de\+1\d, and float64 keeps 1e-6 .* larger ridge"):
+    with pytest.raises(NumericalError, match=r"trace \d\.\de\+1\d, and float64 keeps 1e-06 .* larger ridge"):
         condition(metric, keys)
     few = condition(metric, 1e-7 * keys[:1])
     with pytest.raises(NumericalError, match="cannot be remembered"):  # in a second step

@@ -17,7 +17,7 @@ PAGES = ("quickstart", "geometry_of_beta")  # two that take seconds
 MUTATIONS = {  # what is changed: the page that notices, the file, its line, and what the line becomes
     "method": ("quickstart", "editing/editor.py", "return 1 / (count - index)", "return 1 / (count - index + 1)"),
     "metric": (
-        "quickstart", "scoring/evaluation.py", "fmean(log_p[span]), tuple(", "0.98 * fmean(log_p[span]), tuple("
+        "quickstart", "scoring/evaluation.py", "fmean(log_p[span]), correct", "0.98 * fmean(log_p[span]), correct"
     ),
     "plotted column": (
         "geometry_of_beta", "experiments/theory/geometry_of_beta.py", '"beta": attenuation(gamma).item()',

@@ -8,6 +8,7 @@ u are the active coordinates of the update, Δ_l = U_l V_lᵀ with V_l an orthon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -74,7 +75,8 @@ def draw_layer(
     plain, penalty = basis.T @ (constraint - past.T @ past) @ basis, basis.T @ constraint @ basis
     used = scales[:rank] if kind == "AlphaEdit" else scales
     amplified = _amplified(keys, basis, past, plain, penalty) * max(1.0, ((used[0] / used[-1]) ** 2).item())
-    return Layer(keys, condition(base, past), basis, penalty, share, amplified)
+    remembering = condition(base, past, lost=math.inf)  # `amplified` bounds what rounding takes
+    return Layer(keys, remembering, basis, penalty, share, amplified)
 
 
 def _amplified(keys: Tensor, basis: Tensor, past: Tensor, plain: Tensor, penalty: Tensor) -> float:

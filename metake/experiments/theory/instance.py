@@ -4,6 +4,7 @@ writes, and what rounding may put between the two.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class Instance(NamedTuple):
             if self.kind == "alphaedit"
             else InverseCovariance(found, weight=self.ridge)
         )
-        return condition(metric, self.past)
+        return condition(metric, self.past, lost=math.inf)  # κ bounds what rounding takes
 
     def predicted(self) -> Tensor:
         """What the proposition says is written at the keys: R·Γ(I+Γ)⁻¹ with Γ = KᵀQK, (n, d_out). (v3 eqs 38, 43)"""
