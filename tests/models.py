@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from metake.algebra.geometry import KeyStatistics
+from metake.data.requests import EditCase, EditRequest, Probe
 from metake.language.model import LanguageModel
 
 SMALL = {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -96,6 +97,19 @@ def random_weights(
             else:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+def cases(*more: tuple[str, str]) -> list[EditCase]:
+    """Two cases with an efficacy probe, a paraphrase, and further (kind, what stands before the prompt)."""
+    requests = [
+        EditRequest("The capital of {} is", "France", "Rome", "a"),
+        EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "b"),
+    ]
+    kinds = (("efficacy", ""), ("paraphrase", "I think: "), *more)
+    return [
+        EditCase(r, tuple(Probe(kind, start + r.prompt.format(r.subject), r.target, "Paris") for kind, start in kinds))
+        for r in requests
+    ]
 
 
 def stand_in(*_: object) -> LanguageModel:

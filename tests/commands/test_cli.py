@@ -31,21 +31,6 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def metake(capsys):
-    """Run a command; gives exit code, standard output and standard error."""
-
-    def call(*words):
-        capsys.readouterr()
-        try:
-            code = main(list(words))
-        except SystemExit as exit:
-            code = exit.code
-        return (code, *capsys.readouterr())
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, session_cache):
     """A finished run, made on the command line. Not to be written to."""

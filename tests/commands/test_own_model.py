@@ -11,7 +11,6 @@ from same import contents
 
 import metake as mk
 from metake.commands import cli
-from metake.commands.cli import main
 from metake.editing import recipes
 from metake.editing.recipes import recipe
 from metake.experiments import record, runs
@@ -27,16 +26,6 @@ FACT = ("--prompt", "The capital of {} is", "--subject", "France", "--target", "
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def metake(capsys):
-    def call(*words):
-        capsys.readouterr()
-        code = main(list(words))
-        return (code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture

@@ -4,11 +4,10 @@ import re
 
 import pytest
 import torch
-from models import random_model
+from models import cases, random_model
 from same import fingerprint
 
 import metake as mk
-from metake.data.requests import EditCase, EditRequest, Probe
 from metake.editing.hypergradient import Hypergradient
 from metake.editing.keys import KeyReader
 from metake.editing.outer import edited_losses
@@ -17,17 +16,8 @@ from metake.scoring.answers import answer
 from metake.scoring.evaluation import read
 from metake.support.errors import NumericalError, StatisticsError
 
-REQUESTS = [
-    EditRequest("The capital of {} is", "France", "Rome", "a"),
-    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "b"),
-]
-CASES = [
-    EditCase(r, tuple(
-        Probe(kind, start + r.prompt.format(r.subject), r.target, "Paris")
-        for kind, start in (("efficacy", ""), ("paraphrase", "I think: "), ("generation", ""))
-    ))
-    for r in REQUESTS
-]  # fmt: skip
+CASES = cases(("generation", ""))
+REQUESTS = [case.request for case in CASES]
 CONTEXTS = ("{}", "Therefore. {}")
 EDITOR = mk.Editor((1, 2), mk.inverse_covariance(20.0, 1e-3), mk.TargetRule(steps=2), contexts=CONTEXTS)
 GRADIENT = mk.GradientEditor(("transformer.h.2.mlp.c_fc",), mk.GradientRule(step=1e-3))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import random_model
+from models import stand_in as base
 from same import contents, fingerprint
 from transformers import AutoModelForCausalLM
 
@@ -23,12 +23,6 @@ from metake.support.errors import ParameterError, ProvenanceError
 from metake.support.models import findable
 
 CONFIG = RunConfig(method="memit_seq", edits=3, batch=1, text_tokens=1500)
-
-
-def base(*_):
-    lm = random_model("gpt2")
-    lm.name = "tiny"
-    return lm
 
 
 @pytest.fixture(autouse=True)

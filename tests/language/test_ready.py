@@ -6,12 +6,11 @@ import threading
 
 import pytest
 import torch
-from models import random_model
+from models import cases, random_model
 from same import fingerprint
 from torch import nn
 
 import metake as mk
-from metake.data.requests import EditCase, EditRequest, Probe
 from metake.editing.gradient.network import Network
 from metake.editing.hypergradient import Hypergradient
 from metake.editing.keys import KeyReader
@@ -20,17 +19,8 @@ from metake.language.generation import sample
 from metake.scoring.answers import answer
 from metake.support.errors import ParameterError
 
-REQUESTS = [
-    EditRequest("The capital of {} is", "France", "Rome", "a"),
-    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "b"),
-]
-CASES = [
-    EditCase(r, tuple(
-        Probe(kind, start + r.prompt.format(r.subject), r.target, "Paris")
-        for kind, start in (("efficacy", ""), ("paraphrase", "I think: "), ("neighborhood", "There "))
-    ))
-    for r in REQUESTS
-]  # fmt: skip
+CASES = cases(("neighborhood", "There "))
+REQUESTS = [case.request for case in CASES]
 LAYERS, CONTEXTS = (1, 2), ("{}", "Therefore. {}")
 EDITOR = mk.Editor(
     LAYERS, mk.inverse_covariance(20.0, 1e-3), mk.TargetRule(steps=3), refine=mk.Refinement(steps=2), contexts=CONTEXTS,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from metake import methods
 from metake.data.requests import Cases, EditRequest
@@ -157,38 +158,26 @@ def _likelihood(lm: LanguageModel, rows: Sequence[Row]) -> Tensor:
     ).exp().cpu()
 
 
-@contextmanager
-def _noise(
-    lm: LanguageModel, rows: Sequence[Row], begins: Sequence[int], draw: torch.Generator
-) -> Iterator[None]:
-    """Three standard deviations on the subjects' embeddings, the same in every forward of the block."""
+def _noise(lm: LanguageModel, rows: Sequence[Row], begins: Sequence[int], draw: torch.Generator) -> RemovableHandle:
+    """Three standard deviations on the subjects' embeddings, the same in every forward while the handle is held."""
     batch, embed = pad([row.ids for row in rows], lm.device), lm.model.get_input_embeddings()
     columns = torch.arange(batch.ids.shape[1])
     subject = torch.stack([(columns >= b) & (columns <= row.lookup) for b, row in zip(begins, rows, strict=True)])
     vectors = embed(batch.ids)
     noise = torch.randn(vectors.shape, generator=draw).to(vectors) * subject[..., None].to(vectors)
     noise *= 3 * vectors[subject.to(lm.device)].std()
-    handle = embed.register_forward_hook(lambda _, __, out: out + noise)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return embed.register_forward_hook(lambda _, __, out: out + noise)
 
 
-@contextmanager
-def _saying(module: nn.Module, value: Tensor, at: Tensor, ends: Tensor) -> Iterator[None]:
-    """The module's output is `value` at these places."""
+def _saying(module: nn.Module, value: Tensor, at: Tensor, ends: Tensor) -> RemovableHandle:
+    """The module's output is `value` at these places while the handle is held."""
 
     def say(_: nn.Module, __: tuple, output: object) -> object:
         state = hidden(output).clone()
         state[at, ends] = value
         return rewrap(output, state)
 
-    handle = module.register_forward_hook(say)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_hook(say)
 
 
 def named(layers: Sequence[int]) -> str:
