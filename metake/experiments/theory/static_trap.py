@@ -24,12 +24,14 @@ STEP = 1e-6  # how far beside a boundary something is tried, relative
 
 
 def displacement(gradient: Tensor, hessian: Tensor, strength: float | Tensor) -> Tensor:
-    """u*(λ) = −(H + λI)⁻¹ g, the minimizer of gᵀu + ½uᵀHu + (λ/2)‖u‖², (d,)          (v1 eqs 38, 39; H = 0: eq. 46)
+    """u*(λ) = −(H + λI)⁻¹ g, the minimizer of gᵀu + ½uᵀHu + (λ/2)‖u‖², (…, d)        (v1 eqs 38, 39; H = 0: eq. 46)
 
-    gradient: (d,); hessian: (d, d) symmetric; strength: λ with H + λI positive definite, else u* is no minimum.
-    Cost d³/3.
+    gradient: (d,); hessian: (d, d) symmetric; strength: λ, or several (…,), with H + λI positive definite, else u* is
+    no minimum. Cost d³/3 each.
     """
-    return -torch.linalg.solve(hessian + strength * torch.eye(len(gradient), dtype=gradient.dtype), gradient)
+    strengths = torch.as_tensor(strength, dtype=gradient.dtype)[..., None, None]
+    shifted = hessian + strengths * torch.eye(len(gradient), dtype=gradient.dtype)
+    return -torch.linalg.solve(shifted, gradient[:, None])[..., 0]
 
 
 def radii(operator: Tensor, delta: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -60,15 +62,15 @@ class Trap(NamedTuple):
     hard: float  #      α of the request along q_max
 
     def margins(self, strength: float | Tensor) -> tuple[Tensor, Tensor]:
-        """(⟨q_min, u_easy⟩/τ, δ/√(uᵀAu) of u_hard) at a shared λ: progress and safety hold where they are ≥ 1."""
+        """(⟨q_min, u_easy⟩/τ, δ/√(uᵀAu) of u_hard) at a shared λ, or at several: both hold where they are ≥ 1."""
         directions = torch.linalg.eigh(self.operator)[1]
         easy = displacement(-self.easy * directions[:, 0], self.hessian, strength)
         hard = displacement(-self.hard * directions[:, -1], self.hessian, strength)
-        return easy @ directions[:, 0] / self.tau, self.delta / (hard @ self.operator @ hard).sqrt()
+        return easy @ directions[:, 0] / self.tau, self.delta / (hard @ self.operator * hard).sum(-1).sqrt()
 
-    def least(self, strength: float | Tensor) -> float:
-        """By how much a shared λ does more than both requests need; negative if one fails."""
-        return min(m.item() for m in self.margins(strength)) - 1
+    def least(self, strength: float | Tensor) -> Tensor:
+        """By how much a shared λ, or each of several, does more than both requests need; negative if one fails."""
+        return torch.minimum(*self.margins(strength)) - 1
 
     @property
     def rounding(self) -> float:
@@ -120,7 +122,7 @@ def penalty_check(
         )
         best = quadratic(tried, gradient, hessian).min()
         larger = torch.logspace(0, 4, 30, dtype=torch.float64)
-        norms = torch.stack([displacement(gradient, hessian, strength * x).norm() for x in larger])
+        norms = displacement(gradient, hessian, strength * larger).norm(dim=-1)
         value, condition = quadratic(at, gradient, hessian), ((values.max() + strength) / strength).item()
         # u* is the best of its ball: off by εκ along it, its value is off by the square of that only
         size = gradient.norm() * at.norm() + (at @ hessian @ at).abs() / 2
@@ -208,7 +210,8 @@ def trap_check(trials: int = 200, seed: int = 0, dims: tuple[int, ...] = (2, 8, 
         tried = [middle * 10 ** (8 * i / (grid - 1) - 4) for i in range(grid)] + [
             end * (1 + s * STEP) for end in (first, last) for s in (-1, 1)
         ]
-        most, best = max(trap.least(x) for x in tried), 1 + trap.least(middle)
+        *least, there = trap.least(torch.tensor([*tried, middle], dtype=torch.float64)).tolist()
+        most, best = max(least), 1 + there
         rows.append({
             "dim": dim, "kappa": condition, "boundary": boundary, "trapped": boundary > 1, "served": most >= 0,
             "alone": trap.tau <= outer, "tried": len(tried),

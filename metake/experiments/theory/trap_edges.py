@@ -18,6 +18,7 @@ from metake.experiments.theory.static_trap import (
     STEP,
     Trap,
     displacement,
+    quadratic,
     radii,
     random_operator,
     strengths,
@@ -25,7 +26,7 @@ from metake.experiments.theory.static_trap import (
 )
 from metake.language.model import load
 
-GRID = [10 ** (x / 10) for x in range(-60, 61)]  # λ, in units of the middle of what the two requests ask for
+GRID = torch.logspace(-6, 6, 121, dtype=torch.float64)  # λ, in units of the middle of what the two requests ask for
 EDGES = {
     "as stated: no λ serves both": "none",
     "requests of different size α: no λ serves both": "some",
@@ -50,7 +51,7 @@ def edges(trials: int = 60, seed: int = 0, dim: int = 6) -> pd.DataFrame:
             stated, stated._replace(hard=uniform(generator, -2, 0)),
             stated._replace(hessian=uniform(generator, 0, 2) * middle * hardest @ hardest.T)
         )
-        left = [-max(trap.least(middle * x) for x in GRID) for trap in cases]
+        left = [-trap.least(middle * GRID).max().item() for trap in cases]
         left.append(-_oblique(stated, middle, generator))
         # H + λI is well-conditioned in all of them; A's own condition counts along no eigenvector
         found = [x / rounding(4 * dim, kappa) for x, kappa in zip(left, (1.0, 1.0, 1e2, 1e4), strict=True)]
@@ -65,12 +66,9 @@ def _oblique(trap: Trap, middle: float, generator: torch.Generator) -> float:
     """
     drawn = torch.randn(2, len(trap.operator), dtype=torch.float64, generator=generator)
     easy, hard = torch.nn.functional.normalize(drawn)
-    found = []
-    for strength in (middle * x for x in GRID):
-        moved, other = (displacement(-q, trap.hessian, strength) for q in (easy, hard))
-        safety = trap.delta / (other @ trap.operator @ other).sqrt()
-        found.append(min((easy @ moved / trap.tau).item(), safety.item()) - 1)
-    return max(found)
+    moved, other = (displacement(-q, trap.hessian, middle * GRID) for q in (easy, hard))
+    safety = trap.delta / (other @ trap.operator * other).sum(-1).sqrt()
+    return torch.minimum(moved @ easy / trap.tau, safety).max().item() - 1
 
 
 def _indefinite(generator: torch.Generator, dim: int) -> tuple[float, float]:
@@ -84,7 +82,7 @@ def _indefinite(generator: torch.Generator, dim: int) -> tuple[float, float]:
     rivals = small.norm() * torch.nn.functional.normalize(
         torch.cat([torch.randn(200, dim, dtype=torch.float64, generator=generator), directions.T, -directions.T])
     )
-    values = torch.stack([u @ gradient + u @ hessian @ u / 2 for u in (small, *rivals)])
+    values = quadratic(torch.stack([small, *rivals]), gradient, hessian)
     size, off = gradient.norm() * small.norm() + small.square().sum() / 2, torch.linspace(-1, 1, dim) + 0.3
     granted = rounding(4 * dim, 2 / off.abs().min().item())  # of a solve with H + λI, at either λ
     better, longer = values[1:].min() - values[0], small.norm() - larger.norm()
@@ -122,7 +120,7 @@ def _multipliers(seed: int) -> dict[str, bool]:
         random_operator(generator, 5, 10.0), torch.randn(5, dtype=torch.float64, generator=generator), 0.7
     )
     sides = [displacement(gradient, hessian, strength * (1 + s * 1e-4)) for s in (-1, 1)]
-    values = [(u @ gradient + u @ hessian @ u / 2).item() for u in sides]
+    values = [quadratic(u, gradient, hessian).item() for u in sides]
     forms = {
         "½‖u‖² ≤ ½ρ²": [u.square().sum().item() / 2 for u in sides],
         "‖u‖² ≤ ρ²": [u.square().sum().item() for u in sides], "‖u‖ ≤ ρ": [u.norm().item() for u in sides]
@@ -153,7 +151,7 @@ def batch_trap(model: str = "tiny", requests: int = 20, text: str = "embedded", 
         inner, outer = (r.item() for r in radii(operator, 1.0))
         found = {"in": (inner * outer) ** 0.5, "under": inner * (1 - STEP)}
         served = {
-            where: sum(_serves(keys, metric, operator, tau, x * (inner * tau) ** -0.5) for x in GRID)
+            where: sum(_serves(keys, metric, operator, tau, x * (inner * tau) ** -0.5) for x in GRID.tolist())
             for where, tau in found.items()
         }
         single = [_left(keys[:1], residual[None], metric).norm().item() for residual in torch.eye(4).to(keys)]
@@ -204,13 +202,14 @@ def drawn(kappa: float = 16.0, tau: float = 2.0) -> tuple[pd.DataFrame, pd.DataF
 def sweep(points: int = 25, kappa: float = 100.0) -> pd.DataFrame:
     """What each shared λ does, to be drawn: boundary = τ√λmax/δ, strength = λ in units of α√λmax/δ, outcome."""
     rows, operator = [], torch.diag(torch.tensor([1 / kappa, 1.0], dtype=torch.float64))
+    tried = torch.logspace(-1.5, 1.5, points, dtype=torch.float64)
     words = {
         (True, True): "both are served", (True, False): "hard one unsafe", (False, True): "easy one stuck",
         (False, False): "both fail"
     }
     for boundary in (10 ** (2 * i / (points - 1) - 1) for i in range(points)):
         trap = Trap(operator, 1.0, boundary, torch.zeros_like(operator), 1.0, 1.0)
-        for strength in (10 ** (3 * i / (points - 1) - 1.5) for i in range(points)):
-            progress, safety = (m.item() >= 1 - SLACK for m in trap.margins(strength))
-            rows.append({"boundary": boundary, "strength": strength, "outcome": words[progress, safety]})
+        met = torch.stack(trap.margins(tried)) >= 1 - SLACK
+        for strength, both in zip(tried.tolist(), met.T.tolist(), strict=True):
+            rows.append({"boundary": boundary, "strength": strength, "outcome": words[tuple(both)]})
     return pd.DataFrame(rows)

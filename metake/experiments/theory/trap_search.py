@@ -54,7 +54,7 @@ def _each(objective: Callable[[int, Tensor], Tensor], dim: int, points: Tensor) 
 def _rival(dim: int, point: Tensor) -> Tensor:
     root, gradient, inside, strength = point.split([dim * dim, dim, dim, 1])
     hessian = root.view(dim, dim) @ root.view(dim, dim).T
-    at = displacement(gradient, hessian, strength.exp())
+    at = displacement(gradient, hessian, strength[0].exp())
     rival = at.norm() * inside / (1 + inside.square().sum()).sqrt()
     value = quadratic(at, gradient, hessian)
     return 1 + (value - quadratic(rival, gradient, hessian)) / value.abs()
