@@ -24,14 +24,16 @@ CORES = $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 SIDE_BY_SIDE = $(if $(filter -j%,$(MAKEFLAGS)),,-j$(CORES)) $(if $(filter output-sync,$(.FEATURES)),--output-sync=line)
 SOURCES := $(shell find metake results -type f ! -name '*.pyc' ! -path 'results/verdicts/*' 2>/dev/null)
 
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help book pages html test processors browser pdf zip notebooks record fetch clean distclean gpu gpu-import
+.PHONY: help setup book pages html test processors browser pdf zip notebooks record fetch clean distclean gpu gpu-import
 
 help:  ## this list
 	@echo "make <target>"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)  ## only install what the others need, into .venv
 
 book: $(STAMP)  ## run every notebook at its default parameters, build the book, print where it is
 	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) pages

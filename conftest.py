@@ -1,7 +1,11 @@
-"""Notebook tests compare what a notebook prints (text/plain, stdout), not pixels, markup or library chatter."""
+"""Notebook tests compare what a notebook prints (text/plain, stdout), not pixels, markup or library chatter; what takes
+longest is begun first.
+"""
 
 import os
 import tempfile
+
+import pytest
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="metake-test-")  # tests never overwrite figures/ or results/verdicts/
 os.environ |= {
@@ -12,6 +16,12 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
 }
+# Begun first, so that no process is left alone with one of them at the end (with --no-loadscope-reorder).
+LONGEST = (
+    "test_contract", "test_gpu_hour", "test_hypergradient", "test_mutation", "test_runs", "test_targets",
+    "test_case_study", "test_pipeline", "test_bench", "test_tasks", "test_methods", "test_cli", "test_study",
+    "does_metake_hold", "editing_requirement", "dominance", "main_comparison", "open_readings", "sensitivity",
+)  # fmt: skip
 MARKUP = ("image/svg+xml", "text/html")  # the same numbers stand in text/plain
 NOT_COMPARED = ("stderr", *MARKUP, *(f"application/papermill.record/{kind}" for kind in (*MARKUP, "image/png")))
 
@@ -19,3 +29,9 @@ NOT_COMPARED = ("stderr", *MARKUP, *(f"application/papermill.record/{kind}" for 
 def pytest_collectstart(collector):
     if getattr(collector, "path", None) and collector.path.suffix == ".ipynb" and hasattr(collector, "skip_compare"):
         collector.skip_compare += NOT_COMPARED
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
