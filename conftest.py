@@ -3,9 +3,14 @@ longest is begun first.
 """
 
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent / "tools"))
+from kernels import fork_kernels  # noqa: E402
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="metake-test-")  # tests never overwrite figures/ or results/verdicts/
 os.environ |= {
@@ -29,6 +34,7 @@ NOT_COMPARED = ("stderr", *MARKUP, *(f"application/papermill.record/{kind}" for 
 def pytest_collectstart(collector):
     if getattr(collector, "path", None) and collector.path.suffix == ".ipynb" and hasattr(collector, "skip_compare"):
         collector.skip_compare += NOT_COMPARED
+        fork_kernels()
 
 
 @pytest.hookimpl(trylast=True)

@@ -16,6 +16,7 @@ os.environ |= {
 }
 
 import nbformat  # noqa: E402  (the environment first: kernels inherit it)
+from kernels import fork_kernels  # noqa: E402
 from nbclient import NotebookClient  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,7 @@ def told(path: Path) -> bool:
 
 
 if __name__ == "__main__":
+    fork_kernels()
     names = sys.argv[1:] or sorted((ROOT / "notebooks").glob("*.ipynb"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a kernel, a process of its own
         sys.exit(0 if all(list(pool.map(told, (Path(name).resolve() for name in names)))) else 1)
