@@ -18,6 +18,7 @@ import metake as mk
 from metake import methods
 from metake.algebra.geometry import inverse_covariance, isotropic, null_space
 from metake.algebra.postprocess import cap_spectrum, keep_largest, soften_principal
+from metake.data.requests import Cases
 from metake.editing.editor import Editor, even, root, whole
 from metake.editing.outer import Refinement
 from metake.editing.recipes import models, recipe, source
@@ -314,7 +315,9 @@ def tiny(session_cache):
         patch.setenv("METAKE_CACHE", str(session_cache))
         lm = mk.load("tiny")
         layers = sorted({layer for name in CLOSED for layer in method(name, "tiny").layers})
-        return lm, mk.facts(limit=3), mk.statistics(lm, layers=layers, tokens=3000)
+        known = mk.facts(limit=3)
+        asked = [c._replace(probes=tuple(p for p in c.probes if p.kind == "efficacy")) for c in known]
+        return lm, Cases(asked, known.format, known.source), mk.statistics(lm, layers=layers, tokens=3000)
 
 
 def margins(found: mk.Evaluation) -> list[float]:
