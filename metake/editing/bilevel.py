@@ -9,6 +9,7 @@ F is the objective of `outer`: virtually edited at the last layer through its fr
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -70,14 +71,14 @@ def _descend(outer: OuterObjective, targets: Targets) -> Targets:
             raise _Enough
         value.grad = None
         history.append(outer.losses(value))
-        if bad := (~history[-1].isfinite().all(1)).nonzero()[:, 0].tolist():
+        told = (total := (history[-1] @ outer.weights).sum()).item()  # what a step reads of the device
+        if bad := [] if math.isfinite(told) else (~history[-1].isfinite().all(1)).nonzero()[:, 0].tolist():
             raise NumericalError(
                 f"the refinement loss of request(s) {bad} is not finite at step {len(history) - 1}; try a smaller "
                 "step_size"
             )
-        total = (history[-1] @ outer.weights).sum()
-        if rule.keep == "last" or total < least:
-            best, kept, least = value.detach().clone(), len(history) - 1, total
+        if rule.keep == "last" or told < least:
+            best, kept, least = value.detach().clone(), len(history) - 1, told
         return total
 
     optimizer = CHOICES["optimizer"][rule.optimizer]([value], lr=rule.step_size)

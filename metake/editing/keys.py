@@ -15,7 +15,7 @@ from metake.data.requests import EditRequest
 from metake.language.model import LanguageModel
 from metake.language.prefixes import Prefixed, Split
 from metake.language.tokens import Rows
-from metake.support.machine import halving
+from metake.support.machine import halving, sent
 
 
 class Keys(NamedTuple):
@@ -27,11 +27,12 @@ class Keys(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """One micro-batch: which of all rows it holds, how they run, and each one's last column."""
+    """One micro-batch: which of all rows it holds, each one's last column, which are plain prompts, how they run."""
 
     rows: Tensor
-    run: Prefixed
     last: Tensor
+    plain: Tensor
+    run: Prefixed
 
 
 class KeyReader:
@@ -65,7 +66,8 @@ class KeyReader:
     def _group(self, cuts: Sequence[int], group: list[int]) -> _Group:
         run = Prefixed(self.lm, [self.rows[i] for i in group], [cuts[i] for i in group])
         ends = [len(self.rows[i]) - cuts[i] - 1 for i in group]
-        return _Group(torch.tensor(group, device=self.lm.device), run, torch.tensor(ends, device=self.lm.device))
+        plain = [k for k, i in enumerate(group) if i % self.contexts == 0]
+        return _Group(*(sent(x, self.lm.device, torch.long) for x in (group, ends, plain)), run)
 
     @LanguageModel.entry()
     def read(self, layer: int, last: int | None = None) -> Keys:
@@ -81,10 +83,10 @@ class KeyReader:
         below: list[Split] = []
         resumes, block = bool(self.below) and self.start < layer, self.site == "block"
         inputs, outputs = ({layer}, {layer - 1, last} - {-1}) if block else ({layer, last}, {layer - 1} - {-1})
-        for g, (rows, run, ends) in enumerate(self.groups):
+        for g, (rows, ends, plain, run) in enumerate(self.groups):
             start = (self.start, self.below[g]) if resumes else ()
             keys, states = run.read(sorted(inputs), sorted(outputs), *start)
-            at, plain = torch.arange(len(rows), device=device), rows % self.contexts == 0
+            at = torch.arange(len(rows), device=device)
             rows_of_keys[rows] = keys[layer].tail[at, ends].double()
             found = (states if block else keys)[last].tail[at, ends][plain]
             current[rows[plain] // self.contexts] = (found if block else self.lm.write(last)(found)).double()

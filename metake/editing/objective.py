@@ -7,59 +7,68 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metake.language.capture import Places
 from metake.language.tokens import Row
+from metake.support.machine import sent
+
+
+class Read(NamedTuple):
+    """One scored position of a bucket's rectangle."""
+
+    row: int
+    column: int
+    request: int
+    weight: float
+    label: int | None  # None: the whole distribution is compared
 
 
 @dataclass
 class Bucket:
-    """What is scored of rows that run together: flat over all scored positions, those with a label first.
+    """What is scored of rows that run together, in a rectangle of `width` columns on a device; those with labels first.
 
-    owner: (rows,), each row's request. row, column, request, weight: (reads,), of a rectangle of `width` columns;
-    label: (taught,), the first reads'; at the others the whole distribution is compared.
+    Kept as plain numbers, so that rows leave it without asking the device which ones. owner: each row's request.
     """
 
-    owner: Tensor
-    row: Tensor
-    column: Tensor
-    request: Tensor
-    weight: Tensor
-    label: Tensor
+    owner: list[int]
+    reads: list[Read]
     width: int
+    device: torch.device
     initial: Tensor | None = None  # log-probabilities before the edit at the locality reads, (reads, vocabulary)
 
     def __post_init__(self) -> None:
-        self.places = Places.of(self.row, self.column, self.width)
-        self.parts = [len(self.label), len(self.row) - len(self.label)]
-        self.requests, self.weights = self.request.split(self.parts), self.weight.split(self.parts)
+        row, column, request, weight, label = zip(*self.reads, strict=True)
+        labels = [own for own in label if own is not None]
+        self.places = Places.of(row, column, self.width, self.device)
+        self.parts = [len(labels), len(label) - len(labels)]
+        self.requests = sent(request, self.device).split(self.parts)
+        self.weights = sent(weight, self.device, torch.float64).split(self.parts)
+        self.label, self.owners = sent(labels, self.device, torch.long), sent(self.owner, self.device)
 
     @classmethod
     def of(cls, rows: Sequence[Row], first: Sequence[int], device: torch.device) -> Bucket:
         """Columns count from each row's position `first`: what stands before it is not run together with the rest."""
-        order = sorted(enumerate(rows), key=lambda pair: not pair[1].labels)  # those with labels first
-        reads = [(i, position - first[i], row.request, row.weight) for i, row in order for position in row.read]
-        row, column, request, weight = zip(*reads, strict=True)
-        return cls(
-            torch.tensor([r.request for r in rows], device=device),
-            *(torch.tensor(x, device=device) for x in (row, column, request)),
-            torch.tensor(weight, device=device, dtype=torch.float64),
-            torch.tensor([label for r in rows for label in r.labels], dtype=torch.long, device=device),
-            max(len(r.ids) - cut for r, cut in zip(rows, first, strict=True)),
-        )
+        reads = [
+            Read(i, position - first[i], row.request, row.weight, label)
+            for i, row in enumerate(rows)
+            for position, label in zip(row.read, row.labels or [None] * len(row.read), strict=True)
+        ]
+        width = max(len(r.ids) - cut for r, cut in zip(rows, first, strict=True))
+        return cls([r.request for r in rows], sorted(reads, key=lambda own: own.label is None), width, device)
 
-    def keep(self, rows: Tensor) -> Bucket:
-        """The bucket of some of its rows, (kept,) indices in ascending order: so finished requests are dropped."""
-        place = torch.full((len(self.owner),), -1, device=rows.device)
-        place[rows] = torch.arange(len(rows), device=rows.device)
-        stays = place[self.row] >= 0
-        taught, watched = stays.split(self.parts)
-        initial = self.initial[watched] if self.initial is not None else None
-        reads = (t[stays] for t in (self.column, self.request, self.weight))
-        return Bucket(self.owner[rows], place[self.row[stays]], *reads, self.label[taught], self.width, initial)
+    def keep(self, rows: Sequence[int]) -> Bucket:
+        """The bucket of some of its rows, in ascending order: so finished requests are dropped."""
+        place = {row: i for i, row in enumerate(rows)}
+        kept = [k for k, own in enumerate(self.reads) if own.row in place]
+        initial = self.initial
+        if initial is not None:
+            initial = initial[sent([k - self.parts[0] for k in kept if k >= self.parts[0]], self.device, torch.long)]
+        reads = [self.reads[k]._replace(row=place[self.reads[k].row]) for k in kept]
+        return Bucket([self.owner[row] for row in rows], reads, self.width, self.device, initial)
 
     @property
     def watches(self) -> bool:

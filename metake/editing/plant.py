@@ -19,6 +19,7 @@ from metake.language.capture import adding, moved, reading
 from metake.language.model import LanguageModel
 from metake.language.prefixes import Cached, Prefixed, Split, as_cache, columns_before, rearranged
 from metake.language.tokens import Padded, Row, Rows, continued
+from metake.support.machine import sent
 
 SITES = {"block": ("block",), "mlp": ("write",), "mlp+attention": ("write", "attention")}
 """Site → the modules whose output a vector replaces, the written one first. Every architecture of the table adds its
@@ -41,9 +42,10 @@ class Plant:
     prefix: Cached
     state: Tensor  # (rows, active, d): output of the last block that never runs again
 
-    def keep(self, rows: Tensor) -> Plant:
-        prefix = [kv and (kv[0][rows], kv[1][rows]) for kv in self.prefix]
-        return Plant(self.bucket.keep(rows), Padded(*(t[rows] for t in self.batch)), prefix, self.state[rows])
+    def keep(self, rows: Sequence[int]) -> Plant:
+        own = sent(rows, self.state.device)
+        prefix = [kv and (kv[0][own], kv[1][own]) for kv in self.prefix]
+        return Plant(self.bucket.keep(rows), self.batch.keep(rows), prefix, self.state[own])
 
 
 def chunks(batch: Rows, tokens: int) -> list[list[int]]:
@@ -82,7 +84,7 @@ def planted(lm: LanguageModel, batch: Rows, layer: int, site: str, tokens: int) 
 
 def score(lm: LanguageModel, part: Plant, delta: Tensor, layer: int, site: str) -> Tensor:
     """Logits at one bucket's scored positions with δ, (vectors a request, n, d), planted at its rows' lookups."""
-    first, *others = delta.index_select(1, part.bucket.owner)
+    first, *others = delta.index_select(1, part.bucket.owners)
     first = first if site == "block" else first * lm.scale
     with ExitStack() as stack:
         if not others:
@@ -103,7 +105,7 @@ def _plant(lm: LanguageModel, rows: Sequence[Row], cuts: Sequence[int], layer: i
     """
     done = layer - 1 if "attention" in SITES[site] else layer  # the last block that never runs again
     lookups, ids = [row.lookup for row in rows], [row.ids for row in rows]
-    at, before = torch.arange(len(rows), device=lm.device)[:, None], torch.tensor(lookups, device=lm.device)
+    at, before = torch.arange(len(rows), device=lm.device)[:, None], sent(lookups, lm.device)
     batch = continued([row.ids[row.lookup :] for row in rows], lookups, lm.device)
     run, upto = Prefixed(lm, ids, cuts), Prefixed(lm, [row.ids[: row.lookup + 1] for row in rows], cuts)
     start, state = Split(None, None), torch.zeros(*batch.ids.shape, 1, device=lm.device)

@@ -141,11 +141,11 @@ def _descend(
             emphasis = torch.where(wrong == 0, emphasis.new_tensor(rule.relax), 1.0)
             still &= (wrong > 0) | ((kl * rule.kl_weight if rule.drift_weighted else kl) > rule.drift_below)
         before, after = _record(lm, trace, torch.stack([loss, nll, kl, active.to(loss), still.to(loss)]), step)
-        if step == rule.steps - 1 or not after:
+        if step == rule.steps - 1 or not any(after):
             break
         penalty.sum().backward()
         _update(delta, optimizer, still, rule.clamp * scale)
-        parts, active = _compact(parts, still) if after < before else parts, still
+        parts, active = _compact(parts, after) if after != before else parts, still
     return delta.detach()
 
 
@@ -175,8 +175,10 @@ def _update(delta: Tensor, optimizer: torch.optim.Optimizer, active: Tensor, lim
         delta.copy_(torch.where(active[:, None], clamped, before))
 
 
-def _record(lm: LanguageModel, trace: dict[int, dict], numbers: Tensor, step: int) -> tuple[int, int]:
-    """Note the losses of the requests that were active, and count those and the ones that still are.
+def _record(
+    lm: LanguageModel, trace: dict[int, dict], numbers: Tensor, step: int
+) -> tuple[list[float], list[float]]:
+    """Note the losses of the requests that were active; which these were, and which still are.
 
     numbers: (5, n) loss, NLL, KL, active before and after: one transfer a step.
     """
@@ -188,9 +190,9 @@ def _record(lm: LanguageModel, trace: dict[int, dict], numbers: Tensor, step: in
     for one, now, *values in zip(trace.values(), before, loss, *others, strict=True):
         for name, value in zip(one, values, strict=True) if now else ():
             one[name].append(value)
-    return sum(map(bool, before)), sum(map(bool, after))
+    return before, after
 
 
-def _compact(parts: list[Plant], active: Tensor) -> list[Plant]:
-    stays = ((part, active[part.bucket.owner]) for part in parts)
-    return [part if rows.all() else part.keep(rows.nonzero()[:, 0]) for part, rows in stays if rows.any()]
+def _compact(parts: list[Plant], active: Sequence[float]) -> list[Plant]:
+    stays = ((part, [k for k, request in enumerate(part.bucket.owner) if active[request]]) for part in parts)
+    return [part if len(rows) == len(part.bucket.owner) else part.keep(rows) for part, rows in stays if rows]

@@ -17,6 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from metake.support.machine import sent
+
+Numbers = Sequence[int] | Tensor
+
 
 class _Stop(Exception):
     """Raised by a hook once the last wanted activation was read; never leaves this module."""
@@ -143,10 +147,17 @@ class Places(NamedTuple):
     once: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, columns: Tensor, width: int) -> Places:
+    def of(cls, rows: Numbers, columns: Numbers, width: int, device: torch.device | str = "cpu") -> Places:
         """rows, columns: (pairs,); width: columns of the rectangle."""
-        asked = rows * width + columns
-        return cls(asked, torch.unique(asked))
+        lists = (x.tolist() if isinstance(x, Tensor) else x for x in (rows, columns))
+        asked = [row * width + column for row, column in zip(*lists, strict=True)]
+        return cls(*(sent(x, device, torch.long) for x in (asked, sorted({*asked}))))
+
+    @classmethod
+    def last(cls, rows: int, width: int, device: torch.device) -> Places:
+        """Of so many rows the last column."""
+        own = torch.arange(width - 1, rows * width, width, device=device)
+        return cls(own, own)
 
 
 @contextlib.contextmanager

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from metake.language.capture import Places
 from metake.language.model import LanguageModel
 from metake.language.tokens import Padded, encode, pad, seam
 from metake.support.errors import ParameterError
-from metake.support.machine import halving
+from metake.support.machine import halving, sent
 from metake.support.progress import progress
 
 CONTEXT_WORDS = ("The", "Therefore", "Because", "I", "You")
@@ -65,12 +66,11 @@ def _continue(
 ) -> Tensor:
     """Token rows continued to `length`; all prompts of one length, so that nothing is padded."""
     done = new = pad(ids, lm.device).ids
-    draws = torch.tensor(np.array(uniforms), device=lm.device)
-    cache, rows = DynamicCache(), torch.arange(len(ids), device=lm.device)
+    draws, cache = sent(np.array(uniforms), lm.device), DynamicCache()
     for t in range(done.shape[1], length):
         positions = torch.arange(t - new.shape[1], t, device=lm.device).expand(len(ids), -1)
-        step = Padded(new, torch.ones_like(done), positions)
-        logits = lm.logits(step, rows, torch.full_like(rows, new.shape[1] - 1), past=cache)
+        step = Padded(new, torch.ones_like(done), positions, [t] * len(ids))
+        logits = lm.logits_at(step, Places.last(*step.ids.shape, lm.device), cache)
         best = torch.softmax(logits.double(), -1).topk(min(top_k, logits.shape[-1]))
         mass = best.values.cumsum(-1)
         pick = (mass < draws[:, t, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp_max(mass.shape[1] - 1)

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from metake.language import assets, checks
 from metake.language.architecture import ARCHITECTURES, check_paths, experts
-from metake.language.capture import Places, gathered, reading, resumed
+from metake.language.capture import Numbers, Places, gathered, reading, resumed
 from metake.language.kernels import fast_products
 from metake.language.ready import Ready
 from metake.language.tokens import Padded, buckets, shared_beginnings
@@ -121,13 +121,13 @@ class LanguageModel(Ready):
         checks.check_padding(self.model.config, self.dtype, batch)
         with fast_products(self.model.modules()):
             return self.model(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, past_key_values=past,
+                input_ids=batch.ids, attention_mask=batch.counted, position_ids=batch.positions, past_key_values=past,
                 use_cache=past is not None
             )
 
-    def logits(self, batch: Padded, rows: Tensor, columns: Tensor, past: DynamicCache | None = None) -> Tensor:
+    def logits(self, batch: Padded, rows: Numbers, columns: Numbers, past: DynamicCache | None = None) -> Tensor:
         """Next-token logits at (row, column) pairs only, (pairs, vocabulary)."""
-        return self.logits_at(batch, Places.of(rows, columns, batch.ids.shape[1]), past)
+        return self.logits_at(batch, Places.of(rows, columns, batch.ids.shape[1], self.device), past)
 
     def logits_at(self, batch: Padded, places: Places, past: DynamicCache | None = None, thin: bool = True) -> Tensor:
         """`logits` at places that were worked out before, for who asks again and again.

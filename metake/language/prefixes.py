@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from metake.language.capture import Places
 from metake.language.model import LanguageModel
 from metake.language.tokens import Padded, continued, pad
+from metake.support.machine import sent
 
 # per block: keys and values, (rows, heads, columns, head width); None where it does not run
 Cached = list[tuple[Tensor, Tensor] | None]
@@ -40,10 +41,9 @@ class Prefixed:
         place = {head: i for i, head in enumerate(dict.fromkeys(filter(None, heads)))}
         self.head = pad(list(place), device) if place else None
         self.tail = continued(tails, cuts, device)
-        self.width, self.cut = max(cuts), torch.tensor(cuts, device=device)
-        self.of = torch.tensor([place.get(head, 0) for head in heads], device=device)
-        lengths = torch.tensor(list(map(len, place)), dtype=torch.long, device=device)
-        self._columns = columns_before(lengths, self.width)
+        self.width, self.cut = max(cuts), sent(cuts, device)
+        self.of = sent([place.get(head, 0) for head in heads], device)
+        self._columns = columns_before(sent(list(map(len, place)), device, torch.long), self.width)
 
     def begin(
         self, keys: Sequence[int], states: Sequence[int], after: int = -1, start: Tensor | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metake.data.requests import EditRequest, require_text, unspaced
 from metake.support.errors import RequestError
+from metake.support.machine import sent
 
 
 class Located(NamedTuple):
@@ -42,6 +43,36 @@ class Padded(NamedTuple):
     ids: Tensor
     mask: Tensor
     positions: Tensor
+    lengths: Sequence[int] | None = None  # ones in each row of the mask, where they are known
+
+    def keep(self, rows: Sequence[int]) -> Padded:
+        """Some of its rows."""
+        own = sent(rows, self.ids.device)
+        return Padded(self.ids[own], self.mask[own], self.positions[own], [self.lengths[row] for row in rows])
+
+    @property
+    def counted(self) -> Tensor:
+        """The mask; it knows the sum that transformers asks of it before each pass, so that no device is waited for."""
+        return self.mask if self.lengths is None else _Counted.of(self.mask, sum(self.lengths))
+
+
+class _Counted(Tensor):
+    """A mask with the number of its ones."""
+
+    @classmethod
+    def of(cls, mask: Tensor, count: int) -> Tensor:
+        found = mask.as_subclass(cls)
+        found.count = count
+        return found
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is Tensor.sum and len(args) == 1 and not kwargs:
+            return args[0].count
+        with torch._C.DisableTorchFunctionSubclass():
+            made, own = function(*args, **(kwargs or {})), args[0]
+            same = function in (Tensor.to, Tensor.view, Tensor.__getitem__) and type(own) is cls
+            return cls.of(made, own.count) if same and made.numel() == own.numel() else made
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -212,10 +243,11 @@ class Rows:
 def pad(rows: Sequence[Sequence[int]], device: Any) -> Padded:
     """Rows in one rectangle, padded on the right; padding is masked, positions count on."""
     width = max(map(len, rows))
-    ids = torch.tensor([(*row, *[0] * (width - len(row))) for row in rows], dtype=torch.long, device=device)
+    ids = sent([(*row, *[0] * (width - len(row))) for row in rows], device, torch.long)
     columns = torch.arange(width, device=device)
-    mask = (columns < torch.tensor(list(map(len, rows)), device=device)[:, None]).long()
-    return Padded(ids, mask, columns.expand(len(rows), -1))
+    lengths = list(map(len, rows))
+    mask = (columns < sent(lengths, device)[:, None]).long()
+    return Padded(ids, mask, columns.expand(len(rows), -1), lengths)
 
 
 def continued(rows: Sequence[Sequence[int]], past: Sequence[int], device: Any) -> Padded:
@@ -223,9 +255,10 @@ def continued(rows: Sequence[Sequence[int]], past: Sequence[int], device: Any) -
 
     The mask covers both; ids and positions are the rows' own, padded on the right.
     """
-    own, lengths, width = pad(rows, device), torch.tensor(past, device=device), max(past)
+    own, lengths, width = pad(rows, device), sent(past, device), max(past)
     before = (torch.arange(width, device=device) >= (width - lengths)[:, None]).long()
-    return own._replace(mask=torch.cat([before, own.mask], 1), positions=own.positions + lengths[:, None])
+    whole = [a + b for a, b in zip(own.lengths, past, strict=True)]
+    return Padded(own.ids, torch.cat([before, own.mask], 1), own.positions + lengths[:, None], whole)
 
 
 def shared_beginnings(

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from metake.language.capture import Places
 from metake.language.model import LanguageModel
 from metake.language.tokens import Padded, continuation, encode
 from metake.scoring.evaluation import read
 from metake.support.errors import RequestError
-from metake.support.machine import halving
+from metake.support.machine import halving, sent
 from metake.support.progress import progress
 
 LENGTH = 5  # tokens that are generated (methods of AlphaEdit's `glue_eval`)
@@ -62,23 +63,24 @@ def _written(lm: LanguageModel, rows: Sequence[tuple[int, ...]], length: int, to
 
 def _continue(lm: LanguageModel, rows: Sequence[tuple[int, ...]], length: int) -> tuple[Tensor, Tensor]:
     """`length` greedy tokens after each row, (rows, length), and the first's log-probabilities, (rows, vocabulary)."""
-    step, cache, every = _aligned(rows, lm.device), DynamicCache(), torch.arange(len(rows), device=lm.device)
+    step, cache = _aligned(rows, lm.device), DynamicCache()
     new: list[Tensor] = []
     for _ in range(length):
-        logits = lm.logits(step, every, torch.full_like(every, step.ids.shape[1] - 1), past=cache)
+        logits = lm.logits_at(step, Places.last(*step.ids.shape, lm.device), cache)
         if not new:
             first = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
         new.append(logits.argmax(-1, keepdim=True))
-        step = Padded(new[-1], torch.cat([step.mask, torch.ones_like(new[-1])], 1), step.positions[:, -1:] + 1)
+        mask, lengths = torch.cat([step.mask, torch.ones_like(new[-1])], 1), [own + 1 for own in step.lengths]
+        step = Padded(new[-1], mask, step.positions[:, -1:] + 1, lengths)
     return torch.cat(new, 1), first
 
 
 def _aligned(rows: Sequence[tuple[int, ...]], device: torch.device) -> Padded:
     """Rows that end in one column, padded on the left: what follows continues all of them. Padding is masked."""
     lengths, width = [len(row) for row in rows], max(map(len, rows))
-    ids = torch.tensor([(*[0] * (width - len(row)), *row) for row in rows], dtype=torch.long, device=device)
-    positions = torch.arange(width, device=device) - (width - torch.tensor(lengths, device=device))[:, None]
-    return Padded(ids, (positions >= 0).long(), positions.clamp_min(0))
+    ids = sent([(*[0] * (width - len(row)), *row) for row in rows], device, torch.long)
+    positions = torch.arange(width, device=device) - (width - sent(lengths, device))[:, None]
+    return Padded(ids, (positions >= 0).long(), positions.clamp_min(0), lengths)
 
 
 def _until_end(lm: LanguageModel, ids: list[int]) -> list[int]:

@@ -21,7 +21,7 @@ from metake.language.model import LanguageModel
 from metake.language.tokens import pad, prompted
 from metake.scoring.text_metrics import consistency, fluency
 from metake.support.errors import ParameterError, RequestError, near_misses
-from metake.support.machine import halving
+from metake.support.machine import halving, sent
 from metake.support.progress import progress
 
 _Questions = dict[tuple[int, ...], list[tuple[int, int, tuple[int, ...]]]]  # row → (place, first position, answer)
@@ -191,12 +191,12 @@ def _read(lm: LanguageModel, wanted: _Questions, count: int, tokens: int) -> lis
     for group in progress(lm.groups([len(r) for r in rows], tokens), "evaluate"):
         asked = [(k, *question) for k, row in enumerate(group) for question in wanted[rows[row]]]
         where = [(k, first + j) for k, _, first, answer in asked for j in range(len(answer))]
-        row, column = (torch.tensor(x, device=lm.device) for x in zip(*where, strict=True))
-        labels = torch.tensor([t for *_, answer in asked for t in answer], device=lm.device)
-        logits = lm.logits(pad([rows[i] for i in group], lm.device), row, column)
+        labels = sent([t for *_, answer in asked for t in answer], lm.device)
+        logits = lm.logits(pad([rows[i] for i in group], lm.device), *zip(*where, strict=True))
         log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-        log_p = log_p.gather(1, labels[:, None])[:, 0].tolist()
-        best, at = logits.argmax(-1).tolist(), 0
+        log_p = log_p.gather(1, labels[:, None])[:, 0]
+        log_p, best = torch.stack([log_p.double(), logits.argmax(-1).double()]).tolist()  # in one transfer
+        best, at = list(map(int, best)), 0
         for _, i, _, answer in asked:
             span = slice(at, at + len(answer))
             correct = tuple(a == b for a, b in zip(best[span], answer, strict=True))

@@ -6,7 +6,7 @@ import logging
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 import transformers
+from torch import Tensor
 
 from metake.support.errors import ParameterError
 from metake.support.version import VERSION
@@ -60,6 +61,11 @@ def peak_memory(device: torch.device) -> int:
     except ImportError:  # no such call outside POSIX
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def sent(values: Sequence, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers on a device, without waiting for what it still computes."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def free_memory(device: torch.device) -> int:
