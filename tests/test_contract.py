@@ -228,7 +228,8 @@ def test_the_record_says_how_targets_were_made(name, kind):
     assert [p["part"] for p in record.recipe["post"]] == [type(p).__name__ for p in given.post]
     assert record.context_templates == context_templates(lm, given.context_rule, SEED)
     assert len(record.context_templates) == 1 + 5 * len(given.context_rule.lengths) * given.context_rule.each
-    assert record.seconds.keys() == {"targets", "keys", "solve", "write"} | ({"refinement"} if given.refine else set())
+    stages = {"digest", "targets", "keys", "solve", "write"} | ({"refinement"} if given.refine else set())
+    assert record.seconds.keys() == stages
     for trace in record.trace.values():
         assert 1 <= len(trace["loss"]) == len(trace["nll"]) == len(trace["kl"]) <= 3 and all(
             map(math.isfinite, trace["loss"])

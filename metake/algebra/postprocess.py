@@ -149,7 +149,8 @@ class cap_spectrum:  # noqa: N801
             raise ParameterError(f"base must be > 1; found {self.base}")
 
     def __call__(self, update: LayerUpdate, weight: Tensor) -> LayerUpdate:
-        limit = torch.linalg.matrix_norm(weight.double(), 2).to(update.left)
+        wide = weight.double() if len(weight) <= weight.shape[1] else weight.T.double()
+        limit = torch.linalg.eigvalsh(wide @ wide.T)[-1].sqrt().to(update.left)  # σ₁ by the smaller Gram matrix
         u, s, vh = update.svd()
         grown = limit + (s.clamp_min(limit) / limit).log() / math.log(self.base)
         capped = LayerUpdate(update.module, u * torch.where(s >= limit, grown, s), vh)

@@ -181,6 +181,21 @@ def _bench(args: argparse.Namespace) -> None:
         print(f"wrote {args.json}")
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from metake.experiments.speed import plan
+    from metake.support.machine import default_device, usable
+
+    device = usable(args.device) if args.device else default_device()
+    memory = args.memory and 1e9 * args.memory
+    found = plan.plan(
+        args.model, args.method, args.edits, args.batch, args.dtype, args.recipe, args.layers, device.type == "cpu" and
+        not args.rate, memory=memory
+    )
+    rates = (0.0, 0.0) if args.rate and args.bandwidth else plan.rates(args.dtype, device)
+    given = (args.rate or 0) * 1e12, (args.bandwidth or 0) * 1e9
+    print(plan.text(found, *(own or here for own, here in zip(given, rates, strict=True)), any(rates)))
+
+
 def _figure(args: argparse.Namespace) -> None:
     from metake.commands import pages
 
@@ -209,6 +224,10 @@ COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
     (
         "bench", _bench, options.bench_options,
         "time the stages of one batch of edits; beside the literal path, if asked"
+    ),
+    (
+        "plan", _plan, options.plan_options,
+        "memory, operations and seconds of a run, before a model is loaded or even here"
     ),
     (
         "layers", _layers, options.layers_options,
@@ -272,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _recipe(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
     """Whose recipe and which layers the command's model is given, for who asked for that."""
     like, layers = getattr(args, "recipe", None), getattr(args, "layers", None)
-    if args.call is _layers or not (like or layers):
+    if args.call in (_layers, _plan) or not (like or layers):
         return contextlib.nullcontext()
     from metake.experiments.borrowed import borrowed
 

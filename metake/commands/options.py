@@ -268,6 +268,22 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(method="alphaedit")
 
 
+def plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a size that is known (llama3-8b, gpt2-xl, …) or a folder with a config.json")
+    parser.add_argument("--method", type=_method, default="metake", help="see: metake methods; default: %(default)s")
+    parser.add_argument("--edits", type=_COUNT, default=2000, metavar="N", help="of the whole run; default: %(default)s")
+    parser.add_argument("--batch", type=_COUNT, default=100, metavar="N", help="edits a batch; default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", metavar="DTYPE", help="default: %(default)s")
+    for name, what in (
+        ("memory", "of the device in GB: micro-batches are halved until it suffices; default: as large as the method's"),
+        ("rate", "of its matrix products in TFLOP/s; default: this machine's, measured"),
+        ("bandwidth", "of its memory in GB/s; default: this machine's, measured"),
+    ):
+        parser.add_argument(f"--{name}", type=_POSITIVE, metavar="X", help=what)
+    recipe_options(parser)
+    device_option(parser)
+
+
 def figure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="of the page: its notebook's; without: list them")
     parser.add_argument("--list", action="store_true", help="list the pages")

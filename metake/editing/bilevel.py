@@ -54,7 +54,7 @@ def refine(
     made = Downstream if isinstance(through, StageTwo) else LastLayer
     return halving(
         lambda few: _descend(made(lm, rows, contexts, targets, through, replace(rule, tokens=few)), targets),
-        min(rule.tokens, lm.room(lm.depth - targets.layer, gradients=True)),
+        min(rule.tokens, lm.room(lm.depth - targets.layer, gradients=True)), lm.fitted
     )
 
 

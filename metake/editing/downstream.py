@@ -114,7 +114,7 @@ class Downstream(OuterObjective):
         for rows, cuts in micro_batches(self.lm, [row for _, row in numbered], self.rule.tokens):
             at = [(number[id(r)], i, r.lookup - cut) for i, (r, cut) in enumerate(zip(rows, cuts, strict=True))]
             wanted = torch.tensor([x for x in at if x[0] >= 0], dtype=torch.long, device=device).view(-1, 3).T
-            bucket = Bucket.of(rows, cuts, device) if any(row.read for row in rows) else None
+            bucket = Bucket(rows, cuts, device) if any(row.read for row in rows) else None
             made.append(_Part(Prefixed(self.lm, [row.ids for row in rows], cuts), bucket, *wanted))
         return made
 

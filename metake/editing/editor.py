@@ -150,8 +150,9 @@ class Editor:
                 "plans otherwise: leave them out"
             )
         paths = self.paths(lm)
-        known = base.known(lm, paths, state.edits > 0)
         clock = Clock(lm.device)
+        known = base.known(lm, paths, state.edits > 0)
+        clock("digest")
         rows = Rows.of(lm.tokenizer, requests, state.contexts)
         with lm.scratch(paths):
             solved = [

@@ -72,7 +72,8 @@ class KeyReader:
     @LanguageModel.entry()
     def read(self, layer: int, last: int | None = None) -> Keys:
         """Keys at `layer`, and the current value at `last` (default: the last edited): finite, or NumericalError."""
-        return halving(lambda tokens: self._read(layer, self.last if last is None else last, tokens), self.tokens)
+        own = self.last if last is None else last
+        return halving(lambda tokens: self._read(layer, own, tokens), self.tokens, self.lm.fitted)
 
     def _read(self, layer: int, last: int, tokens: int) -> Keys:
         if tokens != self.tokens:

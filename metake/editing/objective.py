@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,58 +16,38 @@ from metake.language.tokens import Row
 from metake.support.machine import sent
 
 
-class Read(NamedTuple):
-    """One scored position of a bucket's rectangle."""
-
-    row: int
-    column: int
-    request: int
-    weight: float
-    label: int | None  # None: the whole distribution is compared
-
-
 @dataclass
 class Bucket:
-    """What is scored of rows that run together, in a rectangle of `width` columns on a device; those with labels first.
+    """What is scored of rows that run together: flat over all scored positions, those with a label first.
 
-    Kept as plain numbers, so that rows leave it without asking the device which ones. owner: each row's request.
+    first: from which position of each row on it runs with the others; columns count from there. What the device is sent
+    follows from the rows, so that some can leave without asking it which.
     """
 
-    owner: list[int]
-    reads: list[Read]
-    width: int
+    rows: Sequence[Row]
+    first: Sequence[int]
     device: torch.device
+    width: int = 0  # columns of the rectangle, if not as many as these rows have
     initial: Tensor | None = None  # log-probabilities before the edit at the locality reads, (reads, vocabulary)
 
     def __post_init__(self) -> None:
-        row, column, request, weight, label = zip(*self.reads, strict=True)
-        labels = [own for own in label if own is not None]
-        self.places = Places.of(row, column, self.width, self.device)
-        self.parts = [len(labels), len(label) - len(labels)]
+        self.width = self.width or max(len(r.ids) - cut for r, cut in zip(self.rows, self.first, strict=True))
+        order = sorted(enumerate(self.rows), key=lambda pair: not pair[1].labels)
+        reads = [(i, position - self.first[i], row.request, row.weight) for i, row in order for position in row.read]
+        self.row, column, request, weight = zip(*reads, strict=True)
+        labels = [label for _, row in order for label in row.labels]
+        self.parts = [len(labels), len(reads) - len(labels)]
+        self.places = Places.of(self.row, column, self.width, self.device)
+        self.label, self.owner = (sent(x, self.device, torch.long) for x in (labels, [r.request for r in self.rows]))
         self.requests = sent(request, self.device).split(self.parts)
         self.weights = sent(weight, self.device, torch.float64).split(self.parts)
-        self.label, self.owners = sent(labels, self.device, torch.long), sent(self.owner, self.device)
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], first: Sequence[int], device: torch.device) -> Bucket:
-        """Columns count from each row's position `first`: what stands before it is not run together with the rest."""
-        reads = [
-            Read(i, position - first[i], row.request, row.weight, label)
-            for i, row in enumerate(rows)
-            for position, label in zip(row.read, row.labels or [None] * len(row.read), strict=True)
-        ]
-        width = max(len(r.ids) - cut for r, cut in zip(rows, first, strict=True))
-        return cls([r.request for r in rows], sorted(reads, key=lambda own: own.label is None), width, device)
 
     def keep(self, rows: Sequence[int]) -> Bucket:
         """The bucket of some of its rows, in ascending order: so finished requests are dropped."""
-        place = {row: i for i, row in enumerate(rows)}
-        kept = [k for k, own in enumerate(self.reads) if own.row in place]
-        initial = self.initial
-        if initial is not None:
-            initial = initial[sent([k - self.parts[0] for k in kept if k >= self.parts[0]], self.device, torch.long)]
-        reads = [self.reads[k]._replace(row=place[self.reads[k].row]) for k in kept]
-        return Bucket([self.owner[row] for row in rows], reads, self.width, self.device, initial)
+        own, first = [self.rows[i] for i in rows], [self.first[i] for i in rows]
+        watched = [k for k, row in enumerate(self.row[self.parts[0] :]) if row in rows]
+        initial = self.initial if self.initial is None else self.initial[sent(watched, self.device, torch.long)]
+        return Bucket(own, first, self.device, self.width, initial)
 
     @property
     def watches(self) -> bool:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metake.algebra.update import Edit
 from metake.data.requests import EditRequest
 from metake.editing.objective import Bucket
 from metake.editing.targets import Targets
@@ -153,7 +152,7 @@ class LastLayer(OuterObjective):
         super().__init__(targets, rule, torch.promote_types(lm.dtype, torch.float32))
         self.lm, self.layer, self.gate = lm, targets.layer, gate
         batch = Rows.of(lm.tokenizer, requests, contexts)
-        self.parts = [self._part(*part) for part in _scored(lm, batch, rule, rule.tokens)]
+        self.parts = [self._part(*part) for part in scored(lm, batch, rule, rule.tokens)]
 
     @torch.no_grad()
     def _part(self, bucket: Bucket, run: Prefixed) -> _LookAhead:
@@ -193,37 +192,8 @@ def micro_batches(lm: LanguageModel, rows: Sequence[Row], tokens: int) -> list[t
     return [([rows[i] for i in group], [cuts[i] for i in group]) for group in groups]
 
 
-def _scored(lm: LanguageModel, batch: Rows, rule: Refinement, tokens: int) -> list[tuple[Bucket, Prefixed]]:
+def scored(lm: LanguageModel, batch: Rows, rule: Refinement, tokens: int) -> list[tuple[Bucket, Prefixed]]:
     """What L_edit and L_loc read, in micro-batches."""
     rows = batch.rewriting(plain=rule.prompts == "plain") + batch.locality(rule.locality_position)
     made = micro_batches(lm, rows, tokens)
-    return [(Bucket.of(own, cuts, lm.device), Prefixed(lm, [r.ids for r in own], cuts)) for own, cuts in made]
-
-
-MEASURED = Refinement(prompts="contexts", locality_direction="post_pre", locality_position="subject")
-"""How edits are compared, whatever refined them: L_edit and L_loc as Stage I has them."""
-
-
-@LanguageModel.entry()
-def edited_losses(
-    lm: LanguageModel, requests: Sequence[EditRequest] | Rows, contexts: Sequence[str], edit: Edit,
-    rule: Refinement = MEASURED
-) -> Tensor:
-    """L_edit and L_loc of each request once an edit is applied, (n, 2) float64: F of v3 eq. 84 without its anchor.
-
-    p₀ of L_loc is the model as it is. The model is restored. Cost: two forwards over the rewriting rows.
-    """
-    batch = Rows.of(lm.tokenizer, requests, contexts)
-    parts = _scored(lm, batch, rule, min(rule.tokens, lm.room(1, gradients=False)))
-
-    def measured() -> Tensor:
-        """The first call keeps p₀."""
-        found = (
-            bucket.losses(run.logits(-1, Split(None, None), bucket.places), len(batch), rule.locality_direction)
-            for bucket, run in parts
-        )
-        return sum(torch.stack(losses, 1).double() for losses in found)
-
-    measured()
-    with edit.applied(lm):
-        return measured()
+    return [(Bucket(own, cuts, lm.device), Prefixed(lm, [r.ids for r in own], cuts)) for own, cuts in made]

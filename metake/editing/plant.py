@@ -18,7 +18,7 @@ from metake.editing.objective import Bucket
 from metake.language.capture import adding, moved, reading
 from metake.language.model import LanguageModel
 from metake.language.prefixes import Cached, Prefixed, Split, as_cache, columns_before, rearranged
-from metake.language.tokens import Padded, Row, Rows, continued
+from metake.language.tokens import Counted, Padded, Row, Rows, continued
 from metake.support.machine import sent
 
 SITES = {"block": ("block",), "mlp": ("write",), "mlp+attention": ("write", "attention")}
@@ -45,7 +45,9 @@ class Plant:
     def keep(self, rows: Sequence[int]) -> Plant:
         own = sent(rows, self.state.device)
         prefix = [kv and (kv[0][own], kv[1][own]) for kv in self.prefix]
-        return Plant(self.bucket.keep(rows), self.batch.keep(rows), prefix, self.state[own])
+        ids, mask, positions = (t[own] for t in self.batch)
+        mask = Counted.of(mask, sum(len(self.bucket.rows[i].ids) for i in rows))
+        return Plant(self.bucket.keep(rows), Padded(ids, mask, positions), prefix, self.state[own])
 
 
 def chunks(batch: Rows, tokens: int) -> list[list[int]]:
@@ -84,7 +86,7 @@ def planted(lm: LanguageModel, batch: Rows, layer: int, site: str, tokens: int) 
 
 def score(lm: LanguageModel, part: Plant, delta: Tensor, layer: int, site: str) -> Tensor:
     """Logits at one bucket's scored positions with δ, (vectors a request, n, d), planted at its rows' lookups."""
-    first, *others = delta.index_select(1, part.bucket.owners)
+    first, *others = delta.index_select(1, part.bucket.owner)
     first = first if site == "block" else first * lm.scale
     with ExitStack() as stack:
         if not others:
@@ -122,4 +124,4 @@ def _plant(lm: LanguageModel, rows: Sequence[Row], cuts: Sequence[int], layer: i
     own = columns_before(before, max(lookups)) + (upto.width - upto.cut)[:, None]
     sites = (found[i].reshape(len(rows), -1, lm.width) for i in outputs)  # a flat output is in rows again
     anchor = torch.stack([own_site[at[:, 0], before - run.cut] for own_site in sites])
-    return Plant(Bucket.of(rows, lookups, lm.device), batch, rearranged(cache, at, own, done), state), anchor
+    return Plant(Bucket(rows, lookups, lm.device), batch, rearranged(cache, at, own, done), state), anchor

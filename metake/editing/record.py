@@ -15,7 +15,7 @@ from metake.algebra.solve import Solution, spectrum
 from metake.algebra.update import LayerUpdate
 from metake.data.requests import EditRequest, told
 from metake.language.model import LanguageModel
-from metake.support.machine import synchronize
+from metake.support.machine import reset_peak, synchronize
 
 
 class SolvedLayer(NamedTuple):
@@ -58,6 +58,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
+        reset_peak(device)  # the record's is of this edit
         self.device, self._last = device, time.perf_counter()
 
     def __call__(self, stage: str) -> None:

@@ -25,7 +25,7 @@ from metake.language import assets
 from metake.language.model import LanguageModel
 from metake.language.tokens import encode, pad
 from metake.support.errors import NumericalError, StatisticsError
-from metake.support.machine import halving
+from metake.support.machine import halving, sent
 from metake.support.progress import progress
 from metake.support.storage import atomic_path, load_tensors, save_tensors
 
@@ -125,11 +125,12 @@ def statistics(
     content = assets.sha256_file(text) if file else hashlib.sha256(repr(found).encode()).hexdigest()
     digests = _digests(lm, [content, tokens, context, seed], layers)
     paths = {i: assets.cache_dir() / "statistics" / f"{digest}.safetensors" for i, digest in digests.items()}
-    kept = {i: one for i, path in paths.items() if cache and (one := _cached(path, digests[i], lm.device))}
+    kept = {i: one for i, path in paths.items() if cache and (one := _cached(path, digests[i]))}
     made, source = {i: one[i] for i, one in kept.items()}, next((one.source for one in kept.values()), None)
     if missing := [i for i in layers if i not in kept]:
         rows = token_rows(lm, found or documents(text), tokens, context, seed, file)
-        made |= halving(lambda size: _stream(lm, rows, missing, size), min(8192, lm.room(1, gradients=False)))
+        size = min(8192, lm.room(1, gradients=False))
+        made |= halving(lambda size: _stream(lm, rows, missing, size), size, lm.fitted)
         name = text if text == "embedded" else Path(text).name
         source = {"text": name, "tokens": sum(map(len, rows)), "model": lm.name}
         for i in missing if cache else ():
@@ -140,9 +141,9 @@ def statistics(
     return Statistics({i: made[i] for i in layers}, whole, source)
 
 
-def _cached(path: Path, digest: str, device: torch.device) -> Statistics | None:
+def _cached(path: Path, digest: str) -> Statistics | None:
     try:
-        return Statistics.load(path, digest, device) if path.exists() else None
+        return Statistics.load(path, digest) if path.exists() else None
     except StatisticsError as error:
         log.warning("%s", error)
         path.unlink()
@@ -185,11 +186,14 @@ def _stream(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int], s
     sums = {i: KeyStatistics.empty(lm.shape(lm.write_path(i))[1], lm.device) for i in layers}
     for group in progress(lm.groups([len(r) for r in rows], size), "statistics"):
         batch = pad([rows[i] for i in group], lm.device)
+        width = batch.ids.shape[1]
         keys, _ = lm.read(batch, layers)
-        real = batch.mask.bool()
+        real = sent([k * width + c for k, i in enumerate(group) for c in range(len(rows[i]))], lm.device)
         for i in layers:
-            sums[i].update(keys[i][real])
-            if not sums[i].moment.diagonal().isfinite().all():
+            sums[i].update(keys[i].flatten(0, 1)[real])
+        sound = torch.stack([sums[i].moment.diagonal().isfinite().all() for i in layers]).tolist()
+        for i, finite in zip(layers, sound, strict=True):
+            if not finite:
                 raise NumericalError(
                     f"keys of layer {i} of {lm.name!r} ({lm.dtype}) are not finite; look for NaN in its weights up to "
                     "there, or load it in a wider dtype. No statistics were kept"
@@ -200,7 +204,7 @@ def _stream(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int], s
             f"{count} tokens of text cannot span {least} key dimensions; give a text of at least {least} tokens, "
             "better ten times as many"
         )
-    return sums
+    return {i: one.to("cpu") for i, one in sums.items()}  # where they wait until a method asks for their layer
 
 
 def _digests(lm: LanguageModel, text: list[Any], layers: list[int]) -> dict[int, str]:

@@ -101,7 +101,7 @@ def optimize_targets(
         )
     return halving(
         lambda tokens: _optimize(lm, batch, layer, rule, tokens),
-        min(rule.tokens, lm.room(lm.depth - layer, gradients=True)),
+        min(rule.tokens, lm.room(lm.depth - layer, gradients=True)), lm.fitted
     )
 
 
@@ -175,9 +175,7 @@ def _update(delta: Tensor, optimizer: torch.optim.Optimizer, active: Tensor, lim
         delta.copy_(torch.where(active[:, None], clamped, before))
 
 
-def _record(
-    lm: LanguageModel, trace: dict[int, dict], numbers: Tensor, step: int
-) -> tuple[list[float], list[float]]:
+def _record(lm: LanguageModel, trace: dict[int, dict], numbers: Tensor, step: int) -> tuple[list, list]:
     """Note the losses of the requests that were active; which these were, and which still are.
 
     numbers: (5, n) loss, NLL, KL, active before and after: one transfer a step.
@@ -194,5 +192,5 @@ def _record(
 
 
 def _compact(parts: list[Plant], active: Sequence[float]) -> list[Plant]:
-    stays = ((part, [k for k, request in enumerate(part.bucket.owner) if active[request]]) for part in parts)
-    return [part if len(rows) == len(part.bucket.owner) else part.keep(rows) for part, rows in stays if rows]
+    stays = ((part, [k for k, row in enumerate(part.bucket.rows) if active[row.request]]) for part in parts)
+    return [part if len(rows) == len(part.bucket.rows) else part.keep(rows) for part, rows in stays if rows]

@@ -92,7 +92,7 @@ def edit_sequence(
     state = editor.init(lm, given)
     for batch in batches(requests, size):
         edit, state = editor.step(lm, batch, state)
-        edit.apply(lm)
+        edit.apply(lm, check=False)  # made on this very model
         yield edit, state
 
 
@@ -146,12 +146,13 @@ def run(config: RunConfig, out: str | Path, device: str | None = None, shared: U
     with lm.scratch(editor.paths(lm)):
         records = _resume(lm, editor, cases, state, config.batch, out, shared)
         first = next(records)
-        spent = Counter(first.seconds)
+        spent, peak = Counter(first.seconds), first.peak_memory
         for record in records:
             spent.update(record.seconds)
+            peak = max(peak, record.peak_memory)
         result = evaluate(lm, cases, config.generate, original, config.seed)
     seconds = {"total": time.perf_counter() - started, **spent}
-    _report(out, config, cases, original, result, first, seconds, peak_memory(lm.device))
+    _report(out, config, cases, original, result, first, seconds, max(peak, peak_memory(lm.device)))
     return result
 
 
@@ -201,7 +202,7 @@ def _batch(
     shared: Unedited | None
 ) -> tuple[EditRecord, EditorState]:
     """Apply the edit of one batch: the one in its folder, or else computed and saved there."""
-    if folder.is_dir():
+    if there := folder.is_dir():
         edit, state = _load_batch(folder, batch, state, lm.device)
     else:
         planned = shared.plan(lm, editor, state, batch) if shared else None
@@ -209,7 +210,7 @@ def _batch(
         with atomic_path(folder) as temporary:
             edit.save(temporary)
             save_tensors({str(i): k for i, k in state.keys.items()}, temporary / "keys.safetensors")
-    edit.apply(lm)
+    edit.apply(lm, check=there)  # else it was made on this very model
     return edit.record, state
 
 

@@ -19,8 +19,6 @@ from torch.utils.hooks import RemovableHandle
 
 from metake.support.machine import sent
 
-Numbers = Sequence[int] | Tensor
-
 
 class _Stop(Exception):
     """Raised by a hook once the last wanted activation was read; never leaves this module."""
@@ -147,17 +145,10 @@ class Places(NamedTuple):
     once: Tensor
 
     @classmethod
-    def of(cls, rows: Numbers, columns: Numbers, width: int, device: torch.device | str = "cpu") -> Places:
+    def of(cls, rows: Iterable[int], columns: Iterable[int], width: int, device: Any = "cpu") -> Places:
         """rows, columns: (pairs,); width: columns of the rectangle."""
-        lists = (x.tolist() if isinstance(x, Tensor) else x for x in (rows, columns))
-        asked = [row * width + column for row, column in zip(*lists, strict=True)]
+        asked = [int(row) * width + int(column) for row, column in zip(rows, columns, strict=True)]
         return cls(*(sent(x, device, torch.long) for x in (asked, sorted({*asked}))))
-
-    @classmethod
-    def last(cls, rows: int, width: int, device: torch.device) -> Places:
-        """Of so many rows the last column."""
-        own = torch.arange(width - 1, rows * width, width, device=device)
-        return cls(own, own)
 
 
 @contextlib.contextmanager

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from metake.language.capture import Places
 from metake.language.model import LanguageModel
-from metake.language.tokens import Padded, encode, pad, seam
+from metake.language.tokens import Counted, Padded, encode, pad, seam
 from metake.support.errors import ParameterError
-from metake.support.machine import halving, sent
+from metake.support.machine import halving, sent, start_cost
 from metake.support.progress import progress
 
 CONTEXT_WORDS = ("The", "Therefore", "Because", "I", "You")
@@ -34,15 +33,15 @@ def _uniforms(seed: int, stream: str, count: int) -> np.ndarray:
 
 @LanguageModel.entry()
 def sample(
-    lm: LanguageModel, prompts: Sequence[str], length: int, top_k: int = 5, seed: int = 0, rows: int = 64,
+    lm: LanguageModel, prompts: Sequence[str], length: int, top_k: int = 5, seed: int = 0, rows: int | None = None,
     streams: Sequence[str] | None = None
 ) -> list[str]:
     """One continuation of each prompt by top-k sampling, `length` tokens in all, prompt included (up to its seam).
 
     Softmax, the k largest probabilities renormalized, no temperature, no stop token (the family's protocol). rows:
-    sequences run together, which does not change the result; streams: names of the random streams, one a prompt
-    (default: the prompts, so that equal prompts get equal texts). Returns the whole texts, NFKD-normalized, without
-    special tokens. Raises NumericalError if the model gives numbers that are not finite.
+    sequences run together (default: as many as pay here), which does not change the result; streams: names of the
+    random streams, one a prompt (default: the prompts, so that equal prompts get equal texts). Returns the whole texts,
+    NFKD-normalized, without special tokens. Raises NumericalError if the model gives numbers that are not finite.
     """
     ids = [encode(lm.tokenizer, seam(p)[0]) for p in prompts]
     alike = [[i for i, row in enumerate(ids) if len(row) == tokens] for tokens in dict.fromkeys(map(len, ids))]
@@ -58,7 +57,7 @@ def sample(
                 texts[i] = unicodedata.normalize("NFKD", text).replace("\n\n", " ")
         return texts
 
-    return halving(written, rows)
+    return halving(written, rows or start_cost(lm.device), lm.fitted)
 
 
 def _continue(
@@ -69,8 +68,8 @@ def _continue(
     draws, cache = sent(np.array(uniforms), lm.device), DynamicCache()
     for t in range(done.shape[1], length):
         positions = torch.arange(t - new.shape[1], t, device=lm.device).expand(len(ids), -1)
-        step = Padded(new, torch.ones_like(done), positions, [t] * len(ids))
-        logits = lm.logits_at(step, Places.last(*step.ids.shape, lm.device), cache)
+        step = Padded(new, Counted.of(torch.ones_like(done), done.numel()), positions)
+        logits = lm.logits(step, range(len(ids)), [new.shape[1] - 1] * len(ids), cache)
         best = torch.softmax(logits.double(), -1).topk(min(top_k, logits.shape[-1]))
         mass = best.values.cumsum(-1)
         pick = (mass < draws[:, t, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp_max(mass.shape[1] - 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from metake.language import assets, checks
 from metake.language.architecture import ARCHITECTURES, check_paths, experts
-from metake.language.capture import Numbers, Places, gathered, reading, resumed
+from metake.language.capture import Places, gathered, reading, resumed
 from metake.language.kernels import fast_products
 from metake.language.ready import Ready
 from metake.language.tokens import Padded, buckets, shared_beginnings
@@ -39,6 +39,7 @@ class LanguageModel(Ready):
     name: str
     origin: dict[str, str] = field(default_factory=dict)
     arity: int = 1  # items that a decoder block returns
+    fitted: dict[str, int] = field(default_factory=dict, repr=False)  # micro-batches of what ran out of memory before
 
     def __post_init__(self) -> None:
         checks.check_whole(self.model, self.name)
@@ -121,11 +122,11 @@ class LanguageModel(Ready):
         checks.check_padding(self.model.config, self.dtype, batch)
         with fast_products(self.model.modules()):
             return self.model(
-                input_ids=batch.ids, attention_mask=batch.counted, position_ids=batch.positions, past_key_values=past,
+                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, past_key_values=past,
                 use_cache=past is not None
             )
 
-    def logits(self, batch: Padded, rows: Numbers, columns: Numbers, past: DynamicCache | None = None) -> Tensor:
+    def logits(self, batch: Padded, rows: Iterable[int], columns: Iterable[int], past: Any = None) -> Tensor:
         """Next-token logits at (row, column) pairs only, (pairs, vocabulary)."""
         return self.logits_at(batch, Places.of(rows, columns, batch.ids.shape[1], self.device), past)
 
@@ -164,13 +165,8 @@ class LanguageModel(Ready):
         return resumed(self.blocks, last, state, self.arity)
 
     def room(self, blocks: int, gradients: bool) -> int:
-        """Tokens of a micro-batch in a pass over so many blocks that fit in `machine.working_memory`: an estimate.
-
-        A block keeps about 8 activations of the model's width and 4 of the MLP's for the backward pass; one token in
-        four is scored, which takes three vectors of the vocabulary's size.
-        """
-        width, inner = self.shape(self.write_path(0))
-        numbers = (8 * width + 4 * inner) * (blocks if gradients else 1) + 0.75 * self.model.config.vocab_size
+        """Tokens of a micro-batch in a pass over so many blocks that fit in `machine.working_memory`: an estimate."""
+        numbers = kept(*self.shape(self.write_path(0)), blocks if gradients else 1, self.model.config.vocab_size)
         return max(1, int(working_memory(self.device) / numbers / self.dtype.itemsize))
 
     def groups(self, sizes: Sequence[int | tuple[int, ...]], tokens: int, passes: int = 1) -> list[list[int]]:
@@ -234,13 +230,21 @@ class LanguageModel(Ready):
 
     def digest(self, module: str) -> str:
         """SHA-256 of a weight as (d_out, d_in) little-endian bytes of its own dtype."""
-        raw = self.weight(module).contiguous().cpu().view(torch.uint8).numpy()
-        return hashlib.sha256(raw.tobytes()).hexdigest()
+        raw = self.weight(module).contiguous().cpu().view(-1).view(torch.uint8).numpy()
+        return hashlib.sha256(raw).hexdigest()
 
     def base(self) -> dict[str, Any]:
         """What an edit's record says of the model that it was made on."""
         dtype, conv1d = str(self.dtype).removeprefix("torch."), isinstance(self.write(0), Conv1D)
-        return {"id": self.name, **self.origin, "dtype": dtype, "device": str(self.device), "conv1d": conv1d}
+        told = {"id": self.name, **self.origin, "dtype": dtype, "device": str(self.device), "conv1d": conv1d}
+        return told | {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else told
+
+
+def kept(width: int, inner: int, blocks: int, vocabulary: int) -> float:
+    """Numbers that a token of a pass takes: a block keeps about 8 activations of the model's width and 4 of the MLP's
+    for the backward pass; one token in four is scored, which takes three vectors of the vocabulary's size.
+    """
+    return (8 * width + 4 * inner) * blocks + 0.75 * vocabulary
 
 
 DTYPES: Mapping[str, torch.dtype] = {k: getattr(torch, k) for k in ("float64", "float32", "bfloat16", "float16")}

@@ -43,24 +43,13 @@ class Padded(NamedTuple):
     ids: Tensor
     mask: Tensor
     positions: Tensor
-    lengths: Sequence[int] | None = None  # ones in each row of the mask, where they are known
-
-    def keep(self, rows: Sequence[int]) -> Padded:
-        """Some of its rows."""
-        own = sent(rows, self.ids.device)
-        return Padded(self.ids[own], self.mask[own], self.positions[own], [self.lengths[row] for row in rows])
-
-    @property
-    def counted(self) -> Tensor:
-        """The mask; it knows the sum that transformers asks of it before each pass, so that no device is waited for."""
-        return self.mask if self.lengths is None else _Counted.of(self.mask, sum(self.lengths))
 
 
-class _Counted(Tensor):
-    """A mask with the number of its ones."""
+class Counted(Tensor):
+    """A mask that knows its sum: transformers asks for it before a pass, and would wait for the device each time."""
 
     @classmethod
-    def of(cls, mask: Tensor, count: int) -> Tensor:
+    def of(cls, mask: Tensor, count: int) -> Counted:
         found = mask.as_subclass(cls)
         found.count = count
         return found
@@ -71,8 +60,8 @@ class _Counted(Tensor):
             return args[0].count
         with torch._C.DisableTorchFunctionSubclass():
             made, own = function(*args, **(kwargs or {})), args[0]
-            same = function in (Tensor.to, Tensor.view, Tensor.__getitem__) and type(own) is cls
-            return cls.of(made, own.count) if same and made.numel() == own.numel() else made
+        same = function in (Tensor.to, Tensor.view, Tensor.__getitem__) and type(own) is cls
+        return cls.of(made, own.count) if same and made.numel() == own.numel() else made
 
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -246,8 +235,8 @@ def pad(rows: Sequence[Sequence[int]], device: Any) -> Padded:
     ids = sent([(*row, *[0] * (width - len(row))) for row in rows], device, torch.long)
     columns = torch.arange(width, device=device)
     lengths = list(map(len, rows))
-    mask = (columns < sent(lengths, device)[:, None]).long()
-    return Padded(ids, mask, columns.expand(len(rows), -1), lengths)
+    mask = Counted.of((columns < sent(lengths, device)[:, None]).long(), sum(lengths))
+    return Padded(ids, mask, columns.expand(len(rows), -1))
 
 
 def continued(rows: Sequence[Sequence[int]], past: Sequence[int], device: Any) -> Padded:
@@ -257,8 +246,8 @@ def continued(rows: Sequence[Sequence[int]], past: Sequence[int], device: Any) -
     """
     own, lengths, width = pad(rows, device), sent(past, device), max(past)
     before = (torch.arange(width, device=device) >= (width - lengths)[:, None]).long()
-    whole = [a + b for a, b in zip(own.lengths, past, strict=True)]
-    return Padded(own.ids, torch.cat([before, own.mask], 1), own.positions + lengths[:, None], whole)
+    mask = Counted.of(torch.cat([before, own.mask], 1), own.mask.sum() + sum(past))
+    return Padded(own.ids, mask, own.positions + lengths[:, None])
 
 
 def shared_beginnings(

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from metake.language.capture import Places
 from metake.language.model import LanguageModel
-from metake.language.tokens import Padded, continuation, encode
+from metake.language.tokens import Counted, Padded, continuation, encode
 from metake.scoring.evaluation import read
 from metake.support.errors import RequestError
 from metake.support.machine import halving, sent
@@ -44,7 +43,8 @@ def answer(
     longer = {(prompt, c) for prompt, candidates in questions for c in candidates if len(words[c]) > 1}
     asked = [(*pair, " ") for pair in longer]
     apart = dict(zip(longer, (r.log_p for r in read(lm, asked, tokens)), strict=True)) if longer else {}
-    found = halving(lambda size: _written(lm, rows, length, size), min(tokens, lm.room(1, gradients=False)))
+    most = min(tokens, lm.room(1, gradients=False))
+    found = halving(lambda size: _written(lm, rows, length, size), most, lm.fitted)
     return [
         Answer(text, tuple(apart[p, c] if (p, c) in apart else first[words[c][0]].item() for c in candidates))
         for (p, candidates), (text, first) in zip(questions, found, strict=True)
@@ -66,12 +66,12 @@ def _continue(lm: LanguageModel, rows: Sequence[tuple[int, ...]], length: int) -
     step, cache = _aligned(rows, lm.device), DynamicCache()
     new: list[Tensor] = []
     for _ in range(length):
-        logits = lm.logits_at(step, Places.last(*step.ids.shape, lm.device), cache)
+        logits = lm.logits(step, range(len(rows)), [step.ids.shape[1] - 1] * len(rows), cache)
         if not new:
             first = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
         new.append(logits.argmax(-1, keepdim=True))
-        mask, lengths = torch.cat([step.mask, torch.ones_like(new[-1])], 1), [own + 1 for own in step.lengths]
-        step = Padded(new[-1], mask, step.positions[:, -1:] + 1, lengths)
+        mask = torch.cat([step.mask, torch.ones_like(new[-1])], 1)
+        step = Padded(new[-1], Counted.of(mask, step.mask.sum() + len(rows)), step.positions[:, -1:] + 1)
     return torch.cat(new, 1), first
 
 
@@ -80,7 +80,7 @@ def _aligned(rows: Sequence[tuple[int, ...]], device: torch.device) -> Padded:
     lengths, width = [len(row) for row in rows], max(map(len, rows))
     ids = sent([(*[0] * (width - len(row)), *row) for row in rows], device, torch.long)
     positions = torch.arange(width, device=device) - (width - sent(lengths, device))[:, None]
-    return Padded(ids, (positions >= 0).long(), positions.clamp_min(0), lengths)
+    return Padded(ids, Counted.of((positions >= 0).long(), sum(lengths)), positions.clamp_min(0))
 
 
 def _until_end(lm: LanguageModel, ids: list[int]) -> list[int]:

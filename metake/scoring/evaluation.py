@@ -182,7 +182,8 @@ def read(lm: LanguageModel, pairs: Sequence[tuple], tokens: int = 8192) -> list[
                 f"the probe prompt {prompt!r} has no tokens; expected at least one before the answer {text!r}"
             )
         wanted.setdefault(start + answer[:-1], []).append((i, len(start) - 1, answer))
-    return halving(lambda tokens: _read(lm, wanted, len(pairs), tokens), min(tokens, lm.room(1, gradients=False)))
+    most = min(tokens, lm.room(1, gradients=False))
+    return halving(lambda tokens: _read(lm, wanted, len(pairs), tokens), most, lm.fitted)
 
 
 def _read(lm: LanguageModel, wanted: _Questions, count: int, tokens: int) -> list[Reading]:

@@ -93,19 +93,23 @@ def start_cost(device: torch.device) -> int:
     return 512 if device.type == "cuda" else 96
 
 
-def halving(attempt: Callable[[int], T], tokens: int) -> T:
+def halving(attempt: Callable[[int], T], tokens: int, fitted: dict[str, int] | None = None) -> T:
     """`attempt(tokens)`; after an out-of-memory error again with half as many, down to one token (or row).
 
-    The attempt must start anew each time: a micro-batch decides memory, never the result.
+    The attempt must start anew each time: a micro-batch decides memory, never the result. fitted: what it came down to
+    is kept there, and the next attempt of the same function begins with it.
     """
+    fitted, name = {} if fitted is None else fitted, attempt.__qualname__
+    tokens = min(tokens, fitted.get(name, tokens))
     while True:
         try:
             return attempt(tokens)
         except RuntimeError as error:
-            full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            said = str(error)  # of a library's own workspace too
+            full = isinstance(error, torch.OutOfMemoryError) or "can't allocate" in said or "ALLOC_FAILED" in said
             if not full or tokens <= 1:
                 raise
-        tokens //= 2
+        tokens = fitted[name] = tokens // 2
         log.warning("out of memory: going on with micro-batches half as large (%d)", tokens)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

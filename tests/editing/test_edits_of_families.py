@@ -13,9 +13,10 @@ from metake import EditRequest, TargetRule
 from metake.editing.downstream import Downstream
 from metake.editing.gradient.slopes import Passes
 from metake.editing.keys import KeyReader
-from metake.editing.outer import LastLayer, Refinement, edited_losses
+from metake.editing.outer import LastLayer, Refinement
 from metake.editing.plant import SITES, planted, score
 from metake.editing.targets import Targets, optimize_targets
+from metake.experiments.measured import edited_losses
 from metake.language.capture import hidden, rewrap
 from metake.language.tokens import Rows, rewriting_rows
 from metake.methods import method

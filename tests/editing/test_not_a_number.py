@@ -10,7 +10,7 @@ from same import fingerprint
 import metake as mk
 from metake.editing.hypergradient import Hypergradient
 from metake.editing.keys import KeyReader
-from metake.editing.outer import edited_losses
+from metake.experiments.measured import edited_losses
 from metake.language.generation import sample
 from metake.scoring.answers import answer
 from metake.scoring.evaluation import read

@@ -106,7 +106,9 @@ class GradientEditor:
         """
         requests = list(requests)
         check_batch(requests)
-        known, clock = base.known(lm, self.modules, state.edits > 0), Clock(lm.device)
+        clock = Clock(lm.device)
+        known = base.known(lm, self.modules, state.edits > 0)
+        clock("digest")
         share = self.rule.shares(len(requests))
         rows = rewriting_rows(lm.tokenizer, requests, PLAIN)
         passes = Passes(lm, [row._replace(weight=share[row.request] * row.weight) for row in rows], self.rule.tokens)
@@ -131,6 +133,7 @@ class GradientEditor:
                 clock("solve")
             if requests:
                 history.append(passes.losses()[:, 0])
+        losses = [step.tolist() for step in history]
         record = EditRecord(
             recipe=describe(self.rule) | {"modules": list(self.modules), "trained": dict(self.trained)},
             **known, requests=tuple(r.id for r in requests), requests_digest=digest_of(requests),
@@ -140,7 +143,7 @@ class GradientEditor:
                 or {"relative_update": (u.delta.norm() / lm.weight(path).double().norm()).item()}
                 for path, u in sums.items()
             },
-            trace={r.id: {"nll": [step[i].item() / share[i] for step in history]} for i, r in enumerate(requests)},
+            trace={r.id: {"nll": [step[i] / share[i] for step in losses]} for i, r in enumerate(requests)},
             seconds=clock.seconds, peak_memory=peak_memory(lm.device),
         )  # fmt: skip
         edit = Edit(tuple(sums.values()), record)

@@ -61,7 +61,7 @@ class Passes:
         width = batch.ids.shape[1]
         kept, order = zip(*((k * width + c, group[k] << 32 | c) for k, c in places), strict=True)
         where = {"dtype": torch.long, "device": self.lm.device}
-        bucket = Bucket.of(own, [0] * len(own), self.lm.device)
+        bucket = Bucket(own, [0] * len(own), self.lm.device)
         return _Part(batch, bucket, torch.tensor(kept, **where), torch.tensor(order, **where))
 
     def losses(self) -> Tensor:

@@ -33,16 +33,22 @@ def measure(device: torch.device, longest: float = 0.1, largest: int = 16384, co
     finally:
         torch.set_float32_matmul_precision(before)
     copied = min(copied, free_memory(device) // 4)
-    source = torch.zeros(copied, dtype=torch.uint8, device=device)
-    host, target = torch.zeros(min(copied, 2**28), dtype=torch.uint8), torch.empty_like(source)
+    host = torch.zeros(min(copied, 2**28), dtype=torch.uint8)
+    target = torch.empty_like(host, device=device)
     rows += [
-        ("copy within the device, read and written", 2 * copied / _best(device, lambda: target.copy_(source)) / 1e9,
-         "GB/s"),
-        ("copy to the device", len(host) / _best(device, lambda: target[: len(host)].copy_(host)) / 1e9, "GB/s"),
+        ("copy within the device, read and written", copy_rate(device, copied) / 1e9, "GB/s"),
+        ("copy to the device", len(host) / _best(device, lambda: target.copy_(host)) / 1e9, "GB/s"),
         ("start of a kernel", _launch(device) * 1e6, "µs"),
         ("memory free", free_memory(device) / 2**30, "GiB"),
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=["quantity", "value", "unit"])
+
+
+def copy_rate(device: torch.device, copied: int) -> float:
+    """Bytes per second that a copy of so many bytes within the device reads and writes."""
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * copied / _best(device, lambda: target.copy_(source))
 
 
 def _best(device: torch.device, call: Any) -> float:

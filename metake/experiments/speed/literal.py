@@ -202,7 +202,7 @@ def _solve(
         return lambda _: reference.alphaedit_code(keys, residuals, projector, metric.ridge, past)
     if not isinstance(metric, InverseCovariance):
         raise ParameterError(f"no literal form of a {type(metric).__name__} solve is known; leave --literal out")
-    moment = statistics[editor.layers[-1]].covariance
+    moment = statistics[editor.layers[-1]].to(lm.device).covariance
     if rule.ridge:
         return lambda _: residuals @ reference.gate_v1(keys, rule.weight * moment, rule.ridge)
     return lambda _: reference.memit(keys, residuals, moment, rule.weight)

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from metake.algebra.geometry import KeyStatistics
@@ -39,6 +39,12 @@ def size_of(model: str) -> str:
     return name
 
 
+def config_of(name: str) -> PreTrainedConfig:
+    """The configuration of a size."""
+    numbers = dict(_sizes()[name])
+    return AutoConfig.for_model(numbers.pop("kind"), **numbers, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+
+
 def random_model(model: str, dtype: str | None = None, device: str | None = None) -> LanguageModel:
     """A model of `model`'s full size with random weights, in `dtype` on `device`; its tokenizer is that of `tiny`.
 
@@ -52,8 +58,7 @@ def random_model(model: str, dtype: str | None = None, device: str | None = None
     if dtype is not None and dtype not in DTYPES:
         raise ParameterError(near_misses(dtype, DTYPES, "dtype"))
     kind = DTYPES[dtype or ("float64" if name == "tiny" else "float32")]
-    numbers = dict(_sizes()[name])
-    config = AutoConfig.for_model(numbers.pop("kind"), **numbers, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    config = config_of(name)
     with no_init_weights(), place:
         built = AutoModelForCausalLM.from_config(config, dtype=kind)
     built.tie_weights()  # a part of the initialization that was passed over

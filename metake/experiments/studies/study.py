@@ -19,13 +19,13 @@ from metake.algebra.solve import association, attenuation
 from metake.algebra.update import Edit
 from metake.data.requests import Cases, EditRequest
 from metake.editing.editor import Editor
-from metake.editing.outer import edited_losses
 from metake.editing.record import describe
 from metake.editing.state import EditorState
 from metake.editing.statistics import Statistics, statistics
 from metake.editing.targets import Targets
 from metake.experiments.cases import read_cases, select
 from metake.experiments.kept import kept
+from metake.experiments.measured import edited_losses
 from metake.experiments.runs import Unedited
 from metake.language.model import LanguageModel, load
 from metake.language.tokens import Rows
