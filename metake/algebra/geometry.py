@@ -16,8 +16,6 @@ from torch import Tensor
 
 from metake.support.errors import NumericalError, ParameterError, StatisticsError
 
-CHUNK = 1024  # keys whose products are summed in float32
-
 
 class Metric(Protocol):
     """A symmetric positive semi-definite operator on key space."""
@@ -49,18 +47,12 @@ class KeyStatistics:
         return self.moment.shape[0]
 
     def update(self, keys: Tensor) -> None:
-        """Add keys, (n, d_in). Cost n d_in².
-
-        Keys of float32 or half precision are multiplied in float32, CHUNK at a time, and summed in float64: of a
-        moment Σ kᵢkⱼ no more than 1e-6 √(Σ kᵢ² Σ kⱼ²) is lost.
-        """
-        keys = keys.detach().to(self.moment.device)
+        """Add keys, (n, d_in). Cost n d_in²."""
+        keys = keys.detach().to(self.moment)
         if keys.ndim != 2 or keys.shape[1] != self.dim:
             found = f"keys of shape {tuple(keys.shape)} do not fit statistics of dimension {self.dim}"
             raise StatisticsError(f"{found}; expected (n, {self.dim})")
-        wide = keys.dtype == torch.float64 or not _exact(keys.device)
-        for rows in keys.to(torch.float64 if wide else torch.float32).split(len(keys) + 1 if wide else CHUNK):
-            self.moment.addmm_(rows.T, rows) if wide else self.moment.add_(rows.T @ rows)
+        self.moment.addmm_(keys.T, keys)
         self.count += keys.shape[0]
         self.__dict__.pop("_eigh", None)
 
@@ -85,7 +77,7 @@ class KeyStatistics:
     def _eigh(self) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(self.covariance)
         worst = values[0].item()
-        if worst < -1e-6 * max(values[-1].item(), 1e-300):
+        if worst < -1e-8 * max(values[-1].item(), 1e-300):
             found = f"second moment is not positive semi-definite (smallest eigenvalue {worst:.2e})"
             raise StatisticsError(f"{found}; recompute the statistics")
         return values.clamp_min(0), vectors.contiguous()  # as read from a cache: the last digit depends on the layout
@@ -98,12 +90,6 @@ class KeyStatistics:
     def null_rank(self, threshold: float) -> int:
         """Number of eigenvalues of C below `threshold`: the directions in which AlphaEdit may write."""
         return int((self.spectrum < threshold).sum())
-
-
-def _exact(device: torch.device) -> bool:
-    """Whether products of float32 are computed in float32, as they are unless somebody asked for less (TF32)."""
-    inside = getattr(torch.backends, "mkldnn" if device.type == "cpu" else device.type, None)
-    return getattr(getattr(inside, "matmul", None), "fp32_precision", "none") in ("none", "ieee")
 
 
 Layers = KeyStatistics | Mapping[int, KeyStatistics]  # of one layer, or of several by their number

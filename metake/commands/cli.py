@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = None
     try:
         args = _parser().parse_args(arguments)
-        with _recipe(args):
+        with _recipe(args), _repeatable(args):
             args.call(args)
         sys.stdout.flush()
     except MetakeError as error:
@@ -296,6 +296,14 @@ def _recipe(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]
     from metake.experiments.borrowed import borrowed
 
     return borrowed(args.model, like, None if args.call is _stats else layers)  # statistics need no recipe
+
+
+def _repeatable(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    if not getattr(args, "deterministic", False):
+        return contextlib.nullcontext()
+    from metake.experiments.repeatable import repeatable
+
+    return repeatable()
 
 
 def _complain(message: str, code: int) -> int:

@@ -78,6 +78,13 @@ def chat_option(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--chat", action="store_true", help=f"{what} by the tokenizer's chat template")
 
 
+def deterministic_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--deterministic", action="store_true",
+        help="the same bits when it is done again on the same device, which takes longer; the record says so"
+    )
+
+
 def train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("method", metavar="METHOD", help="malmen, mend or smedit")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the editor")
@@ -126,6 +133,7 @@ def edit_options(parser: argparse.ArgumentParser) -> None:
         "or in a script that writes no blanks"
     )
     chat_option(parser, "ask")
+    deterministic_option(parser)
     parser.add_argument("--out", metavar="DIR", help="save the edit there")
     parser.add_argument("--peft", metavar="DIR", help="export it there as a LoRA adapter")
     parser.add_argument(
@@ -142,6 +150,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_COUNT, default=20, metavar="N", help="edits a batch; default: %(default)s")
     parser.add_argument("--generate", action="store_true", help="also fluency and consistency (slow)")
     chat_option(parser, "edit and evaluate")
+    deterministic_option(parser)
     editor_option(parser)
     recipe_options(parser)
     model_options(parser)
@@ -271,11 +280,11 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
 def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a size that is known (llama3-8b, gpt2-xl, …) or a folder with a config.json")
     parser.add_argument("--method", type=_method, default="metake", help="see: metake methods; default: %(default)s")
-    parser.add_argument("--edits", type=_COUNT, default=2000, metavar="N", help="of the whole run; default: %(default)s")
+    parser.add_argument("--edits", type=_COUNT, default=2000, metavar="N", help="of the run; default: %(default)s")
     parser.add_argument("--batch", type=_COUNT, default=100, metavar="N", help="edits a batch; default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", metavar="DTYPE", help="default: %(default)s")
     for name, what in (
-        ("memory", "of the device in GB: micro-batches are halved until it suffices; default: as large as the method's"),
+        ("memory", "of the device in GB: micro-batches are halved until it suffices; default: the method's"),
         ("rate", "of its matrix products in TFLOP/s; default: this machine's, measured"),
         ("bandwidth", "of its memory in GB/s; default: this machine's, measured"),
     ):

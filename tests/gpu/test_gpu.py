@@ -13,6 +13,7 @@ from models import CONFIGS, random_model
 from reference import double_inside  # noqa: F401 (a fixture)
 
 import metake as mk
+from metake.experiments.repeatable import repeatable
 
 pytestmark = MARKS
 FEW = ("metake", "mend")  # where the device under test is the CPU itself, equality says little
@@ -76,6 +77,14 @@ def test_an_edit_repeats_itself():
         with edit.applied(lm):
             scores.append(mk.evaluate(lm, cases(2)).metrics)
     assert scores[0] == scores[1]
+
+
+def test_an_edit_repeats_itself_to_the_bit_if_that_is_asked_for():
+    with repeatable():
+        (_, one), (_, other) = (edited(GPU, "metake", "float32") for _ in range(2))
+    for first, second in zip(one.updates, other.updates, strict=True):
+        assert torch.equal(first.left, second.left) and torch.equal(first.right, second.right)
+    assert one.record.base["deterministic"] is True
 
 
 def test_an_edit_made_on_the_gpu_loads_on_the_cpu(tmp_path):

@@ -1,10 +1,10 @@
 """What a run of edits will take, before anything is loaded: bytes by part, FLOP by stage, seconds at given rates.
 
-Everything follows from a configuration, a method's parts and the batch's token rows. Rows are those of embedded facts in
-the tokens of `tiny`, which knows few words: of a real model there are fewer.
+Everything follows from a configuration, a method's parts and the batch's token rows. Rows are those of embedded facts
+in the tokens of `tiny`, which knows few words: of a real model there are fewer.
 
-Memory is that of the device that the model is on. What it holds throughout (`held`), and at its worst moment beside that
-(`stages`: one of them at a time). Key statistics count on a CPU alone: of an accelerator they wait in the host's memory.
+Memory is that of the device that the model is on: what it holds throughout (`held`), and at its worst moment beside
+that (`stages`, one at a time). Key statistics count on a CPU alone: beside an accelerator they wait in the host's.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """held, stages: bytes by part; flops, reads: operations and bytes that pass, by stage, of one batch at the end of the
-    run; history: keys remembered then; first: bytes of the first metrics and what they are made of; host: of the key
+    """held, stages: bytes by part; flops, reads: operations and bytes that pass, by stage, of one batch at the end of
+    the run; history: keys remembered then; first: bytes of the first metrics and what they are made of; host: of the key
     statistics in the memory beside an accelerator.
     """
 
@@ -90,7 +90,7 @@ class Plan:
         return max(sum(self.held.values()) + max(self.stages.values()), self.held["weights"] + self.first)
 
     def seconds(self, rate: float, bandwidth: float) -> dict[str, float]:
-        """Per stage of a batch, at so many FLOP/s and bytes/s: whichever of the two takes longer. Bounds from below."""
+        """Of each stage of a batch, at so many FLOP/s and bytes/s: whichever takes longer. Bounds from below."""
         return {name: max(own / rate, self.reads[name] / bandwidth) for name, own in self.flops.items()}
 
 
@@ -103,7 +103,8 @@ def plan(
 
     model: a size in `data/sizes.toml`, a folder with a config.json, or a hub name that is one of those sizes; on_cpu:
     the statistics are in the same memory; config: in place of the model's; memory: bytes of the device, into which
-    micro-batches are halved to fit, as the library does when it is full. Raises ParameterError for unknown names, ArchitectureError for a family without a row.
+    micro-batches are halved to fit, as the library does when it is full. Raises ParameterError for unknown names,
+    ArchitectureError for a family without a row.
     """
     if dtype not in DTYPES:
         raise ParameterError(near_misses(dtype, DTYPES, "dtype"))
@@ -172,10 +173,11 @@ def tokens_of(batch: int, editor: Editor, seed: int = 0) -> Tokens:
     contexts = editor.contexts or random_contexts(seed)
     rows, times = Rows.of(tokenizer, [case.request for case in known], contexts), batch / len(known)
     watched, plain = rows.locality(), rows.rewriting(plain=True)
+    stage_one = (*rows.taught, *watched)
     counts = (
-        len(rows.taught), sum(len(r.ids) for r in rows.taught),
-        sum(len(r.ids) - r.lookup for r in (*rows.taught, *watched)), sum(len(r.read) for r in (*rows.taught, *watched)),
-        sum(map(len, rows.prompts())), sum(len(r.ids) for r in (*plain, *watched)),
+        len(rows.taught), sum(len(r.ids) for r in rows.taught), sum(len(r.ids) - r.lookup for r in stage_one),
+        sum(len(r.read) for r in stage_one), sum(map(len, rows.prompts())),
+        sum(len(r.ids) for r in (*plain, *watched)),
     )  # fmt: skip
     return Tokens(batch, *(round(times * count) for count in counts))
 
@@ -274,8 +276,8 @@ def text(found: Plan, rate: float, bandwidth: float, measured: bool) -> str:
     """A plan for a terminal."""
     worst = max(found.stages, key=found.stages.get)
     lines = [
-        f"{found.model}, {found.method}: {found.edits} edits in batches of {found.batch}, {found.dtype}; the last batch, "
-        f"{found.history} keys remembered, micro-batches of {found.micro_batch} tokens",
+        f"{found.model}, {found.method}: {found.edits} edits in batches of {found.batch}, {found.dtype}; the last "
+        f"batch, {found.history} keys remembered, micro-batches of {found.micro_batch} tokens",
         *(f"{name:<34} {own / 1e9:9.3f} GB" for name, own in found.held.items()),
         *(f"while it runs: {name:<19} {own / 1e9:9.3f} GB{' (the most)' if name == worst else ''}"
           for name, own in found.stages.items()),
