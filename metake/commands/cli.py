@@ -122,11 +122,10 @@ def _stats(args: argparse.Namespace) -> None:
     lm = mk.load(args.model, args.dtype, args.device)
     threshold = args.threshold or recipe(args.model).threshold
     found = mk.statistics(lm, args.text, layers=args.layers, tokens=args.text_tokens)
-    for layer, rank in found.null_ranks(threshold).items():
-        one = found[layer]
+    for layer, one in ((i, waiting.to(lm.device)) for i, waiting in found.items()):
         print(
             f"layer {layer}: {one.count} tokens, d_in {one.dim}, eigenvalues {one.spectrum[0]:.2e} to "
-            f"{one.spectrum[-1]:.2e}, null space at {threshold:g}: rank {rank}"
+            f"{one.spectrum[-1]:.2e}, null space at {threshold:g}: rank {one.null_rank(threshold)}"
         )
 
 

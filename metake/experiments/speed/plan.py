@@ -64,7 +64,7 @@ class Tokens(NamedTuple):
 @dataclass(frozen=True)
 class Plan:
     """held, stages: bytes by part; flops, reads: operations and bytes that pass, by stage, of one batch at the end of
-    the run; history: keys remembered then; first: bytes of the first metrics and what they are made of; host: of the key
+    the run; history: keys remembered then; first: bytes of the first metrics and what they are made of; host: of key
     statistics in the memory beside an accelerator.
     """
 
