@@ -259,7 +259,7 @@ def test_the_loss_at_the_labels_is_the_models_own(kind, cut):
         labels[0, -len(row.labels) :] = whole[0, -len(row.labels) :]
         expected[row.request] += lm.model(whole, labels=labels).loss / len(CONTEXTS)
     cuts = [row.lookup if cut else 0 for row in rows]
-    bucket, run = Bucket.of(rows, cuts, lm.device), Prefixed(lm, [row.ids for row in rows], cuts)
+    bucket, run = Bucket(rows, cuts, lm.device), Prefixed(lm, [row.ids for row in rows], cuts)
     found, drift = bucket.losses(run.logits(-1, Split(None, None), bucket.places), len(REQUESTS))
     torch.testing.assert_close(found, expected)
     assert not drift.any()
