@@ -14,8 +14,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD := _build
 
-# Installed once per content of the two files that decide what is installed.
-STAMP := $(VENV)/.installed-$(shell cat requirements.txt pyproject.toml | cksum | tr ' ' '-')
+# Installed once per content of the files that decide what is installed.
+STAMP := $(VENV)/.installed-$(shell cat requirements.txt requirements-grid.txt pyproject.toml | cksum | tr ' ' '-')
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 RUNS := $(NOTEBOOKS:notebooks/%=$(BUILD)/notebooks-run/%)
 # Pages run side by side, as many as there are cores (or as `make -jN book` says), each with one thread: two threads
@@ -27,7 +27,7 @@ SOURCES := $(shell find metake results -type f ! -name '*.pyc' ! -path 'results/
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book pages html test processors browser pdf zip notebooks record fetch clean distclean gpu gpu-import
+.PHONY: help setup book pages html test processors browser pdf zip notebooks record fetch clean distclean gpu gpu-import grid
 
 help:  ## this list
 	@echo "make <target>"
@@ -107,6 +107,9 @@ $(BUILD)/notebooks-run/%.ipynb: notebooks/%.ipynb $(SOURCES) $(STAMP)
 	@mkdir -p $(@D)
 	@$(BIN)/python tools/run_page.py $< $@.part.ipynb
 	@mv $@.part.ipynb $@
+
+grid: $(STAMP)  ## the paper's grid of cells in small, as a rehearsal (book/grid.md; ARGS=... for snakemake)
+	$(BIN)/snakemake --profile profiles/local $(ARGS)
 
 # Not compiled beforehand: Python compiles what is imported, a small part, which halves the time of the installation.
 $(STAMP):

@@ -80,15 +80,19 @@ def _show(found: Evaluation) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from metake.experiments import processes
     from metake.experiments.runs import RunConfig, run
 
+    processes.begin()
     config = RunConfig(
         args.model, args.method, args.data, args.edits, args.batch, args.seed, args.text, args.text_tokens, args.dtype,
         args.generate, _own_editor(args), recipe=args.recipe, layers=args.layers and sorted({*args.layers}),
         chat=args.chat
     )
-    _show(run(config, args.out, args.device))
-    print(f"wrote {args.out}")
+    result = run(config, args.out, args.device)
+    if not processes.place()[0]:  # of several one tells
+        _show(result)
+        print(f"wrote {args.out}")
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -150,7 +154,7 @@ def _record(args: argparse.Namespace) -> None:
 
     for line in record.record(
         args.model, args.counterfact, args.zsre, args.text, args.edits, args.batch, args.seeds, args.only,
-        tasks=args.tasks, methods=args.methods
+        tokens=args.text_tokens, tasks=args.tasks, methods=args.methods, scale=args.scale, out=args.out
     ):
         print(line)
 

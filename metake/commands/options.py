@@ -105,7 +105,9 @@ def train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="where to compute, as torch names it; default: the best at hand")
+    parser.add_argument(
+        "--device", help="where to compute, as torch names it, or auto: spread over all GPUs; default: the best at hand"
+    )
 
 
 def data_options(parser: argparse.ArgumentParser, edits: int) -> None:
@@ -239,6 +241,9 @@ def record_options(parser: argparse.ArgumentParser) -> None:
         "--text", default="embedded", metavar="SOURCE", help="text of the key statistics; default: %(default)s"
     )
     parser.add_argument(
+        "--text-tokens", type=_COUNT, default=100_000, metavar="N", help="of it at most; default: %(default)s"
+    )
+    parser.add_argument(
         "--edits", type=_COUNT, default=100, metavar="N",
         help="cases a run, a tenth of a stream's; default: %(default)s"
     )
@@ -250,6 +255,13 @@ def record_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", type=lambda text: text.split(","), metavar="A,B",
         help="of these recordings, make only these methods' rows again, and keep the others"
+    )
+    parser.add_argument(
+        "--scale", choices=("paper", "tiny"), metavar="SCALE",
+        help="take the numbers of the paper (or, small, of tiny) for the recordings of --only; default: those above"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="write there, beside what is unfinished; default: results/, and runs/ for that"
     )
 
 

@@ -110,7 +110,7 @@ class Editor:
                 )
             metrics[layer] = self.metric(statistics[layer].to(lm.device))
         contexts = self.contexts or context_templates(lm, self.context_rule, self.seed)
-        original = {path: lm.weight(path).clone() for path in self.paths(lm)} if self._at("sequence") else {}
+        original = {p: lm.weight(p).to(lm.device, copy=True) for p in self.paths(lm)} if self._at("sequence") else {}
         return EditorState(metrics, contexts, getattr(statistics, "digest", ""), original=original)
 
     def edit(self, lm: LanguageModel, requests: Sequence[EditRequest], statistics: Mapping[int, KeyStatistics]) -> Edit:
@@ -159,7 +159,7 @@ class Editor:
                 self._write(lm, rows.pick(group), state, clock, planned) for group in self.reading.groups(len(rows))
             ]
         updates = tuple(
-            self._posted("batch", sum(parts[1:], parts[0]), lm.weight(path))
+            self._posted("batch", sum(parts[1:], parts[0]), lm.weight(path).to(lm.device))
             for path, parts in zip(paths, zip(*(s.updates for s in solved), strict=True), strict=True)
         )
         trace = {r.id: t for r, t in zip(requests, (t for s in solved for t in s.trace), strict=True)}
@@ -247,7 +247,8 @@ class Editor:
                 "only an update of which nothing more is made, or something linear (sphere), can be looked through "
                 f"whole; found {', '.join(type(rule).__name__ for rule in self.post)}: take look_ahead='last'"
             )
-        post = {i: rule.of(lm.weight(lm.write_path(i)).double()) for rule in rules for i in self.layers}
+        weights = {i: lm.weight(lm.write_path(i)).to(lm.device, torch.float64) for i in self.layers if rules}
+        post = {i: rule.of(weight) for rule in rules for i, weight in weights.items()}
         metrics = {i: self._metric(state, i) for i in self.layers}
         shares = tuple(self.allocation(i, len(self.layers)) for i in range(len(self.layers)))
         return StageTwo(self.layers, shares, reading, metrics, post)
@@ -281,7 +282,7 @@ class Editor:
             residuals = (targets.value - found.current) * self.allocation(index, len(self.layers))
             solution = reading.solve(found, residuals, state.metrics[layer])
             update = LayerUpdate(path, (residuals / scale).T.contiguous(), solution.gate)
-            update = self._posted("layer", update, lm.weight(path))
+            update = self._posted("layer", update, lm.weight(path).to(lm.device))
             clock("solve")
             lm.add(path, update)
             clock("write")

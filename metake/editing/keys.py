@@ -90,7 +90,9 @@ class KeyReader:
             at = torch.arange(len(rows), device=device)
             rows_of_keys[rows] = keys[layer].tail[at, ends].double()
             found = (states if block else keys)[last].tail[at, ends][plain]
-            current[rows[plain] // self.contexts] = (found if block else self.lm.write(last)(found)).double()
+            if not block:
+                found = self.lm.write(last)(found.to(self.lm.write(last).weight.device)).to(device)
+            current[rows[plain] // self.contexts] = found.double()
             if layer:
                 below.append(states[layer - 1])
         self.below, self.start = below, layer - 1

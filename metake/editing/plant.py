@@ -113,7 +113,7 @@ def _plant(lm: LanguageModel, rows: Sequence[Row], cuts: Sequence[int], layer: i
     start, state = Split(None, None), torch.zeros(*batch.ids.shape, 1, device=lm.device)
     owners = {"block": lm.block, "write": lm.write, "attention": lm.attention}
     outputs = {i: owners[name](layer) for i, name in enumerate(SITES[site])}
-    with reading(outputs=outputs, then=torch.clone) as found:  # some blocks go on adding in place
+    with reading(outputs=outputs, then=lambda t: t.to(lm.device, copy=True)) as found:  # some go on adding in place
         if done >= 0:  # else no block is passed over: nobody reads a state
             whole = run.read([], [done])[1][done]
             columns = (before - run.cut)[:, None] + torch.arange(batch.ids.shape[1], device=lm.device)

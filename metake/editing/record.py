@@ -82,7 +82,7 @@ def norms(
     return {
         "planned": torch.cat([layer.residuals for layer in solved]).norm().item(),
         "realized": torch.cat([layer.solution.realized for layer in solved]).norm().item(),
-        "relative_update": (update.delta.norm() / lm.weight(update.module).double().norm()).item(),
+        "relative_update": update.delta.norm().item() / lm.weight(update.module).double().norm().item(),
         "spectrum_min": shares.min().item(),
         "spectrum_max": shares.max().item(),
     }

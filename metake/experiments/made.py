@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from metake import report
 from metake.experiments.borrowed import borrowing
 from metake.experiments.cases import read_cases
-from metake.language.model import load
+from metake.language.model import LanguageModel, load
 from metake.methods import CHOSEN
 from metake.support.machine import accelerator, processor, versions
 
@@ -56,14 +57,18 @@ def settings(frame: pd.DataFrame, seconds: float) -> dict[str, Any]:
 
 
 def provenance(model: str, data: dict[str, str], text: str, tokens: int | None) -> dict[str, Any]:
+    """`of_model` of a model by name."""
+    return of_model(load(model), data, text, tokens)
+
+
+def of_model(lm: LanguageModel, data: Mapping[str, str], text: str, tokens: int | None) -> dict[str, Any]:
     """Where records of a model come from: itself, its data, its key statistics, and what `made` tells."""
-    lm = load(model)
     digests = {name: f"{Path(source).name} sha256:{read_cases(source).digest[:16]}" for name, source in data.items()}
     return {
-        "model": model, "model_origin": lm.origin, "model_digest": lm.digest(lm.write_path(lm.depth - 1)),
+        "model": lm.name, "model_origin": lm.origin, "model_digest": lm.digest(lm.write_path(lm.depth - 1)),
         "dataset": ", ".join(digests.values()),
         "metake": ", ".join(f"{k} {v}" for k, v in CHOSEN.items()),
-        **{name: str(told) for name, told in borrowing(model).items() if told},
+        **{name: str(told) for name, told in borrowing(lm.name).items() if told},
         "statistics": f"{Path(text).name}, {tokens} tokens",
     } | made(lm.device, str(lm.dtype).removeprefix("torch."))  # fmt: skip
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from metake import report
 from metake.editing.gradient.trained import SHIPPED_RANK
+from metake.experiments import grid
 from metake.experiments.borrowed import borrowing
 from metake.experiments.made import provenance, settings
 from metake.experiments.speed.run_time import PLAIN, run_time
@@ -43,7 +44,7 @@ from metake.methods import METHODS, named
 from metake.support.errors import ParameterError, near_misses
 
 # hours on a real model's CPU: only if `only` names them
-LONG = ("streams", "sequences", "penalty", "outer_prompts", "step_more", "trained_editors")
+LONG = ("streams", "streams_zsre", "sequences", "penalty", "outer_prompts", "step_more", "trained_editors")
 GROWS = "sequences"  # hours a seed: each is added to what is recorded
 HELD_OUT = ("alphaedit", "metake", "metake/literal", "metake/whole")
 TASKED = "general_ability"  # only if there is task data
@@ -51,8 +52,8 @@ STUDIED = ("memit", "alphaedit", "metake", "sphere", "blue", "rect", "prune", "p
 STREAMED = ("alphaedit", "metake", "memit", "blue", "sphere", "memit_seq", "prune", "rect")
 # not hidden_states: its maps place the states of all methods together
 OF_METHODS = (
-    "comparison", "sequences", "gamma", "bench", "case_study", "general_ability", "streams", "realized", "kl_strength",
-    "trained_editors"
+    "comparison", "sequences", "gamma", "bench", "case_study", "general_ability", "streams", "streams_zsre", "realized",
+    "kl_strength", "trained_editors"
 )
 COMPARED = STREAMED[:5]  # MetaKE and whom the paper compares it with: on a real model the others would be hours more
 
@@ -69,34 +70,42 @@ def record(
     tokens: int | None = 100_000,
     tasks: str | None = None,
     methods: Sequence[str] | None = None,
+    scale: str | None = None,
+    out: str | Path | None = None,
 ) -> Iterator[str]:
     """Make the recordings of `model` that are missing, and say which; `only` makes the named ones again, and with
     `methods` only these methods' rows of them: the others stay as they are recorded, each with its own provenance.
 
     counterfact, zsre: files of records (default: the embedded facts); text, tokens: of the key statistics; edits:
     cases of a run, and a tenth of a stream's;
-    tasks: data of the general-ability tasks (`tasks.read_items`), without which that recording is left out.
+    tasks: data of the general-ability tasks (`tasks.read_items`), without which that recording is left out;
+    scale: of the named recordings, the numbers of `scales.SCALES` instead of these; out: a folder instead of results/,
+    with what is finished of an unfinished one in `out`/work: several processes may then record side by side.
     """
     data = {"CounterFact": counterfact or "facts", "ZsRE": zsre or "facts-zsre"}
     common: dict[str, Any] = {"model": model, "text": text, "text_tokens": tokens}
     # of one folder: what one part has run, the other reads
     runs = report.project_root() / "runs" / "-".join([f"record-{Path(model).name}", *_borrowed(model)])
+    folder = Path(out) if out else report.project_root() / "results"
+    runs = folder / "work" if out else runs
     parts = _parts(common, data, edits, batch, seeds, runs, tasks or "", list(methods or ()))
     if unknown := [name for name in only or () if name not in parts]:
         raise ParameterError(near_misses(unknown[0], parts, "recording"))
     _check_methods(methods, only)
     if TASKED in (only or ()) and not tasks:
         raise ParameterError(f"the recording {TASKED!r} needs task data; name a folder of it: --tasks DIR")
+    sizes = grid.settings(scale, only) if scale else {}
     for name, make in parts.items():
         target = f"{name}-{Path(model).name}"
-        there = (report.project_root() / "results" / f"{target}.jsonl").is_file()
+        there = (folder / f"{target}.jsonl").is_file()
         if name in only if only else not (there or name in LONG or (name == TASKED and not tasks)):
             start, origin = time.perf_counter(), provenance(model, data, text, tokens)
             write = report.merge_recorded if there and (methods or name == GROWS) else report.write_recorded
-            write(target, frame := make(), origin | settings(frame, time.perf_counter() - start))
-            yield f"wrote results/{target}.jsonl"
+            frame = make(**sizes.get(name, {}))
+            write(target, frame, origin | settings(frame, time.perf_counter() - start), folder)
+            yield f"wrote {folder.name}/{target}.jsonl"
         else:
-            yield f"{'kept' if there else 'left out'} results/{target}.jsonl" + (
+            yield f"{'kept' if there else 'left out'} {folder.name}/{target}.jsonl" + (
                 "" if there or tasks or name != TASKED else ": no task data, name a folder of it with --tasks"
             )
 
@@ -123,54 +132,57 @@ def _check_methods(methods: Sequence[str] | None, only: Sequence[str] | None) ->
 def _parts(
     common: dict[str, Any], data: dict[str, str], edits: int, batch: int, seeds: Sequence[int], runs: Path, tasks: str,
     own: Sequence[str] = ()
-) -> dict[str, Callable[[], pd.DataFrame]]:
+) -> dict[str, Callable[..., pd.DataFrame]]:
     """Every recording by name; runs: folder of what is finished; own: the methods to compare, if not the usual ones."""
     sequences = common | {"data": data, "edits": edits, "batch": batch, "seeds": seeds, "out": runs}
+    one_stream = common | {"methods": own or (STREAMED if common["model"] == "tiny" else COMPARED), "seed": seeds[0]}
     return {
-        "quickstart": lambda: quickstart(**common),
-        "dispersion": lambda: association_dispersion(**common, requests=700, data=data),
+        "quickstart": partial(quickstart, **common),
+        "dispersion": partial(association_dispersion, **common, requests=700, data=data),
         # without fluency and consistency: sampling costs several times the edits on a CPU
-        "comparison": lambda: comparison(**sequences, methods=own or list(METHODS)),
+        "comparison": partial(comparison, **sequences, methods=own or list(METHODS)),
         # on the subjects on which nothing was chosen
-        "sequences": lambda: comparison(
-            **sequences | {"edits": 2 * batch}, methods=own or HELD_OUT, part="testing"
+        "sequences": partial(
+            comparison, **sequences | {"edits": 2 * batch}, methods=own or HELD_OUT, part="testing"
         ),
-        "operators": lambda: operators(**sequences),
-        "hidden_states": lambda: hidden_states(
-            **common, data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0], out=runs
+        "operators": partial(operators, **sequences),
+        "hidden_states": partial(
+            hidden_states, **common, data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0], out=runs
         ),
-        "gamma": lambda: gamma_beforehand(**sequences, **({"methods_": own} if own else {})),
+        "gamma": partial(gamma_beforehand, **sequences, **({"methods_": own} if own else {})),
         # MEMIT's batch is AlphaEdit's but for the solve
-        "bench": lambda: run_time(
-            **common, methods_=own or ("alphaedit", "metake", PLAIN), data=data["CounterFact"], edits=100, literal=3
+        "bench": partial(
+            run_time, **common, methods_=own or ("alphaedit", "metake", PLAIN), data=data["CounterFact"], edits=100,
+            literal=3
         ),
-        "case_study": lambda: case_study(
-            **common, methods=own or STUDIED, data=data["CounterFact"], edits=20, length=100, out=runs / "case_study"
+        "case_study": partial(
+            case_study, **common, methods=own or STUDIED, data=data["CounterFact"], edits=20, length=100,
+            out=runs / "case_study"
         ),
         **_studies(common, data, edits, seeds, runs, own),
         # half an hour of one core: a third of it for seven times 300 questions, the rest for Stage I
-        TASKED: lambda: general_ability(
-            **common, methods=own or PRIMARY, edits=120, batch=60, every=60, tasks=tasks, tests=50,
+        TASKED: partial(
+            general_ability, **common, methods=own or PRIMARY, edits=120, batch=60, every=60, tasks=tasks, tests=50,
             data=data["CounterFact"], seed=seeds[0], out=runs / TASKED
         ),
-        "proxy": lambda: proxy_fidelity(**common, edits=100, data=data["CounterFact"], out=runs / "proxy"),
-        "streams": lambda: streams(
-            **common, methods=own or (STREAMED if common["model"] == "tiny" else COMPARED), **_stream(edits),
-            data=data["CounterFact"], seed=seeds[0], out=runs / "streams"
-        ),
+        "proxy": partial(proxy_fidelity, **common, edits=100, data=data["CounterFact"], out=runs / "proxy"),
+        **{
+            name: partial(streams, **one_stream, **_stream(edits), data=source, out=runs / name)
+            for name, source in (("streams", data["CounterFact"]), ("streams_zsre", data.get("ZsRE")))
+        },
     }
 
 
 def _studies(
     common: dict[str, Any], data: dict[str, str], edits: int, seeds: Sequence[int], runs: Path, own: Sequence[str]
-) -> dict[str, Callable[[], pd.DataFrame]]:
+) -> dict[str, Callable[..., pd.DataFrame]]:
     """Those of one batch by several editors, which share what is finished."""
     asked, kept = common | {"seeds": seeds}, runs / "study"
     others = _of_other_models("open_readings", common["model"])
     return {
-        "ablation": lambda: ablation(**asked, edits=min(edits, 50), data=data, out=kept),
-        "realized": lambda: realized_residual(
-            **asked, methods_=own or PRIMARY, edits=edits, data={"ZsRE": data["ZsRE"]}, out=kept
+        "ablation": partial(ablation, **asked, edits=min(edits, 50), data=data, out=kept),
+        "realized": partial(
+            realized_residual, **asked, methods_=own or PRIMARY, edits=edits, data={"ZsRE": data.get("ZsRE")}, out=kept
         ),
         # a share of 95 % of them needs 20 at least; a refinement a reading, two for testing: a real model's take hours
         "open_readings": lambda: open_readings(
@@ -185,20 +197,20 @@ def _studies(
             )
             for made in (penalty, outer_prompts)
         },
-        "trained_editors": lambda: trained_editors(
-            **common, names=own or COMPARED_EDITORS, data=data, edits=20, batches=5, alone=20, seed=seeds[0],
-            out=runs / "trained_editors"
+        "trained_editors": partial(
+            trained_editors, **common, names=own or COMPARED_EDITORS, data=data, edits=20, batches=5, alone=20,
+            seed=seeds[0], out=runs / "trained_editors"
         ),
-        "step_more": lambda: step_more(
-            common["model"], RECORDED, 40, (0, 1, 2), data=data["CounterFact"], shipped=False, out=runs / "step_more",
-            rank=SHIPPED_RANK
+        "step_more": partial(
+            step_more, common["model"], RECORDED, 40, (0, 1, 2), data=data["CounterFact"], shipped=False,
+            out=runs / "step_more", rank=SHIPPED_RANK
         ),
         # 7 λ_KL, each another Stage I: of 100 requests a fifth in each group, half an hour on two cores
-        "kl_strength": lambda: kl_strength(
-            **asked, methods_=own or PRIMARY, pool=edits, data={"ZsRE": data["ZsRE"]}, out=kept
+        "kl_strength": partial(
+            kl_strength, **asked, methods_=own or PRIMARY, pool=edits, data={"ZsRE": data.get("ZsRE")}, out=kept
         ),
         # 11 refinements
-        "sensitivity": lambda: sensitivity(**asked, edits=min(edits, 30), data=data, out=kept),
+        "sensitivity": partial(sensitivity, **asked, edits=min(edits, 30), data=data, out=kept),
     }
 
 

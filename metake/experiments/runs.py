@@ -22,7 +22,7 @@ from typing import Any
 from metake import methods
 from metake.algebra.geometry import KeyStatistics
 from metake.algebra.update import Edit, EditRecord
-from metake.data.requests import Cases, EditRequest, batches
+from metake.data.requests import Cases, EditCase, EditRequest, batches
 from metake.editing.editor import Editor
 from metake.editing.gradient.editor import GradientEditor
 from metake.editing.record import digest_of
@@ -32,9 +32,12 @@ from metake.editing.targets import Targets, optimize_targets
 from metake.experiments.borrowed import borrowed, borrowing
 from metake.experiments.cases import PARTS, part_of, read_cases, select
 from metake.experiments.former import same_statistics
+from metake.experiments.made import of_model
+from metake.experiments.processes import divided, first, place, planned_together
+from metake.experiments.saved import SavedEdits
 from metake.language.chat import chat
 from metake.language.model import LanguageModel, load
-from metake.scoring.evaluation import Evaluation, evaluate, require_prompts
+from metake.scoring.evaluation import CaseScore, Evaluation, evaluate, require_prompts
 from metake.support.errors import ParameterError, ProvenanceError, near_misses
 from metake.support.machine import peak_memory, versions
 from metake.support.progress import progress
@@ -86,13 +89,16 @@ def cases_of(config: RunConfig, lm: LanguageModel) -> Cases:
 
 
 def edit_sequence(
-    lm: LanguageModel, editor: Editor, requests: Sequence[EditRequest], given: Mapping[int, KeyStatistics], size: int
+    lm: LanguageModel, editor: Editor, requests: Sequence[EditRequest], given: Mapping[int, KeyStatistics], size: int,
+    folder: Path | None = None
 ) -> Iterator[tuple[Edit, EditorState]]:
-    """Edit in consecutive batches, each applied to `lm` before the next is computed; yields after each application."""
+    """Edit in consecutive batches, each applied to `lm` before the next is computed; yields after each application.
+
+    folder: keeps every batch's edit, which another call with the same words reads instead of making it again.
+    """
     state = editor.init(lm, given)
-    for batch in batches(requests, size):
-        edit, state = editor.step(lm, batch, state)
-        edit.apply(lm, check=False)  # made on this very model
+    for number, batch in enumerate(batches(requests, size)):
+        edit, state = _batch(lm, editor, batch, state, folder and folder / f"{number:04d}")
         yield edit, state
 
 
@@ -126,34 +132,48 @@ def run(config: RunConfig, out: str | Path, device: str | None = None, shared: U
     """
     out = Path(out)
     editor = config.editor()
-    resumes = holds(out, config)
+    resumes = first(lambda: holds(out, config))
     lm = load(config.model, config.dtype, device)
     cases = cases_of(config, lm)
     if config.generate:
         require_prompts(cases)
     state = editor.init(lm, statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens))
+    state = replace(state, contexts=first(lambda: state.contexts))  # another GPU might draw others
     if resumes and (out / "batches" / "0000").is_dir():
         recorded = EditRecord.load(out / "batches" / "0000").statistics_digest
         if same_statistics(lm, recorded, state.statistics_digest, config.text, editor.layers, config.text_tokens):
             state = replace(state, statistics_digest=recorded)
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    original = shared.before if shared and shared.before else evaluate(lm, cases, config.generate, seed=config.seed)
+    original = shared.before if shared and shared.before else _evaluated(lm, cases, config)
     if shared:
         shared.before = original
     if not resumes:  # claimed only now: a setting that cannot be carried out leaves nothing behind
-        write_file(out / "config.json", json.dumps(asdict(config), indent=1, sort_keys=True) + "\n")
+        told = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
+        first(lambda: write_file(out / "config.json", told))
     with lm.scratch(editor.paths(lm)):
         records = _resume(lm, editor, cases, state, config.batch, out, shared)
-        first = next(records)
-        spent, peak = Counter(first.seconds), first.peak_memory
+        opening = next(records)
+        spent, peak = Counter(opening.seconds), opening.peak_memory
         for record in records:
             spent.update(record.seconds)
             peak = max(peak, record.peak_memory)
-        result = evaluate(lm, cases, config.generate, original, config.seed)
+        result = _evaluated(lm, cases, config, original)
     seconds = {"total": time.perf_counter() - started, **spent}
-    _report(out, config, cases, original, result, first, seconds, max(peak, peak_memory(lm.device)))
+    origin = of_model(lm, {"data": config.data}, config.text, config.text_tokens)
+    made = config, cases, original, result, opening, seconds, max(peak, peak_memory(lm.device)), origin
+    first(lambda: _report(out, *made))
     return result
+
+
+def _evaluated(lm: LanguageModel, cases: Cases, config: RunConfig, before: Evaluation | None = None) -> Evaluation:
+    """`evaluate`, of which several processes do a part each: what a case writes does not depend on the others."""
+
+    def score(mine: Sequence[EditCase]) -> tuple[CaseScore, ...]:
+        writes = config.generate and any(p.kind == "generation" for c in mine for p in c.probes)
+        return evaluate(lm, mine, writes, seed=config.seed).cases
+
+    return Evaluation(tuple(divided(list(cases), score)), before)
 
 
 def holds(out: Path, config: RunConfig) -> bool:
@@ -189,29 +209,41 @@ def _resume(
     """
     for number, batch in enumerate(progress(list(batches([c.request for c in cases], size)), "batches")):
         folder = out / "batches" / f"{number:04d}"
-        record, state = _batch(lm, editor, batch, state, folder, None if number else shared)
+        edit, state = _batch(lm, editor, batch, state, folder, None if number else shared)
+        record = edit.record
+        del edit
         yield record
     if last := editor.finish(lm, state):
-        last.save(out / "finish")
+        first(lambda: last.save(out / "finish"))
         last.apply(lm)
         yield last.record
 
 
 def _batch(
-    lm: LanguageModel, editor: Editor, batch: list[EditRequest], state: EditorState, folder: Path,
-    shared: Unedited | None
-) -> tuple[EditRecord, EditorState]:
-    """Apply the edit of one batch: the one in its folder, or else computed and saved there."""
-    if there := folder.is_dir():
-        edit, state = _load_batch(folder, batch, state, lm.device)
+    lm: LanguageModel, editor: Editor, batch: list[EditRequest], state: EditorState, folder: Path | None,
+    shared: Unedited | None = None
+) -> tuple[Edit, EditorState]:
+    """Apply the edit of one batch: the one in its folder, or else computed and saved there.
+
+    Of several processes all take what the first has solved: their models stay the same to the bit.
+    """
+    if there := bool(folder and first(folder.is_dir)):
+        edit, after = _load_batch(folder, batch, state, lm.device)
     else:
-        planned = shared.plan(lm, editor, state, batch) if shared else None
-        edit, state = editor.step(lm, batch, state, planned=planned)
-        with atomic_path(folder) as temporary:
-            edit.save(temporary)
-            save_tensors({str(i): k for i, k in state.keys.items()}, temporary / "keys.safetensors")
+        planned = shared.plan(lm, editor, state, batch) if shared else planned_together(lm, editor, batch, state)
+        edit, after = editor.step(lm, batch, state, planned=planned)
+        if folder:
+            first(lambda: _save_batch(folder, edit, after))
+            if there := place()[1] > 1:
+                edit, after = _load_batch(folder, batch, state, lm.device)
     edit.apply(lm, check=there)  # else it was made on this very model
-    return edit.record, state
+    return edit, after
+
+
+def _save_batch(folder: Path, edit: Edit, after: EditorState) -> None:
+    with atomic_path(folder) as temporary:
+        edit.save(temporary)
+        save_tensors({str(i): k for i, k in after.keys.items()}, temporary / "keys.safetensors")
 
 
 def _load_batch(folder: Path, batch: list[EditRequest], state: EditorState, device: Any) -> tuple[Edit, EditorState]:
@@ -234,8 +266,8 @@ def _load_batch(folder: Path, batch: list[EditRequest], state: EditorState, devi
 
 
 def _report(
-    out: Path, config: RunConfig, cases: Cases, before: Evaluation, after: Evaluation, first: EditRecord, seconds: dict,
-    peak: int
+    out: Path, config: RunConfig, cases: Cases, before: Evaluation, after: Evaluation, opening: EditRecord,
+    seconds: dict, peak: int, origin: dict
 ) -> None:
     for name, evaluation in (("before.jsonl", before), ("cases.jsonl", after)):
         write_file(out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.records()))
@@ -243,32 +275,11 @@ def _report(
         "before": before.metrics, "after": after.metrics, "cases": len(cases), "skipped": cases.skipped,
         "seconds": seconds, "peak_memory_bytes": peak,
         "data": {"source": Path(cases.source).name, "digest": cases.digest},
-        "statistics_digest": first.statistics_digest,
-        "base": first.base, "recipe": first.recipe, "context_templates": first.context_templates,
-        "versions": versions(), "config": asdict(config),
+        "statistics_digest": opening.statistics_digest,
+        "base": opening.base, "recipe": opening.recipe, "context_templates": opening.context_templates,
+        "versions": versions(), "config": asdict(config), "provenance": origin,
     }  # fmt: skip
     write_file(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-
-
-@dataclass(frozen=True)
-class SavedEdits(Sequence[Edit]):
-    """A run's edits in order, as they lie on disk: each is read (and checked) when it is asked for, none is kept."""
-
-    folders: tuple[Path, ...]
-    device: Any = "cpu"  # of their tensors
-
-    def __len__(self) -> int:
-        return len(self.folders)
-
-    def __getitem__(self, place: int) -> Edit:
-        return Edit.load(self.folders[place], self.device)
-
-    def __iter__(self) -> Iterator[Edit]:
-        return map(self.__getitem__, range(len(self)))  # a generator would hold on to the one before
-
-    def records(self) -> Iterator[EditRecord]:
-        """Their records alone, without a look at the tensors."""
-        return map(EditRecord.load, self.folders)
 
 
 def open_run(folder: str | Path) -> tuple[RunConfig, SavedEdits]:

@@ -88,7 +88,7 @@ def moved(state: Tensor, vector: Tensor) -> Tensor:
     """A hidden state, (rows, positions, width) or flat, with (rows, width) added at each row's first position."""
     if state.ndim == 2:
         return moved(state.unflatten(0, (len(vector), -1)), vector).flatten(0, 1)
-    first = state[:, 0].to(vector.dtype) + vector
+    first = state[:, 0].to(vector.dtype) + vector.to(state.device)
     return torch.cat([first.to(state.dtype)[:, None], state[:, 1:]], 1)
 
 
@@ -161,15 +161,15 @@ def gathered(head: nn.Module, last_mlp: nn.Module | None, places: Places) -> Ite
     shape: list[int] = []
 
     def choose(_: nn.Module, args: tuple) -> tuple:
-        return args[0].flatten(0, 1).index_select(0, places.asked), *args[1:]
+        return args[0].flatten(0, 1).index_select(0, places.asked.to(args[0].device)), *args[1:]
 
     def thin(_: nn.Module, args: tuple) -> tuple:  # the residual stream may come beside what is to be transformed
         shape[:] = args[0].shape[:-1]
-        return tuple(state.flatten(0, -2).index_select(0, places.once)[None] for state in args)
+        return tuple(s.flatten(0, -2).index_select(0, places.once.to(s.device))[None] for s in args)
 
     def spread(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
         whole = output.new_zeros(math.prod(shape), output.shape[-1])
-        return whole.index_copy(0, places.once, output[0]).unflatten(0, shape)
+        return whole.index_copy(0, places.once.to(whole.device), output[0]).unflatten(0, shape)
 
     handles = [head.register_forward_pre_hook(choose)]
     if last_mlp is not None:

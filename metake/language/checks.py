@@ -47,16 +47,14 @@ def check_whole(model: nn.Module, name: str) -> None:
     """Raise ArchitectureError unless this is one plain language model with all its tensors at hand."""
     config, tensors = getattr(model, "config", None), [*model.parameters(), *model.buffers()]
     text, away = config and config.get_text_config(), sum(t.is_meta for t in tensors)
-    devices = sorted({str(t.device) for t in tensors if not t.is_meta})
     absent = [part for part in ("hidden_size", "num_hidden_layers", "vocab_size") if not hasattr(text, part)]
     flaws = {
         "has no configuration; expected a causal language model of transformers: pass what it wraps": not config,
         f"keeps its text model's configuration ({getattr(text, 'model_type', '')}) inside its own; expected a causal "
         "language model alone: load its text model by itself": text is not config,
         f"has no {' and no '.join(absent)} in its configuration; expected a causal language model": absent,
-        f"has {away} of {len(tensors)} tensors without values (on the meta device, or offloaded); expected all in "
-        "memory: load it without device_map": away,
-        f"is spread over {', '.join(devices)}; expected one device: load it without device_map": len(devices) > 1,
+        f"has {away} of {len(tensors)} tensors without values (on the meta device, or offloaded); expected all in the "
+        "memory of some device: load it without device_map, or on devices that hold it": away,
         "is compiled in place, which hides its activations; expected it as it was before: do not compile it": any(
             getattr(m, "_compiled_call_impl", None) for m in model.modules()
         ),
@@ -173,7 +171,7 @@ def _check_sums(
         raise _wrong(lm, f"{write!r} does not return its weight times its input: something else scales or adds there")
     own, scale, kind = hidden(output), lm.scale, torch.finfo(written.dtype)
     size = min(max(own.abs().max().item() / abs(scale), written.abs().max().item(), 1.0), kind.max / 16)
-    angles = torch.arange(lm.width, device=lm.device, dtype=torch.float64)
+    angles = torch.arange(lm.width, device=own.device, dtype=torch.float64)
     sent = (size * torch.stack([angles.cos(), angles.sin()])).to(own.dtype)
     with reading(outputs={"write": lm.write(layer)}, then=torch.clone) as again:
         with adding(lm.write(layer), sent[:1]), adding(lm.attention(layer), sent[1:]):

@@ -77,7 +77,8 @@ class LanguageModel(Ready):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where rows go in, and what is read comes out; the weights of a sharded model may be on others."""
+        return self.model.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,7 +139,7 @@ class LanguageModel(Ready):
         """
         last = self.model.get_submodule(self.architecture.mlp.format(self.depth - 1)) if thin else None
         with gathered(self.model.get_output_embeddings(), last, places):
-            logits = self.run(batch, past).logits
+            logits = self.run(batch, past).logits.to(self.device)
         if not torch.is_grad_enabled():  # else who asks looks at the loss
             row, own = places.asked // batch.ids.shape[1], batch.mask[:, -batch.ids.shape[1] :].bool()
             sums = logits.sum(-1, keepdim=True, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -154,7 +155,8 @@ class LanguageModel(Ready):
         inputs, rows = {("key", i): self.write(i) for i in keys}, len(batch.ids)
         outputs = {("state", i): self.block(i) for i in states}
         with reading(
-            inputs, outputs, lambda t: then(t if t.ndim == 3 else t.unflatten(0, (rows, -1))),  # as some blocks flatten
+            inputs, outputs,  # some blocks flatten
+            lambda t: then(t if t.ndim == 3 else t.unflatten(0, (rows, -1))).to(self.device),
             stop_after=self.block(last) if last in states else self.write(last)
         ) as found:
             self.run(batch, past)
@@ -210,8 +212,8 @@ class LanguageModel(Ready):
 
     def add(self, module: str, update: Any) -> None:
         """W ← W + Δ, summed in float64 and rounded once to the parameter's dtype: finite, or NumericalError."""
-        delta = update.delta.to(device=self.device, dtype=torch.float64)
-        view = self._fitting(module, delta)
+        view = self._fitting(module, update.delta)
+        delta = update.delta.to(device=view.device, dtype=torch.float64)
         total = view.double() + delta
         rounded = total.to(view.dtype)
         sound = torch.stack(rounded.aminmax()).isfinite().all()
@@ -256,11 +258,13 @@ def load(
 ) -> LanguageModel:
     """Load a model to edit: "tiny", "smollm2-135m", a hub name, or a local folder.
 
-    dtype: default float32 (float64 for `tiny`), never taken silently from a checkpoint; device: default the best here.
+    dtype: default float32 (float64 for `tiny`), never taken silently from a checkpoint; device: default the best here,
+    "auto" to spread the blocks over all GPUs.
     Raises ParameterError for an unknown name, dtype or device, or a model that cannot be read or does not have the
     tensors and tokens of its configuration; ArchitectureError if the table has no row that it matches.
     """
-    name, place = os.fspath(name), usable(device) if device else default_device()
+    name, spread = os.fspath(name), {"device_map": "auto"} if device == "auto" else {}
+    place = usable(device) if device and not spread else default_device()
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ParameterError(near_misses(dtype, DTYPES, "dtype"))
@@ -270,7 +274,8 @@ def load(
         found = assets.resolve(name, source)
         try:
             model, loaded = AutoModelForCausalLM.from_pretrained(
-                found.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True  # refused below
+                found.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,  # refused below
+                **spread
             )
             tokenizer = assets.read_tokenizer(found.path)
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
@@ -281,4 +286,4 @@ def load(
             ) from error
     checks.check_loaded(name, loaded)
     origin = {"origin": found.origin, "revision": found.revision, "note": found.note}
-    return LanguageModel(model.to(place), tokenizer, name, origin)
+    return LanguageModel(model if spread else model.to(place), tokenizer, name, origin)

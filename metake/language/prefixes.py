@@ -59,7 +59,7 @@ class Prefixed:
             found = self.lm.read(self.head, keys, states, past=cache)
         each = torch.arange(len(self._columns), device=self._columns.device)[:, None]
         aligned = rearranged(cache, each, self._columns, after)
-        spread = [kv and tuple(t.index_select(0, self.of) for t in kv) for kv in aligned]
+        spread = [kv and tuple(t.index_select(0, self.of.to(t.device)) for t in kv) for kv in aligned]
         return as_cache(spread, self.tail), *found
 
     def read(
@@ -96,7 +96,10 @@ def columns_before(lengths: Tensor, width: int) -> Tensor:
 def rearranged(cache: DynamicCache, rows: Tensor, columns: Tensor, after: int) -> Cached:
     """The cached keys and values of the blocks after `after` at (row, column), both (rows, columns) or broadcast."""
     return [
-        tuple(t.transpose(1, 2)[rows, columns].transpose(1, 2).contiguous() for t in (entry.keys, entry.values))
+        tuple(
+            t.transpose(1, 2)[rows.to(t.device), columns.to(t.device)].transpose(1, 2).contiguous()
+            for t in (entry.keys, entry.values)
+        )
         if i > after and entry.is_initialized else None
         for i, entry in enumerate(cache.layers)
     ]

@@ -16,6 +16,7 @@ from metake.report.files import (
     paper,
     project_root,
     recorded,
+    write_joined,
     write_recorded,
 )
 from metake.report.plots import attenuation_curve, before_after, dispersion, stage_bars
@@ -27,7 +28,7 @@ from metake.report.studies.frontier import frontier_curves
 from metake.report.studies.gamma import gamma_auroc, gamma_calibration
 from metake.report.studies.generations import generations, target_shares
 from metake.report.studies.hidden_states import state_distances, state_maps
-from metake.report.studies.operators import if_recorded, recorded_or, refined_minus_base, source
+from metake.report.studies.operators import if_recorded, of_others, recorded_or, refined_minus_base, source
 from metake.report.studies.readings import reading_dots
 from metake.report.studies.realized import realized_curves
 from metake.report.studies.streams import stream_curves
@@ -46,10 +47,10 @@ __all__ = [
     "coupling_step", "descent", "dispersion",
     "feasible_plans", "figures_dir", "forest", "frontier_curves",
     "gamma_auroc", "gamma_calibration", "generations", "if_recorded",
-    "kl_curves", "last_layer", "merge_recorded", "option_effects", "paper", "project_root", "provenance",
+    "kl_curves", "last_layer", "merge_recorded", "of_others", "option_effects", "paper", "project_root", "provenance",
     "proxy_certificates",
     "proxy_cosines", "proxy_descent", "reading_dots", "real_plans", "realized_curves", "recorded", "recorded_or",
     "refined_minus_base", "sensitivity_curves", "source", "stage_bars", "state_distances", "state_maps",
     "stream_curves", "style", "suppression", "table",
-    "target_shares", "tradeoff", "verdict", "write_recorded",
+    "target_shares", "tradeoff", "verdict", "write_joined", "write_recorded",
 ]  # fmt: skip

@@ -76,7 +76,7 @@ def write_recorded(
 ) -> Path:
     """Write results/<name>.jsonl: the provenance, the number of records and their columns, then one tidy record per
     line, as a list: names on every line would be two thirds of the file. folder: another one than the project's."""
-    path, frame = _results(name, folder), pd.DataFrame(records)
+    path, frame = results_file(name, folder), pd.DataFrame(records)
     rows = [
         [None if v is pd.NA or v != v else v for v in row.values()]
         for row in frame.to_dict("records")
@@ -141,16 +141,50 @@ def merge_recorded(
     used = sorted(set(rows.made))
     rows["made"] = rows.made.map({place: i for i, place in enumerate(used)})
     parts = [[*parts, new][place] for place in used]
+    joined = _joined(parts, rows)
+    if "metake" in set(records.get("method", ())) and "metake" in new:
+        joined["metake"] = new["metake"]
+    return write_recorded(name, rows, joined, folder)
+
+
+def _joined(parts: list[dict[str, Any]], rows: pd.DataFrame) -> dict[str, Any]:
+    """The provenance of rows that were made apart, with that of each part."""
     joined = parts[0] | {
         key: "; ".join(dict.fromkeys(str(part.get(key)) for part in parts)) for key in ("date", "commit")
     }
-    if "seed" in own and "seeds" in joined:
+    if "seed" in rows and "seeds" in joined and rows.seed.notna().all():
         joined["seeds"] = sorted({int(seed) for seed in rows.seed})
-    if "metake" in set(records.get("method", ())) and "metake" in new:
-        joined["metake"] = new["metake"]
     if all("minutes" in part for part in parts):
         joined["minutes"] = round(sum(part["minutes"] for part in parts), 1)
-    return write_recorded(name, rows, joined | ({"parts": parts} if len(parts) > 1 else {}), folder)
+    return joined | ({"parts": parts} if len(parts) > 1 else {})
+
+
+def write_joined(
+    name: str, found: Sequence[tuple[pd.DataFrame, Mapping[str, Any]]], folder: Path | None = None
+) -> Path:
+    """Write results/<name>.jsonl of records that were made side by side, each part with its own provenance. Rows that
+    several parts bring, such as those of the unedited model, stand once: the first. folder: see `write_recorded`.
+
+    Raises ParameterError for parts of several models, statistics, dtypes or lengths; data sets and devices may differ,
+    and each part says its own.
+    """
+    parts = [dict(portable(told)) for _, told in found]
+    for key in (key for key in SAME if key not in ("dataset", "seeds", "accelerator")):
+        if len(several := list(dict.fromkeys(str(part.get(key)) for part in parts))) > 1:
+            raise ParameterError(
+                f"{name}.jsonl would be made of parts with several values of {key}: {', '.join(several)}; rows of one "
+                "recording are compared with each other: make the parts of one of them again"
+            )
+    seen: set[tuple[Any, ...]] = set()
+    frames = []
+    for place, (frame, _) in enumerate(found):
+        own = [column for column in OWN if column in frame]
+        whose = pd.MultiIndex.from_frame(frame[own]) if own else pd.MultiIndex.from_tuples([(name,)] * len(frame))
+        frames.append(frame[~whose.isin(list(seen))].assign(made=place))
+        seen |= set(whose)
+    rows = pd.concat(frames, ignore_index=True)
+    joined = _joined(parts, rows) | {"dataset": ", ".join(dict.fromkeys(str(part.get("dataset")) for part in parts))}
+    return write_recorded(name, rows if len(parts) > 1 else rows.drop(columns="made"), joined, folder)
 
 
 def recorded(name: str, folder: Path | None = None) -> pd.DataFrame:
@@ -158,7 +192,7 @@ def recorded(name: str, folder: Path | None = None) -> pd.DataFrame:
 
     Raises  ParameterError if there is no such file, naming the command that makes it; ProvenanceError if it is damaged.
     """
-    path = _results(name, folder)
+    path = results_file(name, folder)
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.jsonl"))) or "nothing"
         raise ParameterError(
@@ -206,7 +240,7 @@ def _command(name: str) -> str:
     )
 
 
-def _results(name: str, folder: Path | None = None) -> Path:
+def results_file(name: str, folder: Path | None = None) -> Path:
     """In the project at hand, or, for a page run from elsewhere, in the checkout that this package runs from."""
     if folder:
         return folder / f"{artifact_name(name)}.jsonl"

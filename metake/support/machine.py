@@ -29,6 +29,12 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def take_accelerator(number: int) -> None:
+    """Let `default_device` mean this one of several GPUs."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number)
+
+
 def usable(name: str | torch.device) -> torch.device:
     """A device by name. Raises ParameterError if this machine or this torch has none such."""
     try:

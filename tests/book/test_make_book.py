@@ -43,7 +43,7 @@ def checkout(tmp_path):
     """A folder with this Makefile, pages of one cell each, and a program that does nothing in jupyter-book's place."""
     for name in ("notebooks", "met", "tools", ".venv/bin"):
         (tmp_path / name).mkdir(parents=True)
-    for name in ("Makefile", "requirements.txt", "pyproject.toml", "tools/run_page.py"):
+    for name in ("Makefile", "requirements.txt", "requirements-grid.txt", "pyproject.toml", "tools/run_page.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     for name, others in PAGES.items():
         cell = nbformat.v4.new_code_cell(PAGE.format(name=name, others=", ".join(map(repr, others))))

@@ -642,3 +642,17 @@ def test_the_papers_numbers():
         assert (table.label == "reported").all() and table["where"].str.contains("§|Appendix").all()
     with pytest.raises(ParameterError, match="Did you mean 'table3'"):
         report.paper("tabel3")
+
+
+def test_what_is_recorded_of_further_models_is_shown_beside_the_pages_own(project, monkeypatch):
+    shown = []
+    monkeypatch.setattr("metake.report.studies.operators.display", lambda found: shown.append(str(found)))
+    own = FACTS | {"model": "smollm2-135m"}
+    report.write_recorded("operators-smollm2-135m", probes(), own)
+    first = report.if_recorded("operators-smollm2-135m", report.table, caption="On SmolLM2-135M")
+    assert not shown and str(first).startswith("On SmolLM2-135M [recorded")
+    for name in ("operators-gpt2-xl", "operators-tiny", "operators_more-gpt2-xl"):
+        report.write_recorded(name, probes(), FACTS | {"model": name})
+    again = report.if_recorded("operators-smollm2-135m", report.table, caption="On SmolLM2-135M")
+    assert str(again) == str(first) and len(shown) == 1 and shown[0].startswith("On gpt2-xl [recorded")
+    assert report.of_others("operators-tiny", report.table) is None and len(shown) == 1

@@ -140,7 +140,7 @@ class GradientEditor:
             statistics_digest=state.statistics_digest, context_templates=PLAIN, seed=self.seed, versions=versions(),
             layers={
                 path: norms(lm, u, solved[path])
-                or {"relative_update": (u.delta.norm() / lm.weight(path).double().norm()).item()}
+                or {"relative_update": u.delta.norm().item() / lm.weight(path).double().norm().item()}
                 for path, u in sums.items()
             },
             trace={r.id: {"nll": [step[i] / share[i] for step in losses]} for i, r in enumerate(requests)},

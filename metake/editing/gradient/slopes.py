@@ -99,5 +99,6 @@ class Passes:
         for path, slope in zip(paths, slopes, strict=True):
             # half precision would lose the small gradients in what follows
             wide = torch.promote_types(slope.dtype, torch.float32)
-            keys, gradients = (t.flatten(0, -2)[part.kept].to(wide) for t in (probes[path].input, slope))
+            pair = (t.to(self.lm.device) for t in (probes[path].input, slope))
+            keys, gradients = (t.flatten(0, -2)[part.kept].to(wide) for t in pair)
             yield path, Slopes(keys, gradients)

@@ -61,16 +61,22 @@ def comparison(
                         {"dataset": name, "method": method, "seed": seed, "folder": folder.name}
                         | json.loads((folder / "summary.json").read_text(encoding="utf-8"))
                     )
-                    outer = _outer_loss(folder)
-                    for label, file in ([] if place else [("pre-edit", "before.jsonl")]) + [(method, "cases.jsonl")]:
-                        rows += [
-                            {"dataset": name, "method": label, "seed": seed} | row
-                            | (outer.get(row["id"], {}) if label == method else {})
-                            for row in case_rows(folder / file)
-                        ]
+                    rows += run_rows(folder, name, method, seed, before=not place)
     frame = pd.DataFrame(rows)
     frame.attrs["runs"] = summaries
     return frame
+
+
+def run_rows(folder: Path, dataset: str, method: str, seed: int, before: bool) -> list[dict[str, Any]]:
+    """A finished run's rows as `comparison` has them; before: with those of "pre-edit"."""
+    outer, rows = _outer_loss(folder), []
+    for label, file in ([("pre-edit", "before.jsonl")] if before else []) + [(method, "cases.jsonl")]:
+        rows += [
+            {"dataset": dataset, "method": label, "seed": seed} | row
+            | (outer.get(row["id"], {}) if label == method else {})
+            for row in case_rows(folder / file)
+        ]
+    return rows
 
 
 def _outer_loss(folder: Path) -> dict[str, dict[str, float]]:

@@ -30,7 +30,7 @@ from metake.report.studies.comparison import signed
 from metake.report.style import style
 from metake.scoring.evaluation import NAMES, CaseScore, evaluate
 from metake.support.errors import ParameterError, ProvenanceError
-from metake.support.storage import write_file
+from metake.support.storage import remove, write_file
 
 METRICS = ("efficacy", "generalization", "specificity")
 IN_FORCE, FIRST, LATEST = GROUPS = ("in force", "first batch", "latest batch")
@@ -111,7 +111,8 @@ def along(
     """`measure(edits made)` before editing ("pre-edit", 0) and along every method's stream: its rows, with both.
 
     told: all that a point depends on, of it model, edits, batch, every, seed and text_tokens are read here; folder:
-    every point is kept there, and not measured again. Raises ParameterError if it holds points of other settings.
+    every point is kept there, and not measured again; while points are missing also the edits of every batch, and not
+    made again. Raises ParameterError if it holds points of other settings.
     """
     for method in ("pre-edit", *methods):
         points = Points(folder / method.replace("/", "-"), {"method": method} | told)
@@ -124,21 +125,25 @@ def along(
         ]:
             editor = known.method(method, told["model"], seed=told["seed"])
             given = statistics(lm, text, layers=editor.layers, tokens=told["text_tokens"])
-            for done in visit(lm, editor, stream, given, told["batch"], missing):
+            made = points.folder / "batches"
+            for done in visit(lm, editor, stream, given, told["batch"], missing, made):
                 points.add(done, lambda done=done: measure(done))
+            remove(made)
         yield from ({"method": method, "edits": at} | row for at, found in points.all() for row in found)
 
 
 def visit(
     lm: LanguageModel, editor: Editor, stream: Sequence[EditCase], given: Mapping[int, KeyStatistics], batch: int,
-    wanted: Sequence[int]
+    wanted: Sequence[int], folder: Path | None = None
 ) -> Iterator[int]:
     """Edit a stream in batches, and yield each wanted number of edits, the model being as if the stream ended there.
 
-    `lm` is restored, bit for bit, when the iteration ends.
+    folder: where every batch's edit is kept, see `edit_sequence`. `lm` is restored, bit for bit, when the iteration
+    ends.
     """
+    requests = [c.request for c in stream]
     with lm.scratch(editor.paths(lm)):
-        for number, (_, state) in enumerate(edit_sequence(lm, editor, [c.request for c in stream], given, batch), 1):
+        for number, (_, state) in enumerate(edit_sequence(lm, editor, requests, given, batch, folder), 1):
             if (done := min(number * batch, len(stream))) in wanted:
                 with _finished(lm, editor, state):
                     yield done
