@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import textwrap
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -17,6 +18,7 @@ from metake.report import hover
 from metake.report.files import DEFAULT, artifact_name, figures_dir, portable
 from metake.report.lean import lean, paletted
 from metake.report.shown import LABELS, Shown, badge, plain
+from metake.report.style import FALLBACK, METHOD_STYLE
 from metake.support.storage import write_file
 
 # all that differs between the themes: a method's color is readable in both
@@ -32,9 +34,14 @@ RC = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"),
     INK["light"]),
 }  # fmt: skip
+WIDEST = 7.83  # inches: the column of the book; of a wider drawing the text would shrink with it, below 8 points
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 DPI = 200
 # Within a page a drawing takes the color of the text around it: here where the theme is known, elsewhere as it comes.
+COLORS = sorted({*(look.color for look in METHOD_STYLE.values()), *FALLBACK[0]})
+COLOR = re.compile("|".join(COLORS))
+DARK, CLEAR = "#14181e", 4.5  # the dark page, and the contrast to it of a method's color there
+OWN_COLORS = re.compile(f"style=\"[^\"]*(?:{'|'.join(COLORS)})[^\"]*\"")
 CHOICE = (
     "<style>.metake-figure svg{max-width:100%;height:auto}"
     f":is(html[data-theme=light],[data-jp-theme-light=true]) .metake-figure svg{{color:{INK['light']}}}"
@@ -63,7 +70,7 @@ class Figure(Shown):
             name, model = f"{name}-recorded", (origin or {}).get("model", model)
         model = str(portable(model or DEFAULT))
         name, alt = artifact_name(name, model), " ".join(alt.split())
-        svg, png = _render(draw, size, panels, name)
+        svg, png = _render(draw, (min(size[0], WIDEST), size[1]), panels, name)
         drawings = {theme: _themed(svg, ink, f"{name}-{theme}".replace(".", "_"), alt) for theme, ink in INK.items()}
         for theme, drawing in drawings.items():
             write_file(figures_dir() / f"{name}.{theme}.svg", drawing)
@@ -71,11 +78,11 @@ class Figure(Shown):
         write_file(figures_dir() / f"{name}.csv", data.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
         if summary is None:
             summary = data if len(data) <= 38 else data.describe().drop("std").reset_index(names="of all records")
-        inline = drawings["light"].replace(INK["light"], "currentColor")
+        inline, choice = _following(drawings["light"].replace(INK["light"], "currentColor"))
         told = "" if label == "recorded" and origin else f"{escape(model)} "  # a recording's badge names its model
         note = f'<p class="metake-note">{told}{badge(label, origin)}</p>'
         text = f"Figure {name} [{LABELS[label]}]\n{plain(summary, digits)}"
-        super().__init__(f'<div class="metake-figure">{CHOICE}{inline}{note}</div>', text)
+        super().__init__(f'<div class="metake-figure">{CHOICE}{choice}{inline}{note}</div>', text)
         self.name, self.alt, self.data, self.summary, self.svg = name, alt, data, summary, drawings
 
 
@@ -87,6 +94,7 @@ def _render(
     with matplotlib.style.context(["default", RC | {"svg.hashsalt": salt}]):
         canvas = matplotlib.figure.Figure(figsize=size, layout="constrained")
         draw(canvas.subplots(squeeze=False, **panels) if panels else canvas.subplots())
+        _wrap_titles(canvas, panels.get("ncols", 1))
         marks = hover.name_marks(canvas)
         # the resolution of what is drawn as an image within it
         canvas.savefig(svg, format="svg", dpi=DPI, metadata=NO_METADATA)
@@ -96,11 +104,51 @@ def _render(
     return drawing, paletted(png.getvalue(), DPI)
 
 
+def _wrap_titles(canvas: matplotlib.figure.Figure, across: int) -> None:
+    """Titles of panels that stand side by side break before they meet."""
+    letters = int(72 * canvas.get_figwidth() / across / (0.62 * RC["axes.titlesize"]))
+    for axes in canvas.axes if across > 1 else ():
+        if len(title := axes.get_title(loc="left")) > letters:
+            axes.set_title(textwrap.fill(title, letters), loc="left")
+
+
 def _themed(svg: str, ink: str, key: str, alt: str) -> str:
     """The drawing in an ink, fit to stand beside others in one page: own ids (short: every mark refers to one),
     own styles, a name for screen readers.
     """
     own = "f" + hashlib.sha256(key.encode()).hexdigest()[:5]
+    svg = _recolored(svg, lifted) if ink == INK["dark"] else svg
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{own}", svg.replace(INK["light"], ink))
     svg = svg.replace("*{stroke", f"#{key} *{{stroke")
     return svg.replace("<svg ", f'<svg id="{key}" role="img" aria-label="{escape(alt)}" ', 1)
+
+
+def luminance(color: str) -> float:
+    """How much light a color gives, of white's (WCAG 2.2)."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def lifted(color: str) -> str:
+    """A color as the dark page shows it: as much of white in it as `CLEAR` asks for, none if it is clear as it is."""
+    ground = luminance(DARK) + 0.05
+    for white in range(0, 101, 4):
+        parts = [round(v + (255 - v) * white / 100) for v in (int(color[i : i + 2], 16) for i in (1, 3, 5))]
+        found = "#" + "".join(f"{p:02x}" for p in parts)
+        if (luminance(found) + 0.05) / ground >= CLEAR:
+            break
+    return found
+
+
+def _recolored(svg: str, change: Callable[[str], str]) -> str:
+    """The drawing with the methods' colors changed, in its marks alone."""
+    return OWN_COLORS.sub(lambda style: COLOR.sub(lambda found: change(found[0]), style[0]), svg)
+
+
+def _following(svg: str) -> tuple[str, str]:
+    """The drawing within a page, whose methods' colors follow the theme, and the rule that lifts them in the dark."""
+    used = sorted({c for style in OWN_COLORS.findall(svg) for c in COLOR.findall(style) if lifted(c) != c})
+    rules = "".join(f"--mk-{c[1:]}:{lifted(c)};" for c in used)
+    dark = f"<style>:is(html[data-theme=dark],[data-jp-theme-light=false]) .metake-figure{{{rules}}}</style>"
+    return _recolored(svg, lambda c: f"var(--mk-{c[1:]},{c})" if c in used else c), dark if used else ""

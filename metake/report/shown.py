@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from metake.report.files import DEFAULT, artifact_name, own_folder, portable
-from metake.report.style import style
+from metake.report.style import METHOD_STYLE, style
 from metake.support.errors import ParameterError, ProvenanceError, near_misses
 from metake.support.storage import write_file
 
@@ -21,8 +21,14 @@ VERDICTS = {True: ("holds", "yes"), False: ("does not hold", "no"), None: ("inco
 STABLE = ("model", "model_digest", "dataset", "dataset_digest", "data", "data_digest", "seed", "seeds", "edits", "n")
 SHOWN = {
     "method": lambda v: style(v).name, "label": lambda v: LABELS.get(v, v),
-    "dataset": lambda v: {"counterfact": "CounterFact", "zsre": "ZsRE"}.get(v, v)
+    "dataset": lambda v: {"counterfact": "CounterFact", "zsre": "ZsRE"}.get(v, v),
+    "direction": lambda v: {
+        "exact": "exact g", "proxy": "proxy ĝ", "key_only": "key-only proxy", "none": "no update",
+        "equal_proxy": "proxy ĝ, as long as g", "equal_key_only": "key-only proxy, as long as g",
+    }.get(v, v),
+    "metric": lambda v: {"log_p": "log p", "log_p_paraphrase": "log p of paraphrases"}.get(v, v),
 }
+"""What a column's values are called: the names that code gives them never reach a reader."""
 NOISE = 1e-9  # digits below it are rounding errors, which differ between machines
 FAR = 1e12  # a margin beyond it is written as this
 LINES = 40  # of a long text/plain
@@ -64,6 +70,11 @@ def texts(column: pd.Series, digits: int) -> list[str]:
     return [_number(float(v), form) for v in column]
 
 
+def rough(column: pd.Series) -> list[str]:
+    """Numbers to the two digits that a reader may rely on, such as ratios of seconds."""
+    return ["–" if v != v else f"{float(f'{v:.2g}'):g}" for v in column]
+
+
 def _number(value: float, form: str) -> str:
     if value != value:
         return "–"
@@ -76,11 +87,12 @@ def is_numeric(column: pd.Series) -> bool:
     return pd.api.types.is_numeric_dtype(column.infer_objects()) and not pd.api.types.is_bool_dtype(column)
 
 
-def plain(frame: pd.DataFrame, digits: int) -> str:
+def plain(frame: pd.DataFrame, digits: int, two_digits: Sequence[str] = ()) -> str:
     """A frame as aligned text, numbers to the right; a long one is cut, and says so."""
     columns = []
     for i, name in enumerate(frame.columns):
-        cells = [str(name).replace("_", " "), *texts(frame.iloc[:, i], digits)[:LINES]]
+        own = frame.iloc[:, i]
+        cells = [str(name).replace("_", " "), *(rough(own) if name in two_digits else texts(own, digits))[:LINES]]
         width, right = max(map(len, cells)), is_numeric(frame.iloc[:, i])
         columns.append([c.rjust(width) if right else c.ljust(width) for c in cells])
     lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
@@ -108,14 +120,14 @@ def badge(label: str, provenance: Mapping[str, Any] | None = None) -> str:
 
 def table(
     frame: pd.DataFrame, caption: str = "", digits: int = 2, label: str | None = None,
-    source: pd.DataFrame | None = None
+    source: pd.DataFrame | None = None, two_digits: Sequence[str] = ()
 ) -> Shown:
     """A frame as an accessible table: caption, scopes, no empty header cell, aligned numbers.
 
     A column `label` (recomputed, recorded, reported) becomes badges; if all are equal, one in the caption.
     Without it the caption carries the label of `source`, the records that the frame was computed from (default:
     the frame itself), or the given one; "" for none.
-    A named index becomes columns. digits: decimals.
+    A named index becomes columns. digits: decimals; two_digits: columns that have no more significant ones.
     """
     origin = (frame if source is None else source).attrs
     if label is None and "label" in frame and frame["label"].nunique() == 1:
@@ -127,7 +139,8 @@ def table(
     frame = frame.set_axis(
         [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in frame.columns], axis=1
     )
-    said = [texts(frame[c], digits) for c in frame]
+    frame = in_rows(frame)
+    said = [rough(frame[c]) if c in two_digits else texts(frame[c], digits) for c in frame]
     kinds = [
         "num" if is_numeric(frame[c]) else "text long" if max(map(len, own), default=0) > LONG else "text"
         for c, own in zip(frame, said, strict=True)
@@ -152,11 +165,22 @@ def table(
         for c, kind in zip(frame, kinds, strict=True)
     )
     title = f"<caption>{escape(caption)} {mark}</caption>" if caption or mark else ""
-    text = [f"{caption} [{LABELS[label]}]".strip() if label else caption, plain(frame, digits)]
+    text = [f"{caption} [{LABELS[label]}]".strip() if label else caption, plain(frame, digits, two_digits)]
     return Shown(
         f'<table class="dataframe metake-table">{title}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>',
         "\n".join(filter(None, text)),
     )
+
+
+def in_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows with their methods in the one order of all tables and figures, within what stands left of them."""
+    if "method" not in frame:
+        return frame
+    order = {name: i for i, (key, look) in enumerate(METHOD_STYLE.items()) for name in (key, look.name)}
+    left = frame.iloc[:, : frame.columns.get_loc("method")].reset_index(drop=True)
+    group = (left != left.shift()).any(axis=1).cumsum()
+    places = sorted(range(len(frame)), key=lambda i: (group[i], order.get(frame["method"].iloc[i], len(order))))
+    return frame.iloc[places]
 
 
 @dataclass
@@ -229,9 +253,9 @@ def provenance(source: pd.DataFrame | Mapping[str, Any]) -> Shown:
         for k, v in given.items()
         if v not in (None, "")
     }
-    stable = [f"{k.replace('_', ' ')} {short[k]}" for k in STABLE if k in short]
+    stable = [f"{_named(k, given.get(k))}: {short[k]}" for k in STABLE if k in short]
     items = "".join(
-        f"<dt>{escape(str(k).replace('_', ' '))}</dt><dd>{escape(_flat(v))}</dd>"
+        f"<dt>{escape(_named(str(k), v))}</dt><dd>{escape(_flat(v))}</dd>"
         for k, v in given.items()
         if v not in (None, "")
     )
@@ -239,6 +263,15 @@ def provenance(source: pd.DataFrame | Mapping[str, Any]) -> Shown:
     return Shown(
         f'<details class="metake-provenance"><summary>{escape(text)}</summary><dl>{items}</dl></details>', text
     )
+
+
+def _named(key: str, value: Any) -> str:
+    """A key in words; one of several that could be is named as one."""
+    return key.replace("_", " ").removesuffix("s" if key == "seeds" and len(_listed(value)) == 1 else "")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _flat(value: Any) -> str:

@@ -66,8 +66,8 @@ def test_a_reading_is_asked_of_the_first_recording_that_has_it(monkeypatch):
     known = {"sequences": [newer, older]}
     monkeypatch.setattr(claims, "recordings", lambda claim, _: known.get(claim.recordings[0], []))
     found = {(one.claim.place, one.reading): (one.verdict, one.edits) for one in claims.asked("smollm2-135m")}
-    assert found["Table 1, §6.2", WHOLE_EDIT] == ("holds", 200)
-    assert found["Table 1, §6.2", LITERAL] == (FAR, 100)
+    assert found["Paper Table 1, §6.2", WHOLE_EDIT] == ("holds", 200)
+    assert found["Paper Table 1, §6.2", LITERAL] == (FAR, 100)
 
 
 def test_a_reading_that_is_not_recorded_is_said_so():
@@ -97,9 +97,10 @@ def test_the_table_has_a_line_a_claim_and_a_column_a_reading(tmp_path, monkeypat
     records = made(RECORDS)
     report.write_recorded("sequences-smollm2-135m", records, records.attrs["provenance"])
     found = claims.table("smollm2-135m").set_index("in the paper")
-    assert list(found.index) == ["Theorem 3", "Table 1, §6.2"] and found.attrs["label"] == "recorded"
+    assert list(found.index) == ["Theorem 3", "Paper Table 1, §6.2"] and found.attrs["label"] == "recorded"
     assert list(found[list(claims.NAMES.values())].loc["Theorem 3"]) == ["does not hold", "holds", "holds"]
-    assert list(found[list(claims.NAMES.values())].loc["Table 1, §6.2"]) == ["inconclusive", "inconclusive", "holds"]
+    readings = list(claims.NAMES.values())
+    assert list(found[readings].loc["Paper Table 1, §6.2"]) == ["inconclusive", "inconclusive", "holds"]
     assert list(found.edits) == ["200", "200 of 2,000"]
     numbers = claims.numbers("smollm2-135m")
     assert len(numbers) == 3 * (2 + 4) and set(numbers.method) == set(READINGS)

@@ -493,7 +493,7 @@ def test_a_verdict_is_not_typed(holds):
 
 def test_provenance_prints_what_is_stable_and_shows_everything():
     shown = report.provenance(FACTS | {"file": "/home/me/data/zsre.json"})
-    assert shown.text == "Provenance: model smollm2-135m, model digest abababababab, dataset facts, seed 0, n 2"
+    assert shown.text == "Provenance: model: smollm2-135m, model digest: abababababab, dataset: facts, seed: 0, n: 2"
     assert (
         all(
             text in shown.html
@@ -514,7 +514,7 @@ def test_recorded_gives_back_what_was_written(project):
     assert first == records.iloc[0].tolist()
     found = report.recorded("quickstart-smollm2-135m")
     assert found.attrs["label"] == "recorded" and report.provenance(found).text.startswith(
-        "Provenance: model smollm2-135m"
+        "Provenance: model: smollm2-135m"
     )
     pd.testing.assert_frame_equal(found, records, check_exact=True)
     with pytest.raises(ParameterError, match="JSON lines"):

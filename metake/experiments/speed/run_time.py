@@ -196,5 +196,5 @@ def judge(reported: pd.DataFrame, measured: pd.DataFrame, spreads: pd.Series) ->
         inside.append(all_of(ends))
     told = ", ".join(f"{ratio:.2f} on the {path} path" for path, ratio in ratios.items())
     return for_and_against(all_of(inside), all_of(map(opposite, inside))).verdict(
-        f"{told}; {low:.2f} to {high:.2f} in the paper's Table 5"
+        f"{told}; {low:.2f} to {high:.2f} in Paper Table 5"
     )

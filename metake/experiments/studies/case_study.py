@@ -182,8 +182,8 @@ def wilson(hits: int, count: int, z: float = 1.959963984540054) -> tuple[float, 
 
 def judge(summary: pd.DataFrame, one: str = "metake", rivals: Sequence[str] = NAMED) -> dict[str, Any]:
     """MetaKE's continuations hold the new object more often than every other method's that the paper names:
-    holds if its interval lies above all others', does not hold if it lies below one; inconclusive if they overlap, or
-    one was not run."""
+    holds if the interval of its share lies above all others', does not hold if it lies below one; inconclusive if they
+    overlap, or one was not run."""
     own = summary.set_index("method")
     absent, rivals = [r for r in rivals if r not in own.index], [r for r in rivals if r in own.index]
     if one not in own.index or not rivals:

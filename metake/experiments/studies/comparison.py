@@ -187,13 +187,14 @@ def setting(records: pd.DataFrame) -> pd.DataFrame:
         data = ", ".join(dict.fromkeys(f"{r['dataset']}: {r['data']['source']}" for r in runs))
     else:
         statistics, data = told["statistics"], told["dataset"]
+    seeds = sorted(records.seed.unique())
     rows = {
         "model": first["model"],
         "key statistics": statistics,
         "data": data,
         "editing": f"{edits} edits {batches}",
         "evaluated": "every edited case once, after the last batch",
-        "seeds": ", ".join(map(str, sorted(records.seed.unique()))),
+        "seeds" if len(seeds) > 1 else "seed": ", ".join(map(str, seeds)),
     }
     return labelled(pd.DataFrame({"what": list(rows), "here": list(rows.values())}), records)
 

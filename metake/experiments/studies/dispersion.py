@@ -62,7 +62,8 @@ def percentile_ratios(records: pd.DataFrame, draws: int = 2000, seed: int = 0) -
 
 
 def judge(ratios: pd.DataFrame, wide: str, narrow: str, method: str = "alphaedit") -> dict[str, Any]:
-    """The paper's claim, a much wider spread of γ on ZsRE than on CounterFact: compared by the bootstrap intervals."""
+    """The paper's claim, a much wider spread of γ on ZsRE than on CounterFact: holds if the bootstrap interval of
+    P95/P5 on ZsRE lies above that on CounterFact; does not hold if it lies below; else inconclusive."""
     one, other = (
         ratios[(ratios.dataset == name) & (ratios.method == method)].iloc[0][["ratio", "low", "high"]].tolist()
         for name in (wide, narrow)

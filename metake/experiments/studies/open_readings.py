@@ -243,18 +243,18 @@ def effects(records: pd.DataFrame) -> pd.DataFrame:
 
 def answers(records: pd.DataFrame) -> pd.DataFrame:
     """The two claims, a row each: what the winner and the literal reading say on the records for testing."""
-    rows = {"Table 2's ordering": {}, "Figure 4's direction": {}}
+    rows = {"Paper Table 2's ordering": {}, "Paper Fig. 4's direction": {}}
     for reading in dict.fromkeys((winner(records), LITERAL)):
-        rows["Table 2's ordering"][reading] = WORDS[ordering(differences(records, "testing", reading)).holds]
+        rows["Paper Table 2's ordering"][reading] = WORDS[ordering(differences(records, "testing", reading)).holds]
         direction = realized_residual.decide(gains(records, "testing", reading))
-        rows["Figure 4's direction"][reading] = WORDS[direction.holds]
+        rows["Paper Fig. 4's direction"][reading] = WORDS[direction.holds]
     frame = pd.DataFrame([{"reproduced": question} | found for question, found in rows.items()])
     return comparison.labelled(frame, records)
 
 
 def judge(records: pd.DataFrame) -> dict[str, Any]:
-    """The claim, a reading reproduces Table 2's ordering and Figure 4's direction: holds if the winner does both on the
-    records for testing; does not hold if it contradicts one there; inconclusive otherwise. Also said:
+    """The claim, a reading reproduces Table 2's ordering and Figure 4's direction: holds if the chosen one does both on
+    the records for testing; does not hold if it contradicts one there; inconclusive otherwise. Also said:
     how it does beside the literal reading there."""
     name = winner(records)
     compared, realized = differences(records, "testing", name), gains(records, "testing", name)
@@ -264,7 +264,7 @@ def judge(records: pd.DataFrame) -> dict[str, Any]:
     told = (
         f"chosen of {len(names(records, 'choosing'))}: {name}; on held-out records the ordering is "
         f"{WORDS[order.holds]} (weakest: {with_interval(weakest.difference, weakest.low, weakest.high, 3)} nats, "
-        f"{weakest.metric.replace('_', ' ')} over {weakest.method}, {weakest.dataset}), Figure 4's direction "
+        f"{weakest.metric.replace('_', ' ')} over {weakest.method}, {weakest.dataset}), Paper Fig. 4's direction "
         f"{WORDS[direction.holds]} ({realized_residual.judge(realized)['decided_by']}); {consequence(records)}"
     )
     return all_of([order, direction]).quiet().verdict(told)

@@ -91,7 +91,7 @@ def _decided(
 
 
 def judge(records: pd.DataFrame) -> dict[str, Any]:
-    """The refinement helps: holds if it does on all bases, does not hold if it harms on one, else inconclusive."""
+    """The refinement helps: holds if it helps on all bases, does not hold if it harms on one, else inconclusive."""
     found = list(_decided(records))
     words = {"yes": "helps", "no": "harms", "open": "open"}
     parts = [f"on {style(row['method']).name} {words[row['helps']]} ({row['decided_by']})" for row, _ in found]

@@ -55,7 +55,8 @@ def quickstart(
     """Edit one fact and read probabilities before, during and after.
 
     Returns one row per (probe, answer): probability p(answer) = exp(mean log-probability) `before`, `after` the edit,
-    and `restored` once it was taken back; attrs: seconds of the edit, whether the restored weights are bit-identical.
+    and `restored` once it was taken back; attrs: seconds of the edit, whether the restored weights are bit-identical,
+    and of the last edited layer the norms of what was planned and realized.
     """
     lm = load(model)
     editor = methods.method(method, model, seed=seed)
@@ -80,7 +81,9 @@ def quickstart(
             for (kind, p, a), b, c, d in zip(asked, before, after, probabilities(), strict=True)
         ]
     )
-    frame.attrs |= {"seconds": seconds, "restored_exactly": _identical(lm, edit), "provenance": provenance(edit)}
+    last = edit.record.layers.get(str(editor.layers[-1]), {})
+    frame.attrs |= {"seconds": seconds, "restored_exactly": _identical(lm, edit), "provenance": provenance(lm, edit)}
+    frame.attrs |= {name: round(last[name], 2) if name in last else None for name in ("planned", "realized")}
     return frame
 
 
@@ -88,11 +91,11 @@ def _identical(lm: LanguageModel, edit: Edit) -> bool:
     return all(lm.digest(module) == digest for module, digest in edit.record.weights.items())
 
 
-def provenance(edit: Edit) -> dict[str, Any]:
-    """What a page says of the edit that it shows."""
+def provenance(lm: LanguageModel, edit: Edit) -> dict[str, Any]:
+    """What a page says of the edit that it shows; the model by the same digest as in a recording (`made`)."""
     record = edit.record
     digests = {
-        "model_digest": next(iter(record.weights.values()), ""), "statistics_digest": record.statistics_digest,
+        "model_digest": lm.digest(lm.write_path(lm.depth - 1)), "statistics_digest": record.statistics_digest,
         "data_digest": record.requests_digest
     }
     return {

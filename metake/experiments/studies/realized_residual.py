@@ -93,7 +93,9 @@ def decide(found: pd.DataFrame, least: float = 0.01) -> Decision:
 
 
 def judge(found: pd.DataFrame, least: float = 0.01) -> dict[str, Any]:
-    """The paper's claim, MetaKE realizes more of the plan than AlphaEdit: as `decide` says."""
+    """The paper's claim, MetaKE realizes more of the plan than AlphaEdit: holds if β̂ rises by more than `least`,
+    with its interval above zero, in some reading on every data set; does not hold if every interval in every reading
+    lies below `least`; else inconclusive."""
     best = found.loc[found.difference.idxmax()]
     return decide(found, least).quiet().verdict(
         f"largest rise of β̂ in any reading: {with_interval(best.difference, best.low, best.high, 4)}, {best.reading}, "

@@ -155,12 +155,13 @@ def reported(paper: pd.DataFrame) -> pd.DataFrame:
 
 def judge(differences: pd.DataFrame, least: float = 5.0) -> dict[str, Any]:
     """The paper's two claims: robust to T and η, and the default gives the best trade-off (mean of the three scores).
+    Holds if no setting is `least` points or more from its default in any score and every other setting's trade-off lies
+    below the default's, by all intervals; does not hold if one of the two fails; else inconclusive.
 
     Robust: yes if no setting is `least` points or more from its default in any score, by all intervals, and the sample
     is large enough to show it (of n requests of which none changes, up to 3/n may still change, at 95 %); no if an
     interval lies beyond.
-    Best: yes if every other setting's trade-off lies below, with its interval; no if one lies above. Both: holds;
-    one not: does not hold; else inconclusive.
+    Best: yes if every other setting's trade-off lies below, with its interval; no if one lies above.
     """
     scores, trade = differences[differences.measure.isin(SCORES)], differences[differences.measure == "trade_off"]
     requests = scores.groupby("dataset").requests.max().sum()

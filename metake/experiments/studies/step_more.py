@@ -216,7 +216,9 @@ def decide(found: pd.DataFrame) -> Decision:
 
 
 def judge(records: pd.DataFrame, question: str, level: float = LEVEL) -> dict[str, Any]:
-    """A claim, pair by pair at equal specificity. Low data: the pair of one batch decides, as it is claimed."""
+    """A claim, pair by pair at equal specificity (of little data, the pair of one batch decides, as it is claimed):
+    holds if of every pair the first is above the second in efficacy or generalization, with an interval above zero,
+    and below in neither; does not hold if it is below in one."""
     found = compared(records, question, level)
     if question == "low data":
         found = found[found.compared == next(iter(PAIRS[question]))]

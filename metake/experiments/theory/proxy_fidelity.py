@@ -157,8 +157,8 @@ def descent(records: pd.DataFrame, draws: int = 2000, seed: int = 0) -> pd.DataF
 
 
 def judge_alignment(records: pd.DataFrame) -> dict:
-    """The paper's claim for Figure 3, of every edit where the refinement has converged: inconclusive if it depends on
-    the optimizer.
+    """The paper's claim for Figure 3: holds if, wherever the refinement has converged, the proxy is aligned and F falls
+    on every edit; does not hold if an edit contradicts it everywhere; inconclusive if it depends on the optimizer.
     """
     said, outcomes = [], []
     for point, group in records[records.point.isin(REFINED)].groupby("point", sort=False):
@@ -173,8 +173,8 @@ def judge_alignment(records: pd.DataFrame) -> dict:
 
 
 def judge_dominance(records: pd.DataFrame, draws: int = 2000, seed: int = 0) -> dict:
-    """Figure 8 (a): the final layer carries most of the downstream gradient: ε_tail is below 1 of the median edit, at
-    each point, with its whole 95 % bootstrap interval.
+    """Figure 8 (a), the final layer carries most of the downstream gradient: holds if ε_tail of the median edit is
+    below 1 at each point, with its whole 95 % bootstrap interval; does not hold if it is above with all of it.
     """
     tails, found = records.groupby("point", sort=False).leakage, []
     for point, own in tails:

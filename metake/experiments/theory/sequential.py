@@ -178,7 +178,8 @@ def judge(records: pd.DataFrame, names: Sequence[str] = tuple(methods.METHODS), 
 
 
 def together(*found: dict) -> dict:
-    """Several judgments as one: holds if all hold, does not hold if one does not, else inconclusive."""
+    """Several judgments as one: holds if every one of them holds (no difference above rounding, one by one equals the
+    batch), does not hold if one does not, else inconclusive."""
     kinds = {told: kind for kind, told in KINDS.items()}
     whole = all_of(Decision(one["holds"], one["margin"], kinds[one["error"]]) for one in found)
     return whole.verdict("; ".join(one["decided_by"] for one in found))

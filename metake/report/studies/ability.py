@@ -31,7 +31,7 @@ def ability_curves(found: pd.DataFrame, model: str | None = None, name: str = "g
         .reset_index()
     )
     told = "; ".join(
-        f"{SHOWN['method'](row['method'])}: " + ", ".join(f"{task} {row[task]:.0f}" for task in tasks)
+        f"{SHOWN['method'](row['method'])}: " + ", ".join(f"{task} {row[task]:.1f}" for task in tasks)
         for row in wide.to_dict("records")
     )
     alt = (

@@ -122,6 +122,8 @@ def state_distances(distances: pd.DataFrame, model: str | None = None, name: str
         axes.set_xscale("log")
         axes.set_xlim(least, 1.6 * found[found.measure == measure].high.max())
         _log_axis(axes.xaxis)
+        if len(columns) > 2:  # narrow panels
+            axes.xaxis.set_major_locator(mpl.ticker.LogLocator(numticks=4))
 
     draw, layout = _grid(columns, measures, methods, panel, "spreads", 2.3)
     wide = found.pivot(index="method", columns=["column", "measure"], values="value").loc[methods]

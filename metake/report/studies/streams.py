@@ -37,7 +37,7 @@ def stream_curves(
     methods = [m for m in in_order(records.method) if m != "pre-edit"]
     last = found[(found.edits == end) & (found.group == groups[0])].set_index("method")
     told = "; ".join(
-        f"{SHOWN['method'](m)}: " + ", ".join(f"{metric} {last[metric][m]:.0f}" for metric in SHARES)
+        f"{SHOWN['method'](m)}: " + ", ".join(f"{metric} {last[metric][m]:.1f}" for metric in SHARES)
         for m in methods
         if m in last.index
     )

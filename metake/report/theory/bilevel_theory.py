@@ -120,7 +120,7 @@ def descent(
     data = pd.concat(
         [falls.assign(kind="step"), iterates.assign(kind="iterate"), floor.assign(kind="floor")], ignore_index=True
     )
-    return Figure(draw, data, name, alt, model, summary, (11.2, 3.7), ncols=3)
+    return Figure(draw, data, name, alt, model, summary, (11.2, 4.2), ncols=3)
 
 
 def _draw_falls(axes: Any, falls: pd.DataFrame) -> None:
@@ -136,9 +136,9 @@ def _draw_falls(axes: Any, falls: pd.DataFrame) -> None:
             label=look.name
         )
     axes.set(
-        xlabel="η L", ylabel="fall of the loss / η‖gradient‖²", title="Every step of the look-ahead", ylim=(-1.0, 1.1)
+        xlabel="η L", ylabel="fall / η‖gradient‖²", title="Look-ahead, step by step", ylim=(-1.0, 1.1)
     )
-    axes.legend(loc="lower left", handletextpad=0.4)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), handletextpad=0.4)
 
 
 def _draw_floor(axes: Any, floor: pd.DataFrame) -> None:
@@ -147,10 +147,10 @@ def _draw_floor(axes: Any, floor: pd.DataFrame) -> None:
     for column, look, size in (("least whole", WHOLE, 5), ("least look-ahead", AHEAD, 4)):
         axes.plot(
             floor["T"], floor[column], color=look.color, marker=look.marker, linestyle=look.line, markersize=size,
-            label=f"gradient of the {look.name}"
+            label=look.name
         )
     axes.set(yscale="log", xlabel="steps T", title="Smallest gradient so far")
-    axes.legend(loc="lower left", fontsize=9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), handletextpad=0.4)
 
 
 def _draw_runs(axes: Any, iterates: pd.DataFrame) -> None:
@@ -164,7 +164,7 @@ def _draw_runs(axes: Any, iterates: pd.DataFrame) -> None:
             run.step, run.loss, color=tint, linestyle=LINES[i % 4], marker=(*MARKERS, "P", "X")[i % 6], markersize=4,
             linewidth=1.3, label=f"{factor:.1f}"
         )
-    axes.set(yscale="log", xlabel="step", title="Look-ahead loss, relative anchor")
+    axes.set(yscale="log", xlabel="step", title="Its loss, relative anchor")
     axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True))
     _log_axis(axes.yaxis)
     axes.legend(title="η L", title_fontsize=9, fontsize=8.5, ncols=2, handlelength=1.8, columnspacing=1.0)

@@ -218,8 +218,8 @@ def proxy_certificates(
 def _edits(axes: Any, own: pd.DataFrame, look: Style) -> None:
     falls = own.alignment > 0
     axes.scatter([], [], s=34, color=look.color, marker=look.marker, label=look.name)
-    faces = [look.color if f else "none" for f in falls]
+    # an alpha of its own would fill "none" with black
+    faces = [mpl.colors.to_rgba(look.color, 0.9) if f else (0, 0, 0, 0) for f in falls]
     axes.scatter(
-        own.x, own.y, s=34, facecolor=faces, edgecolor=look.color, marker=look.marker, linewidth=1.2, alpha=0.9,
-        zorder=3
+        own.x, own.y, s=34, facecolor=faces, edgecolor=look.color, marker=look.marker, linewidth=1.2, zorder=3
     )
