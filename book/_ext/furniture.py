@@ -21,18 +21,26 @@ LABEL = re.compile(r'class="label label-(\w+)"')
 CAPTION = re.compile(r"<caption>(.*?)</caption>", re.S)
 TABLE = re.compile(r'<table class="[^"]*metake-table[^"]*">.*?</table>', re.S)
 SHORT = re.compile(r'(<t[hd][^>]* class="text)"(>[^<]{1,22}</)')  # cells that are not worth a line break
+BREAKS_NOT = r'\1 short"\2'
+FOLDED = "tag_folded"  # a cell's tag, as myst-nb makes a class of it
+STAMP = '<details class="metake-provenance"'
+OPENED = '<details class="metake-more"><summary>Data and command</summary>'
 AGAIN = re.compile(r"^Regenerate this page\b")
 OWN_RUNS = "runs"  # where the commands put their results
 
 
 class numbered_table(nodes.General, nodes.Element):
     """A table that a cell shows. html: its markup; page: of its notebook; recording: the name of its record,
-    if it shows one.
+    if it shows one; folded: whether a figure has shown its numbers already.
     """
 
 
+class more(nodes.General, nodes.Element):
+    """The one quiet line under a figure or table: behind it its data, its command, and where it comes from."""
+
+
 class again(nodes.General, nodes.Element):
-    """A closed box with a command; the same for a figure and a table."""
+    """The command that makes a figure or table again, and the way to the page's stamp."""
 
 
 class Cells(HTMLParser):
@@ -107,10 +115,15 @@ class Furniture(SphinxTransform):
     def cell(self, cell):
         source = "\n".join(block.astext() for block in cell.findall(nodes.literal_block))
         self.recordings += RECORDING.findall(source)
-        for raw in list(cell.findall(nodes.raw)):
+        shown = list(cell.findall(nodes.raw))
+        if len(shown) == 1 and shown[0].astext().startswith(STAMP):  # the page's own stamp has it
+            cell.parent.remove(cell)
+            return
+        folded = FOLDED in cell["classes"]
+        for raw in shown:
             text = raw.astext()
             if text.lstrip().startswith("<table") and TABLE.match(text.lstrip()):
-                raw.replace_self(self.table(text))
+                raw.replace_self(self.table(text, folded))
             elif text.startswith('<div class="metake-figure"'):
                 self.figure(raw, text)
 
@@ -119,14 +132,15 @@ class Furniture(SphinxTransform):
         found = LABEL.search(html)
         return self.recordings[-1] if found and found[1] == "recorded" and self.recordings else None
 
-    def table(self, html):
+    def table(self, html, folded=False):
         title = CAPTION.search(html)
         words = re.sub(r"[^a-z0-9]+", "-", plain(title[1]).lower() if title else "").strip("-").split("-")[:6]
         base = "-".join(["tab", *self.page.removeprefix(NOTEBOOKS).split("_"), *filter(None, words)])
         name = next(n for n in (base, *(f"{base}-{i}" for i in range(2, 99))) if n not in self.names)
         self.names.add(name)
         node = numbered_table(
-            "", html=html, title=plain(title[1]) if title else "", page=self.page, ids=[name], names=[name]
+            "", html=html, title=plain(title[1]) if title else "", page=self.page, ids=[name], names=[name],
+            folded=folded
         )
         node += again("", text=command(self.page, self.recording(html)))
         self.document.note_explicit_target(node, node)
@@ -154,7 +168,7 @@ class Furniture(SphinxTransform):
                 refwarn=True, reftarget=f"/figures/{file.name}"
             )
         shorten(next(figure.findall(nodes.caption), None))
-        figure += nodes.legend("", links, again("", text=command(self.page, self.recording(html))))
+        figure += nodes.legend("", more("", links, again("", text=command(self.page, self.recording(html)))))
 
     def unrecorded(self):
         """What is not recorded yet says so once, and takes no number."""
@@ -243,26 +257,36 @@ def visit_table(self, node):
         lambda found: f'<caption><span class="metake-caption">{number}{found[1]}{permalink}</span></caption>', html,
         count=1
     )
-    html = SHORT.sub(r'\1 short"\2', html)
+    html = f'<div class="metake-scroll">{SHORT.sub(BREAKS_NOT, html)}</div>'
+    if node["folded"]:
+        html = f'<details class="metake-folded"><summary>The same numbers as a table</summary>{html}</details>'
     file = Path(self.builder.outdir) / "_downloads" / "tables" / f"{name}.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(as_csv(node["html"]), "utf-8")
     up = "" if self.builder.name == "singlehtml" else "../" * node["page"].count("/")
     self.body.append(
-        f'<div class="metake-table-box" id="{name}"><div class="metake-scroll">{html}</div><div class="metake-tools">'
+        f'<div class="metake-table-box" id="{name}">{html}<div class="metake-tools">{OPENED}'
         f'<p class="metake-links"><a class="download" download href="{up}_downloads/tables/{name}.csv">CSV</a></p>'
     )
 
 
 def depart_table(self, node):
-    self.body.append("</div></div>\n")
+    self.body.append("</details></div></div>\n")
+
+
+def visit_more(self, node):
+    self.body.append(OPENED)
+
+
+def depart_more(self, node):
+    self.body.append("</details>")
 
 
 def visit_again(self, node):
     code = self.highlighter.highlight_block(node["text"], "bash")
     self.body.append(
-        '<details class="metake-command-box"><summary>Regenerate</summary><div class="highlight-bash '
-        f'notranslate">{code}</div></details>'
+        f'<div class="highlight-bash notranslate">{code}</div><p><a class="reference internal" '
+        'href="#regenerate-this-page">Where it comes from</a></p>'
     )
     raise nodes.SkipNode
 
@@ -276,5 +300,6 @@ def setup(app):
         numbered_table, "table", lambda node: escape(node["title"]) or None, html=(visit_table, depart_table),
         latex=(skip, None), text=(skip, None)
     )
+    app.add_node(more, html=(visit_more, depart_more), latex=(skip, None), text=(skip, None))
     app.add_node(again, html=(visit_again, None), latex=(skip, None), text=(skip, None))
     app.add_transform(Furniture)

@@ -5,6 +5,7 @@
 * ```{verdicts}``` draws results/verdicts/*.json as a table; a page of a checked part without one, or with a stale one,
 fails the build.
 * Figures and tables of the notebooks get numbers, data and commands, pages their stamp: furniture.py, stamp.py.
+* What stands around a page (overview, reading paths, what would flip a verdict, symbols): pages.py; {value}: value.py.
 * MathJax comes from an installed package and Thebe is left out: a reader's browser asks nothing of the network.
 * A few roles and names in the finished pages are repaired, for readers who listen to them.
 """
@@ -17,6 +18,9 @@ from html import escape
 from pathlib import Path
 
 import furniture
+import pages
+import typeset
+import value
 import yaml
 from docutils import nodes
 from sphinx import addnodes
@@ -31,6 +35,8 @@ FIELDS = {"page", "title", "claim", "verdict", "decided_by", "label", "margin", 
 VERDICTS = {"holds": "yes", "does not hold": "no", "inconclusive": "open"}
 CHECKED = ("Theory", "Figures and tables")  # parts of _toc.yml whose pages have verdicts
 FINDING = "does_metake_hold"  # the page that the landing page's sentence speaks of
+SOURCE = re.compile(r"\(([^()]*(?:Paper|Theorem|Proposition|App\.)[^()]*)\)$")
+GRADE = re.compile(r"(?:grade|to) \*\*([ABC])\*\*")
 SAYS = {"holds": "it holds", "does not hold": "it does not hold", "inconclusive": "the records do not tell"}
 LABELS = {"recomputed": "recomputed here", "recorded": "recorded"}
 REPAIRS = (
@@ -149,34 +155,62 @@ class Verdicts(SphinxDirective):
         tables = [
             node
             for caption in CHECKED
-            for node in self.table(caption, [v for v in verdicts if part[v["page"]] == caption])
+            for node in self.table(root, caption, [v for v in verdicts if part[v["page"]] == caption])
         ]
         return [nodes.paragraph("", "", *summary), *tables]
 
-    def table(self, caption: str, verdicts: list[dict]) -> list[nodes.Node]:
-        group = nodes.tgroup("", *(nodes.colspec(colwidth=width) for width in (45, 35, 20)), cols=3)
-        group += nodes.thead("", row(*([nodes.Text(name)] for name in ("Claim", "Verdict", "Page"))))
-        group += nodes.tbody("", *(self.verdict_row(verdict) for verdict in verdicts))
+    def table(self, root: Path, caption: str, verdicts: list[dict]) -> list[nodes.Node]:
+        group = nodes.tgroup("", *(nodes.colspec(colwidth=width) for width in (45, 30, 25)), cols=3)
+        group += nodes.thead("", row(*([nodes.Text(name)] for name in ("Claim", "Verdict", "Page, source, formulas"))))
+        group += nodes.tbody("", *(self.verdict_row(root, verdict) for verdict in verdicts))
         return [nodes.rubric("", caption), nodes.table("", group, classes=["verdicts"])] if verdicts else []
 
-    def verdict_row(self, verdict: dict) -> nodes.row:
+    def verdict_row(self, root: Path, verdict: dict) -> nodes.row:
         label = nodes.inline("", LABELS[verdict["label"]], classes=["label", f"label-{verdict['label']}"])
-        link = addnodes.pending_xref(
-            "", nodes.inline("", verdict["title"]), refdomain="std", reftype="doc", refexplicit=True, refwarn=True,
+        link = addnodes.pending_xref(  # its words are the page's title
+            "", nodes.inline("", ""), refdomain="std", reftype="doc", refexplicit=False, refwarn=True,
             refdoc=self.env.docname, reftarget=f"/notebooks/{verdict['page']}"
         )
-        found = row([nodes.Text(verdict["claim"])], [badge(verdict["verdict"]), nodes.Text(" "), label], [link])
+        source, graded = SOURCE.search(verdict["title"]), grades(root, verdict["page"])
+        told = "; ".join(filter(None, (source and source[1], graded and f"formulas: {graded}")))
+        found = row(
+            typeset.typeset(verdict["claim"]), [badge(verdict["verdict"]), nodes.Text(" "), label],
+            [link, nodes.Text(f" ({told})" if told else "")]
+        )
         told = f"Distance from turning: {distance(verdict['margin'], verdict['error'])}"
         decided = f"<p>{escape(verdict['decided_by'])}</p><p>{escape(told)}</p>"
         found[1] += nodes.raw("", f"<details><summary>decided by</summary>{decided}</details>", format="html")
         return found
 
 
+def grades(root: Path, page: str) -> str:
+    """How sure the formulas of a page are, in the grades that it names itself: "A", "A, B"."""
+    cells = json.loads((root / "notebooks" / f"{page}.ipynb").read_text("utf-8"))["cells"]
+    said = [part for c in cells for part in "".join(c["source"]).split("\n\n") if part.startswith("How sure")]
+    return ", ".join(sorted({letter for part in said for letter in GRADE.findall(part)}))
+
+
+def outcome(verdicts: list[dict], part: dict[str, str]) -> list[str]:
+    """The answer in three sentences: what of the theory holds, what of the measurements, and in which reading."""
+    theory = [v for v in verdicts if part[v["page"]] == "Theory" and "Paper " not in v["title"]]
+    measured = [v for v in verdicts if v not in theory and v["page"] != FINDING and "Paper " in v["title"]]
+    proved, count = Counter(v["verdict"] for v in theory), Counter(v["verdict"] for v in measured)
+    return [
+        f"What the paper proves holds: {proved['holds']} of {len(theory)} statements, each tried on random instances "
+        "and by a search for a counterexample.",
+        f"What it measures was found only in part, on a model of 135 million parameters: of {len(measured)} claims "
+        f"{count['holds']} hold{'s' * (count['holds'] == 1)}, {count['does not hold']} do not, and "
+        f"{count['inconclusive']} cannot be told from so few edits of so small a model.",
+        sentence(verdicts),
+    ]
+
+
 class Finding(SphinxDirective):
-    """What was found, in a sentence: each reading's verdict, and the page that computes it."""
+    """What was found, in three sentences, and the page that computes the last."""
 
     def run(self) -> list[nodes.Node]:
-        said = sentence(read_verdicts(Path(self.env.srcdir)))
+        root = Path(self.env.srcdir)
+        said = " ".join(outcome(read_verdicts(root), checked_pages(root)))
         link = addnodes.pending_xref(
             "", nodes.inline("", "does MetaKE hold?"), refdomain="std", reftype="doc", refexplicit=True, refwarn=True,
             refdoc=self.env.docname, reftarget=f"/notebooks/{FINDING}"
@@ -229,7 +263,8 @@ def repair(app, error):
 def setup(app):
     app.add_directive("verdicts", Verdicts)
     app.add_directive("finding", Finding)
-    furniture.setup(app)
+    for part in (furniture, pages, value):
+        part.setup(app)
     app.add_config_value("metake_repository", "", "html", types=[str])
     app.connect("config-inited", numbers, priority=100)
     app.connect("config-inited", launch, priority=100)

@@ -53,6 +53,28 @@ GROUPS = {
         "ParameterError"
     ),
 }
+FIRST = {
+    "load": 'lm = mk.load("tiny")',
+    "facts": "cases = mk.facts(limit=4)",
+    "EditRequest": 'request = mk.EditRequest("The capital of {} is", "France", "Rome", "first")',
+    "methods": "editor = mk.methods.metake(lm.name)",
+    "statistics": "stats = mk.statistics(lm, layers=editor.layers)",
+    "diagnose": "print(mk.diagnose(lm, [request], editor, stats))",
+    "Editor": "edit = editor.edit(lm, [request], stats)",
+    "Edit": 'edit.save("runs/first")',
+    "EditorState": "state = editor.init(lm, stats)",
+    "batches": "batch = next(iter(mk.batches([c.request for c in cases], 2)))",
+    "evaluate": "print(mk.evaluate(lm, cases))",
+    "recall": "print(mk.recall(lm, cases))",
+    "counterfact": 'cases = mk.counterfact("counterfact.json")',
+    "zsre": 'cases = mk.zsre("zsre.json")',
+    "chat": "cases = mk.chat(lm, cases)",
+    "null_space": "editor = mk.methods.alphaedit(lm.name, metric=mk.null_space(ridge=1.0))",
+    "gate": "M = mk.gate(keys, mk.NullSpace(stats))",
+    "association": "gamma = mk.association(keys, mk.NullSpace(stats))",
+    "feasible_interval": "shortest, longest = mk.feasible_interval(gamma, tau=1.0, epsilon=1.0)",
+    "MetakeError": "except mk.MetakeError as problem: print(problem)",
+}
 WIDTH = 76  # characters of a signature in one line
 CODE = re.compile(r"`([^`]+)`")
 
@@ -214,10 +236,49 @@ def entry(name: str) -> nodes.section:
     )
 
 
+def first_names(page: str) -> nodes.table:
+    """The names that are needed first: what each is for, in its docstring's first sentence, an example, its source."""
+    found = table(
+        ["name, source", "what", "example"], [["", sentence(name), f"`{line}`"] for name, line in FIRST.items()],
+        [20, 35, 45]
+    )
+    for name, row in zip(FIRST, list(found.findall(nodes.row))[1:], strict=True):
+        source = source_of(getattr(mk, name))
+        row[0][0] += nodes.reference("", "", nodes.literal("", name), refid=identifier(name), internal=True)
+        row[0][0] += nodes.Text(" ")
+        row[0][0] += addnodes.download_reference(
+            "", "", nodes.literal("", Path(source).name), reftype="download", refdomain="", refdoc=page,
+            refexplicit=True, refwarn=True, reftarget=f"/{source}"
+        )
+    return found
+
+
+def sentence(name: str) -> str:
+    """What a name is, in its docstring's first sentence."""
+    thing = getattr(mk, name)
+    if inspect.ismodule(thing):
+        return "The methods, a function each."
+    text = " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
+    first = re.split(r"(?<=[^.v])[.:;](?:\s|$)", text)[0]
+    return re.sub(r"\s*\([^)]*$", "", first).rstrip(".") + "."
+
+
+def source_of(thing: object) -> str:
+    if inspect.ismodule(thing):
+        return Path(thing.__file__).relative_to(Path(mk.__file__).parents[1]).as_posix()
+    return f"{thing.__module__.replace('.', '/')}.py"
+
+
+def identifier(name: str) -> str:
+    """The id of a name's own entry."""
+    return next(iter(entry(name)["ids"]))
+
+
 class Api(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         depends(self, *(Path(mk.__file__).parent).rglob("*.py*"))
-        return [section(title, f"api {title}", *map(entry, names)) for title, names in groups().items()]
+        first = section("The twenty names that are needed first", "api first", first_names(self.env.docname))
+        return [first, *(section(title, f"api {title}", *map(entry, names)) for title, names in groups().items())]
 
 
 # Command line

@@ -16,7 +16,9 @@ import yaml
 from docutils import nodes
 
 PACKAGES = ("metake", "torch", "transformers", "numpy", "pandas", "matplotlib", "papermill")
-EMBEDDED = {"model tiny": "metake/data/tiny/model.safetensors", "embedded facts": "metake/data/facts.toml"}
+EMBEDDED = {"file of model tiny": "metake/data/tiny/model.safetensors", "embedded facts": "metake/data/facts.toml"}
+# two things of one model have a digest each: its file, and the weight that a recording checks it by
+DIGESTED = {"model_digest": "digest of the model's last MLP weight"}
 UNKNOWN = "not known: not built in a git checkout"
 
 
@@ -121,7 +123,7 @@ def recording(root: Path, name: str) -> dict[str, str] | None:
         return None
     with file.open(encoding="utf-8") as lines:
         return {
-            key.replace("_", " "): flat(value)
+            DIGESTED.get(key, key.replace("_", " ")): flat(value)
             for key, value in json.loads(next(lines))["provenance"].items()
             if value not in (None, "")
         }

@@ -7,6 +7,10 @@
   };
   const mark = () => document.querySelectorAll(boxes).forEach((box) => {
     const scrolls = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX !== "visible";
+    const ends = () => box.classList.toggle("metake-at-end", box.scrollLeft + box.clientWidth >= box.scrollWidth - 2);
+    box.classList.toggle("metake-scrolls", scrolls);
+    if (scrolls && !box.dataset.fades) { box.dataset.fades = "yes"; box.addEventListener("scroll", ends); }
+    ends();
     if (scrolls) Object.entries({ tabindex: "0", role: "region", "aria-label": label(box) }).forEach(([k, v]) => box.setAttribute(k, v));
     else ["tabindex", "role", "aria-label"].forEach((k) => box.removeAttribute(k));
   });

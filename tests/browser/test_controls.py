@@ -62,7 +62,7 @@ def test_the_search_finds_a_word_and_leads_to_it(tab, address):
     results = tab.locator("#search-results ul.search li a")
     results.first.wait_for()
     titles = results.all_inner_texts()
-    assert any(title.startswith("Attenuation") for title in titles)
+    assert any(re.match(r"[\d. ]*Attenuation", title) for title in titles)
     summary = tab.locator("#search-results li p.context").first
     summary.wait_for()
     assert "attenuation" in summary.inner_text().lower()
@@ -94,11 +94,11 @@ def test_the_theme_switch_changes_page_and_drawings(tab, address):
 
 
 @pytest.mark.parametrize(
-    "where", [".metake-again", "figure .metake-command-box", ".metake-table-box .metake-command-box"]
+    "where", [".metake-again", "figure .metake-more", ".metake-table-box .metake-more"]
 )
 def test_a_copy_button_copies_its_command(tab, address, where):
     opened(tab, address, FIGURES)
-    if "box" in where:
+    if "more" in where:
         tab.locator(f"{where} > summary").first.click()
     block = tab.locator(f"{where} div.highlight").first
     block.hover()
@@ -114,6 +114,7 @@ def test_a_copy_button_copies_its_command(tab, address, where):
 @pytest.mark.parametrize("where", ["figure", ".metake-table-box"])
 def test_a_csv_arrives_and_can_be_read(tab, address, where):
     opened(tab, address, FIGURES)
+    tab.locator(f"{where} .metake-more > summary").first.click()
     with tab.expect_download() as arriving:
         tab.locator(f"{where} .metake-links a", has_text="CSV").first.click()
     assert arriving.value.suggested_filename.endswith(".csv")
@@ -125,6 +126,7 @@ def test_the_csv_of_a_table_has_what_the_table_shows(tab, address):
     opened(tab, address, FIGURES)
     box = tab.locator(".metake-table-box").first
     shown = [[cell.strip() for cell in row.split("\t")] for row in box.locator("table tr").all_inner_texts()]
+    box.locator(".metake-more > summary").click()
     with tab.expect_download() as arriving:
         box.locator(".metake-links a", has_text="CSV").click()
     assert list(csv.reader(io.StringIO(arriving.value.path().read_text("utf-8")))) == shown
@@ -221,8 +223,8 @@ def test_without_javascript_figures_numbers_and_commands_are_there(chromium, add
     assert "With JavaScript there is a picture here" in page.locator("#metake-geometry").inner_text()
     page.locator("#metake-geometry summary").click()
     assert page.locator("#metake-geometry table").is_visible()
-    page.locator(".metake-command-box summary").first.click()
-    assert "papermill notebooks/geometry_of_beta.ipynb" in page.locator(".metake-command-box pre").first.inner_text()
+    page.locator(".metake-more summary").first.click()
+    assert "papermill notebooks/geometry_of_beta.ipynb" in page.locator(".metake-more pre").first.inner_text()
     context.close()
 
 
@@ -236,3 +238,38 @@ def test_a_mark_under_the_pointer_says_its_values(tab, address):
     opened(tab, address, COMPARISON)
     told = tab.locator(".metake-figure svg use > title").all_text_contents()
     assert len(told) > 10 and any(re.fullmatch(r"MetaKE, [\d.]+", text) for text in told)
+
+
+def test_a_figure_opens_as_large_as_the_window_and_closes(tab, address):
+    opened(tab, address, COMPARISON)
+    figure = tab.locator(".bd-content .metake-figure > svg").first
+    small = figure.bounding_box()["width"]
+    figure.focus()
+    tab.keyboard.press("Enter")
+    large = tab.locator("dialog.metake-zoom svg")
+    assert large.bounding_box()["width"] > 1.3 * small
+    tab.keyboard.press("Escape")
+    tab.wait_for_selector("dialog.metake-zoom", state="detached")
+
+
+def test_a_symbol_and_a_mark_under_the_pointer_say_what_they_are(tab, address):
+    opened(tab, address, "notebooks/attenuation.html")
+    symbol = tab.locator(".metake-symbol").first
+    symbol.hover()
+    said = symbol.evaluate("(e) => getComputedStyle(e, '::after').content")
+    assert "in the code" in said and symbol.get_attribute("data-says") in said
+    mark = tab.locator(".metake-figure svg *:has(> title)").first
+    mark.scroll_into_view_if_needed()
+    mark.dispatch_event("pointermove", {"clientX": 300, "clientY": 300})
+    assert len(tab.locator("#metake-tip").inner_text()) > 3
+
+
+def test_a_wide_table_fades_where_it_goes_on(tab, address):
+    tab.set_viewport_size({"width": 390, "height": 800})
+    opened(tab, address, "notebooks/proxy_fidelity.html")
+    box = tab.locator(".metake-scroll.metake-scrolls").first
+    mask = "(e) => getComputedStyle(e).maskImage"
+    assert "gradient" in box.evaluate(mask)
+    box.evaluate("(e) => { e.scrollLeft = e.scrollWidth; }")
+    tab.wait_for_function("document.querySelector('.metake-scroll.metake-scrolls').classList.contains('metake-at-end')")
+    assert box.evaluate(mask) == "none"

@@ -19,7 +19,7 @@ from built import BOOK, ROOT, pages
 from metake.commands import pages as notebooks
 
 LABELS = ("recomputed", "recorded", "reported")
-NUMBER = re.compile(r'<span class="caption-number">(Figure|Table) (\d+) </span>')
+NUMBER = re.compile(r'<span class="caption-number">(Figure|Table) (\d+)\.(\d+) </span>')
 
 
 class Outline(HTMLParser):
@@ -86,13 +86,39 @@ def test_names_are_unique(page):
     assert {name for name in found if found.count(name) > 1} <= {""}
 
 
-def test_figures_and_tables_are_numbered_through_the_book():
-    numbers = {"Figure": [], "Table": []}
-    for page in reading_order():
-        for kind, number in NUMBER.findall(text(page)):
-            numbers[kind].append(int(number))
-    for found in numbers.values():
-        assert len(found) > 20 and found == list(range(1, len(found) + 1))
+def test_figures_and_tables_are_numbered_by_page():
+    """As "Figure 8.1": no number of the book can be taken for one of the paper's."""
+    every = 0
+    for place, page in enumerate(reading_order()):
+        for kind in ("Figure", "Table"):
+            found = [(int(chapter), int(number)) for of, chapter, number in NUMBER.findall(text(page)) if of == kind]
+            assert found == [(place, i + 1) for i in range(len(found))]
+            every += len(found)
+    assert every > 100
+
+
+@pytest.mark.parametrize("page", [p for p in reading_order() if p.startswith("notebooks/")])
+def test_equations_are_numbered_by_page_and_nothing_hides_twice(page):
+    place = reading_order().index(page)
+    assert {number.split(".")[0] for number in re.findall(r'class="eqno">\(([\d.]+)\)', text(page))} <= {str(place)}
+    for box in boxes(page):
+        assert box.count('<details class="metake-more">') == 1 and "Regenerate" not in box
+    assert text(page).count('<details class="metake-provenance">') == 1, "one stamp a page"
+
+
+@pytest.mark.parametrize("page", [p for p in reading_order() if p != "book/intro.html"])
+def test_every_page_begins_with_what_it_gives_and_takes(page):
+    found = re.search(r'<div class="metake-overview.*?</div>', text(page), re.S)[0]
+    minutes = int(re.search(r"It takes</strong> (\d+) minute", found)[1])
+    assert "You will know" in found and 1 <= minutes <= 40
+    article = text(page)[text(page).rindex("<h1") :]
+    assert article.index(found) < 1000
+
+
+def test_the_landing_page_counts_the_minutes_of_every_path():
+    for path in re.findall(r"<li><p><strong>Who.*?</li>", text("book/intro.html"), re.S):
+        said = int(re.search(r"\((\d+) minutes\)", path)[1])
+        assert said == sum(int(n) for n in re.findall(r"</a> (\d+)", path)) > 10
 
 
 @pytest.mark.parametrize("page", [p for p in reading_order() if p.startswith("notebooks/")])
