@@ -11,8 +11,8 @@ from .algebra.geometry import (
 from .algebra.solve import Solution, association, attenuation, feasible_interval, gate, realization, solve
 from .algebra.update import Edit, EditRecord, LayerUpdate
 from .data.facts import facts
-from .data.files import counterfact, counterfact_cases, zsre, zsre_cases
-from .data.requests import EditCase, EditRequest, Probe, batches
+from .data.files import counterfact, counterfact_cases, dataset, zsre, zsre_cases
+from .data.requests import EditCase, EditRequest, Probe, batches, in_prompt
 from .editing.bilevel import refine
 from .editing.diagnosis import diagnose
 from .editing.editor import Editor
@@ -44,8 +44,9 @@ __all__ = [
     "InverseCovariance", "Isotropic", "KeyStatistics", "LanguageModel",
     "LayerUpdate", "MetakeError", "NullSpace", "NumericalError", "ParameterError", "Probe", "ProvenanceError",
     "Refinement", "RequestError", "Solution", "Statistics", "StatisticsError", "TargetRule", "Targets", "Training",
-    "association", "attenuation", "batches", "chat", "condition", "counterfact", "counterfact_cases", "diagnose",
-    "evaluate", "facts", "feasible_interval", "gate", "inverse_covariance", "load", "methods", "null_space",
-    "optimize_targets", "realization", "recall", "refine", "solve", "statistics", "train", "zsre", "zsre_cases",
+    "association", "attenuation", "batches", "chat", "condition", "counterfact", "counterfact_cases", "dataset",
+    "diagnose", "evaluate", "facts", "feasible_interval", "gate", "in_prompt", "inverse_covariance", "load", "methods",
+    "null_space", "optimize_targets", "realization", "recall", "refine", "solve", "statistics", "train", "zsre",
+    "zsre_cases",
 ]  # fmt: skip
 __version__: str

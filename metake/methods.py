@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from metake.algebra.geometry import inverse_covariance, isotropic, null_space
 from metake.algebra.postprocess import cap_spectrum, keep_largest, soften_principal
+from metake.data.files import packaged
 from metake.editing.editor import Editor, root, whole
 from metake.editing.gradient.editor import GradientEditor
 from metake.editing.gradient.rule import GradientRule
@@ -148,6 +150,19 @@ def smedit(model: str, editor: str | None = None, **changes: Any) -> GradientEdi
     return replace(trained("smedit", model, editor), **changes)
 
 
+def ft(model: str, **changes: Any) -> GradientEditor:
+    """FT (Meng et al. 2022): MEMIT's weights fine-tuned by Adam on −log p of the targets, Δ = −Σ η m̂/√v̂."""
+    _check_parts(GradientEditor, changes)
+    numbers = recipe(model)
+    rule = GradientRule("adam", tokens="all", steps=numbers.steps, step=numbers.ft_step)
+    return replace(GradientEditor(numbers.layers, rule), **changes)
+
+
+def ft_l(model: str, **changes: Any) -> GradientEditor:
+    """FT-L (Zhu et al. 2020; Meng et al. 2022): `ft` with every entry of the change kept within ±ε, |Δ| ≤ ε."""
+    return ft(model, **{"limit": recipe(model).ft_limit} | changes)
+
+
 def _ruled(editor: GradientEditor, **changes: Any) -> GradientEditor:
     return replace(editor, rule=replace(editor.rule, **changes))
 
@@ -156,6 +171,9 @@ GRADIENT: dict[str, Callable[..., GradientEditor]] = {
     "ultraedit": ultraedit, "malmen": malmen, "mend": mend, "smedit": smedit,
 }  # fmt: skip
 """The gradient family: edits from inputs and output gradients of linear maps, without targets and key statistics."""
+
+FINE_TUNING: dict[str, Callable[..., GradientEditor]] = {"ft": ft, "ft_l": ft_l}
+"""Baselines that need no editing: the weights are trained on the requests, as many steps as Stage I takes."""
 
 CHOSEN = {
     "step_size": 0.01, "optimizer": "adam", "anchor_norm": "relative", "prompts": "plain",
@@ -215,77 +233,44 @@ LITERAL = {
 }  # fmt: skip
 """Eqs 79–82 as they are written, with the prompts and the drift of Stage I: what `metake` took at first."""
 
-DIFFERENCES: dict[str, Difference] = {
-    "metake/literal": Difference(
-        lambda model, **changes: metake(model, **{"refine": replace(metake(model).refine, **LITERAL)} | changes),
-        "the anchor is the sum of squares as eq. 80 writes it, and the last of the plans is taken, whatever its loss",
-        "the reading that a rule fixed beforehand chose (no code was released; page on what the paper leaves open), "
-            "and the best of the plans by its own loss", "ours",
+def _differences(made: Mapping[str, Callable[..., Any]]) -> dict[str, Difference]:
+    told = tomllib.loads(packaged("differences.toml"))
+    return {name: Difference(make, **told[name]) for name, make in made.items()}
+
+
+DIFFERENCES: dict[str, Difference] = _differences({
+    "metake/literal": lambda model, **changes: metake(
+        model, **{"refine": replace(metake(model).refine, **LITERAL)} | changes
     ),
-    "prune/added-twice": Difference(
-        partial(prune, post=(cap_spectrum(add_twice=True),)), "the capped change replaces the change: W₀ + Δ′",
-        "AlphaEdit's repository adds Δ′ to the weight that already carries Δ: about W₀ + 2Δ; SPHERE's repository "
-        "mends it", "paper",
+    "prune/added-twice": partial(prune, post=(cap_spectrum(add_twice=True),)),
+    "rect/original": partial(rect, post=(keep_largest(0.2, 0.0, strict=True),)),
+    "sphere/stored": lambda model, **changes: sphere(
+        model, **{"post": (replace(sphere(model).post[0], side=recipe(model).sphere_stored_side),)} | changes
     ),
-    "rect/original": Difference(
-        partial(rect, post=(keep_largest(0.2, 0.0, strict=True),)),
-        "RECT's own code sets the 80 % smallest relative changes to zero, ε = 0",
-        "AlphaEdit's repository, whose RECT rows later papers quote, keeps 40 % with ε = 1e-8", "code",
+    "alphaedit/paper": partial(alphaedit, metric=null_space(1e-2, 1.0)),
+    "pmet/unweighted": lambda model, **changes: pmet(
+        model, **{"target": replace(pmet(model).target, drift_weighted=False)} | changes
     ),
-    "sphere/stored": Difference(
-        lambda model, **changes: sphere(
-            model, **{"post": (replace(sphere(model).post[0], side=recipe(model).sphere_stored_side),)} | changes
-        ),
-        "principal directions of the weight's rows, on the key side",
-        "the code takes the weight as it is stored: on GPT-2, whose weights are stored transposed, it softens the "
-        "output side", "paper",
-    ),
-    "alphaedit/paper": Difference(
-        partial(alphaedit, metric=null_space(1e-2, 1.0)),
-        "eigenvalues below 0.01 span the null space, and the ridge is the identity: λ = 1",
-        "threshold 0.02 and λ = 10, the settings behind the published tables and MetaKE's executor", "code",
-    ),
-    "pmet/unweighted": Difference(
-        lambda model, **changes: pmet(
-            model, **{"target": replace(pmet(model).target, drift_weighted=False)} | changes
-        ),
-        "PMET's own code stops once every target token is the arg-max and λ_KL · KL ≤ 0.01",
-        "BLUE's copy compares KL itself, without the factor", "paper",
-    ),
-}  # fmt: skip
+})  # fmt: skip
 """Where a paper and its released code, or two releases, disagree: each as a method of its own name."""
 
-GRADIENT_DIFFERENCES: dict[str, Difference] = {
-    "mend/added": Difference(
-        lambda model, **changes: _ruled(mend(model, **changes), added=True),
-        "the corrected gradient is subtracted (its Algorithm 2)",
-        "the code adds it, with η = 1e-4 at first: an edit climbs the loss until training has turned η's sign", "paper",
-    ),
-    "malmen/living": Difference(
-        lambda model, **changes: _ruled(malmen(model, **changes), living=True),
-        "the hyper-network is a function of the edit's own keys and gradients",
-        "its normalization goes on with every edit, also in validation: an edit depends on all those before it",
-        "paper",
-    ),
-    "malmen/micro-batch": Difference(
-        lambda model, **changes: _ruled(malmen(model, **changes), micro=4),
-        "a gradient is the request's own",
-        "of the mean over a micro-batch (32; 4 in EMSEdit's): gradients shrink with its size, and those of a last, "
-            "shorter one are larger than in training", "paper",
-    ),
-}  # fmt: skip
+GRADIENT_DIFFERENCES: dict[str, Difference] = _differences({
+    "mend/added": lambda model, **changes: _ruled(mend(model, **changes), added=True),
+    "malmen/living": lambda model, **changes: _ruled(malmen(model, **changes), living=True),
+    "malmen/micro-batch": lambda model, **changes: _ruled(malmen(model, **changes), micro=4),
+})  # fmt: skip
 """The same of the gradient family."""
 
 
 def named() -> dict[str, Callable[..., Editor | GradientEditor]]:
-    """Every name that `method` knows: both families, MetaKE on other operators, and the published differences."""
+    """Every name that `method` knows: both families, fine-tuning, MetaKE on other operators, published differences."""
     differences = (DIFFERENCES | GRADIENT_DIFFERENCES).items()
-    return METHODS | GRADIENT | OPERATORS | {name: difference.make for name, difference in differences}
+    return METHODS | GRADIENT | FINE_TUNING | OPERATORS | {name: difference.make for name, difference in differences}
 
 
 def planning(name: str, model: str, **changes: Any) -> Editor:
-    """`method` for who looks at planned residuals. Raises ParameterError for one of the gradient family."""
-    if name.partition("/")[0] in GRADIENT:
+    """`method` for who looks at planned residuals. Raises ParameterError for one that edits from gradients."""
+    if name.partition("/")[0] in GRADIENT | FINE_TUNING:
         raise ParameterError(
             f"{name} plans no residuals, its edit comes from gradients: it can be run and compared (metake run, the "
             "main comparison), but not looked at in its stages; choose a method that plans, such as memit"

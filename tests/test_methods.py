@@ -28,6 +28,7 @@ from metake.experiments.studies import gamma_beforehand, hidden_states, kl_stren
 from metake.methods import (
     ABLATIONS,
     DIFFERENCES,
+    FINE_TUNING,
     GRADIENT,
     GRADIENT_DIFFERENCES,
     METHODS,
@@ -78,7 +79,7 @@ HUB = {
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct", "qwen3-4b-thinking": "Qwen/Qwen3-4B-Thinking-2507",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }  # fmt: skip
-CLOSED = [name for name in named() if name.partition("/")[0] not in GRADIENT]
+CLOSED = [name for name in named() if name.partition("/")[0] not in GRADIENT | FINE_TUNING]
 
 
 def numbers(editor: Editor) -> tuple[float, int, float, float]:
@@ -250,7 +251,7 @@ def test_an_unknown_name_or_part_is_answered_with_the_near_ones():
             method(name, "tiny", postprocess=())
     with pytest.raises(ParameterError, match="unknown model of a recipe 'gpt2-xxl'.*'gpt2-xl'"):
         method("rome", "gpt2-xxl")
-    assert named().keys() == {*METHODS, *GRADIENT, *OPERATORS, *DIFFERENCES, *GRADIENT_DIFFERENCES}
+    assert named().keys() == {*METHODS, *GRADIENT, *FINE_TUNING, *OPERATORS, *DIFFERENCES, *GRADIENT_DIFFERENCES}
     assert methods.METHODS is mk.METHODS
 
 

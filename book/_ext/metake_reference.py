@@ -36,8 +36,8 @@ GROUPS = {
         "load", "LanguageModel", "Editor", "EditorState", "Edit", "EditRecord", "LayerUpdate", "methods", "METHODS"
     ),
     "Requests and data": (
-        "EditRequest", "EditCase", "Probe", "batches", "chat", "facts", "counterfact", "counterfact_cases", "zsre",
-        "zsre_cases"
+        "EditRequest", "EditCase", "Probe", "batches", "chat", "facts", "dataset", "counterfact",
+        "counterfact_cases", "zsre", "zsre_cases", "in_prompt"
     ),
     "Key statistics and metrics": (
         "statistics", "Statistics", "KeyStatistics", "inverse_covariance", "null_space", "InverseCovariance",

@@ -28,6 +28,7 @@ def _methods(_: argparse.Namespace) -> None:
     groups = {
         "Methods": listing.methods(),
         "Gradient family: no targets, no key statistics": listing.methods("GRADIENT"),
+        "Fine-tuning: baselines that edit nothing": listing.methods("FINE_TUNING"),
         "MetaKE on the gates of other methods": {
             name: f"`metake` with `{base}` as its base" for name, base in listing.operators().items()
         },
@@ -98,6 +99,12 @@ def _run(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from metake.experiments.runs import reevaluate
 
+    if args.ask:
+        from metake.experiments import asking
+
+        print(asking.text(asking.ask(args.folder, args.ask, args.device, args.chat)))
+        _wrote(os.path.join(args.folder, "asked.jsonl"))
+        return
     _show(reevaluate(args.folder, args.device, args.chat))
 
 

@@ -7,8 +7,11 @@ A test holds what is read here against what is imported.
 from __future__ import annotations
 
 import ast
+import tomllib
 from functools import cache
 from pathlib import Path
+
+from metake.data.files import packaged
 
 
 @cache
@@ -37,14 +40,10 @@ def operators() -> dict[str, str]:
 
 def differences() -> dict[str, tuple[str, str]]:
     """Where a paper and released code disagree: name → what it does, what the default does."""
-    found = {}
-    for table in map(_table, ("DIFFERENCES", "GRADIENT_DIFFERENCES")):
-        for name, difference in zip(table.keys, table.values, strict=True):
-            paper, code, default = map(ast.literal_eval, difference.args[1:])
-            found[name.value] = (code, paper) if default == "paper" else (paper, code)
-    return found
+    told = tomllib.loads(packaged("differences.toml"))
+    return {n: (d["code"], d["paper"]) if d["default"] == "paper" else (d["paper"], d["code"]) for n, d in told.items()}
 
 
 def names() -> list[str]:
     """Every name that `--method` takes."""
-    return [*methods(), *methods("GRADIENT"), *operators(), *differences()]
+    return [*methods(), *methods("GRADIENT"), *methods("FINE_TUNING"), *operators(), *differences()]

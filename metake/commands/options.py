@@ -9,6 +9,10 @@ from metake.commands.arguments import assignment, number
 from metake.support.errors import ParameterError, near_misses
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")  # as `load` takes them; importing its table would load torch
+DATA = (
+    "facts, facts-zsre, facts-portability, or a file of CounterFact, ZsRE, MQuAKE, KnowEdit, RippleEdits, Bi-ZsRE, "
+    "WikiBigEdit, or lines of your own; default: %(default)s"
+)
 _COUNT, _SEED, _POSITIVE = number(int, 1), number(int, 0), number(float, 0, open_end=True)
 
 
@@ -90,7 +94,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the editor")
     parser.add_argument("--model", default="tiny", help="tiny, smollm2-135m, a hub name, or a local folder")
     parser.add_argument(
-        "--data", default="facts", help="facts, facts-zsre, or a CounterFact or ZsRE file; default: %(default)s"
+        "--data", default="facts", help=DATA
     )
     for name, what in (("edits", "facts a step"), ("steps", "steps of training"), ("seed", "of all that is drawn")):
         kind = _SEED if name == "seed" else _COUNT
@@ -112,7 +116,7 @@ def device_option(parser: argparse.ArgumentParser) -> None:
 
 def data_options(parser: argparse.ArgumentParser, edits: int) -> None:
     parser.add_argument(
-        "--data", default="facts", help="facts, facts-zsre, or a CounterFact or ZsRE file; default: %(default)s"
+        "--data", default="facts", help=DATA
     )
     parser.add_argument(
         "--edits", type=_COUNT, default=edits, metavar="N",
@@ -160,6 +164,11 @@ def run_options(parser: argparse.ArgumentParser) -> None:
 
 def eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="of a run")
+    parser.add_argument(
+        "--ask", type=lambda text: text.split(","), metavar="A,B",
+        help="instead, a table of: free (answers that nothing forces), portability, prefix (after unrelated text), "
+        "retention (after later batches), subject (shared by edits)"
+    )
     chat_option(parser, "evaluate, whatever the run did,")
     device_option(parser)
 

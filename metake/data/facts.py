@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Iterable
-from importlib import resources
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from metake.data.files import counterfact_cases, zsre_cases
+from metake.data.files import counterfact_cases, packaged, zsre_cases
 from metake.data.requests import Cases
 from metake.support.errors import ParameterError, near_misses
 
@@ -90,15 +89,11 @@ def reference_texts() -> dict[str, str]:
 
 def prose() -> list[str]:
     """Paragraphs of ordinary text that share no name with the facts: what a model has to preserve."""
-    return _data("prose.txt").splitlines()
-
-
-def _data(name: str) -> str:
-    return resources.files("metake").joinpath("data", name).read_text(encoding="utf-8")
+    return packaged("prose.txt").splitlines()
 
 
 def _document() -> dict[str, Any]:
-    return tomllib.loads(_data("facts.toml"))
+    return tomllib.loads(packaged("facts.toml"))
 
 
 def _unrelated(question: str) -> str:

@@ -1,34 +1,28 @@
-"""Readers of the files that hold cases: CounterFact and ZsRE, in the layouts in which they are published."""
+"""Readers of the files that hold cases, in the layouts in which they are published: one table, `layouts.toml`."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
+import tomllib
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from metake.data.requests import Cases, EditCase, EditRequest, Probe, unspaced, whole_number
 from metake.support.errors import ParameterError, RequestError, near_misses
 
-# How a record is laid out: dotted path → what stands there; a "?" at the end marks a field that may be absent.
-_TEXT, _TEXTS, _EITHER = "a string", "a list of strings", "a string or a list of strings"
 _JOINERS = ("\u200c", "\u200d")  # zero-width, inside words
-_NAME, _NAMES = "a string or a whole number", "a list of strings or whole numbers"  # of things: 1984, 747
-_ROME = {
-    "requested_rewrite.prompt": _TEXT, "requested_rewrite.subject": _NAME, "requested_rewrite.target_new.str": _NAME,
-    "requested_rewrite.target_true.str": _NAME, "paraphrase_prompts": _TEXTS, "neighborhood_prompts": _TEXTS,
-    "generation_prompts?": _TEXTS, "reference?": _TEXT, "seam?": _TEXT
-}
-_EASYEDIT = {
-    "prompt": _TEXT, "subject": _NAME, "target_new": _NAME, "ground_truth": _NAME, "rephrase_prompt": _EITHER,
-    "locality_prompt": _TEXT, "locality_ground_truth": _NAME, "seam?": _TEXT
-}
-_ZSRE = {"src": _TEXT, "subject": _NAME, "rephrase": _TEXT, "loc": _TEXT, "loc_ans": _NAME, "seam?": _TEXT}
+_QUESTIONS = ("?", "？", "؟")
+_STEP = re.compile(r"(.*?)(\[[?*]?\])?(\??)")  # of a path: a name, whether it holds a list, whether it may be absent
+_SHAPES = {"": "a {0}", "[]": "a list of {1}", "[?]": "a {0} or a list of {1}", "[*]": "{1}, in lists or not"}
+_TEXT, _NAME = ("string", "strings"), ("string or a whole number", "strings or whole numbers")
 
 
 def counterfact(path: str | Path, limit: int | None = None, offset: int = 0) -> Cases:
@@ -50,54 +44,99 @@ def zsre(path: str | Path, limit: int | None = None, offset: int = 0, target: st
     """Cases of a ZsRE file in MEND's layout.
 
     target: "answers" writes the first true answer (AlphaEdit's protocol), "alt" the alternative (EasyEdit's)
-    Returns Cases. Probes of a record: 1 efficacy, 1 paraphrase, 1 neighborhood (an unrelated question); no rivals.
+    Returns Cases. Probes of a record: 1 efficacy, 1 paraphrase, 1 neighborhood (an unrelated question), no rivals; in
+            EasyEdit's files 1 portability, one hop further.
     Raises  RequestError as `counterfact` does; ParameterError if target is another word.
     """
     return zsre_cases(_load(path), limit, offset, target, source=str(path))
+
+
+def dataset(path: str | Path, layout: str | None = None, limit: int | None = None, offset: int = 0) -> Cases:
+    """Cases of a file in any layout that is known (`layouts.toml`), told from its first record.
+
+    layout: "mquake", "knowedit", "rippleedits", "bizsre" (edited in English, asked in both languages), "bizsre-zh" (in
+            Chinese), "wikibigedit", "rome", "easyedit", "zsre", "zsre-alt", or "lines" of one's own: {"prompt": "The
+            capital of {} is", "subject": "France", "target": "Rome"}, and if wished "id", "true", "seam",
+            "paraphrases": [text], "generation": [text], "neighborhood" and "portability": [{"prompt", "target"}], each
+            if wished with "sort", one word, and "aliases", other names of the target
+    Returns Cases; several edits of a record are one case. Probes of kind "portability" ask what follows from the edit:
+            by "alias" of the subject, "inverse" relation, "one_hop", "several_hops", relation of the "new_object", in
+            the "other_language"; neighborhoods have sorts too. Without a true object nothing is compared: a probe's
+            score is the share of its target's tokens (ZsRE's protocol). A question without an answer is not asked.
+    Arguments, errors and skipped records otherwise as of `counterfact`; ParameterError for an unknown layout.
+    """
+    if layout is not None and layout not in _layouts():
+        raise ParameterError(near_misses(str(layout), _layouts(), "layout"))
+    return _cases(_load(path), [layout] if layout else [*_layouts()][::-1], limit, offset, str(path))
 
 
 def counterfact_cases(
     records: Iterable[dict], limit: int | None = None, offset: int = 0, source: str = "records"
 ) -> Cases:
     """`counterfact` on records in memory; see there."""
-    records = list(records)
-    easyedit = bool(records) and isinstance(records[0], dict) and "rephrase_prompt" in records[0]
-    layout = (_EASYEDIT, _easyedit) if easyedit else (_ROME, _rome)
-    return _collect(records, *layout, "counterfact", source, limit, offset)
+    return _cases(list(records), ["rome", "easyedit"], limit, offset, source)
 
 
 def zsre_cases(
     records: Iterable[dict], limit: int | None = None, offset: int = 0, target: str = "answers", source: str = "records"
 ) -> Cases:
     """`zsre` on records in memory; see there."""
-    if target not in ("answers", "alt"):
-        raise ParameterError(near_misses(str(target), ("answers", "alt"), "ZsRE target"))
-    layout = ({**_ZSRE, target: _NAMES if target == "answers" else _NAME}, partial(_mend, answer=target))
-    return _collect(list(records), *layout, "zsre", source, limit, offset)
+    if target not in (targets := {"answers": "zsre", "alt": "zsre-alt"}):
+        raise ParameterError(near_misses(str(target), targets, "ZsRE target"))
+    return _cases(list(records), [targets[target]], limit, offset, source)
 
 
-def _rome(record: dict, id: str) -> EditCase:
-    rewrite, prompts = record["requested_rewrite"], record.get("generation_prompts") or ()
-    subject, new, true = rewrite["subject"], rewrite["target_new"]["str"], rewrite["target_true"]["str"]
-    prompt = rewrite["prompt"].replace("{}", _template(str(subject), subject))
-    neighbors = [(text, true) for text in record["neighborhood_prompts"]]
-    generation = [Probe("generation", text, record.get("reference") or "") for text in prompts]
-    return _case(id, prompt, subject, new, true, record["paraphrase_prompts"], neighbors, record, generation)
+@cache
+def _layouts() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(packaged("layouts.toml"))
 
 
-def _easyedit(record: dict, id: str) -> EditCase:
-    subject, rephrased = record["subject"], record["rephrase_prompt"]
-    paraphrases = [rephrased] if isinstance(rephrased, str) else rephrased
-    neighbors = [(record["locality_prompt"], record["locality_ground_truth"])]
-    prompt, new, true = _template(record["prompt"], subject), record["target_new"], record["ground_truth"]
-    return _case(id, prompt, subject, new, true, paraphrases, neighbors, record)
+def packaged(name: str) -> str:
+    """The text of a file that comes with the package, from its folder `data`."""
+    return resources.files("metake").joinpath("data", name).read_text(encoding="utf-8")
 
 
-def _mend(record: dict, id: str, answer: str) -> EditCase:
-    target = record["alt"] if answer == "alt" else next(iter(record["answers"]), "")
-    question = record["loc"] if record["loc"].rstrip().endswith(("?", "？", "؟")) else record["loc"].rstrip() + "?"
-    prompt, neighbors = _template(record["src"], record["subject"]), [(question, record["loc_ans"])]
-    return _case(id, prompt, record["subject"], target, None, [record["rephrase"]], neighbors, record)
+def _fields(layout: dict) -> Iterator[tuple[str, bool]]:
+    """Every field of a layout as a path from the record on, and whether numbers may be there: names such as 1984."""
+    for part in (layout["edit"], *layout["probes"]):
+        named = ("subject", "target", "true", "aliases") if part.get("kind") != "generation" else ()
+        for role in ("prompt", "subject", "target", "true", "aliases", "sorts"):
+            if role in part:
+                yield ".".join(filter(None, (part.get("at"), part[role]))), role in named
+    yield "seam?", False
+
+
+def _walk(value: Any, path: str | None, said: str = "") -> Iterator[tuple[str, Any, str]]:
+    """What stands at a path: where, the value (None: missing) and how many are due. Nothing where it may be absent."""
+    if not path:
+        return
+    step, _, rest = path.partition(".")
+    name, many, free = _STEP.fullmatch(step).groups()
+    found, said = value.get(name) if isinstance(value, dict) else None, f"{said}.{name}".lstrip(".")
+    if found is None and free:
+        return
+    if not rest or many and not isinstance(found, list):
+        yield said, found, many or ""
+    else:
+        for item in found if many else [found]:
+            yield from _walk(item, rest, said)
+
+
+def _texts(value: Any) -> list[str]:
+    """The strings and numbers in lists and objects of any depth, in order."""
+    if isinstance(value, list | dict):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in _texts(item)]
+    return [] if value is None else [str(value)]
+
+
+def _at(record: Any, path: str | None) -> list[str]:
+    return [text for _, value, _ in _walk(record, path) for text in _texts(value)]
+
+
+def _each(record: dict, at: str | None) -> list[Any]:
+    """What the paths of a part begin at."""
+    found = [value for _, value, _ in _walk(record, at)] if at else [record]
+    return [item for value in found for item in (value if isinstance(value, list) else [value])]
 
 
 def _template(prompt: str, subject: str | int) -> str:
@@ -123,76 +162,120 @@ def _whole(text: str, start: int, end: int) -> bool:
     return True
 
 
-def _case(
-    id: str, prompt: str, subject: str | int, target: str | int, true: str | int | None, paraphrases: list[str],
-    neighbors: list[tuple[str, str | int]], record: dict, generation: Iterable[Probe] = ()
-) -> EditCase:
-    """The request and its probes. Where a true object is given they compare it with the target, else none compares."""
-    target, true, seam = str(target), None if true is None else str(true), record.get("seam")
-    request = EditRequest(prompt, str(subject), target, id, seam)
-    if true is not None and true.strip() == request.target:
-        raise RequestError("target equals truth")
-    probes = (
-        Probe("efficacy", request.text, target, true, seam),
-        *(Probe("paraphrase", text, target, true, seam) for text in paraphrases),
-        *(Probe("neighborhood", text, str(kept), None if true is None else target, seam) for text, kept in neighbors),
-        *generation,
-    )
+def _case(record: dict, id: str, layout: dict) -> EditCase:
+    """Its requests and its probes. Where a true object is given they compare it with the target, else none compares."""
+    edit, seam, requests, probes = layout["edit"], record.get("seam"), [], []
+    for number, one in enumerate(_each(record, edit.get("at"))):
+        roles = ("prompt", "subject", "target", "true")
+        text, subject, target, true = (next(iter(_at(one, edit.get(role))), None) for role in roles)
+        if subject is None:
+            raise RequestError("subject not told by other sentences of its relation")
+        text = _template(text, subject) if "filled" in edit else text.replace("{}", _template(subject, subject))
+        requests.append(request := EditRequest(text, subject, target or "", f"{id}/{number}" if number else id, seam))
+        if true is not None and true.strip() == request.target:
+            raise RequestError("target equals truth")
+        probes.append(Probe("efficacy", request.text, request.target, true, seam))
+    if not requests:
+        raise RequestError("no edit")
+    rivals = {} if true is None else {"paraphrase": true, "neighborhood": target}
+    for part in layout["probes"]:
+        for one in _each(record, part.get("at")):
+            probes += _probes(one, part, requests[0], rivals.get(part["kind"]), {p.prompt for p in probes})
     for probe in probes:
         if not probe.prompt.strip() or probe.kind != "generation" and (not probe.target or probe.rival == ""):
             raise RequestError(f"empty {probe.kind} probe")
-    return EditCase(request, probes)
+    return EditCase(requests[0], tuple(probes), tuple(requests[1:]))
 
 
-def _collect(
-    records: list[dict], schema: dict[str, str], build: Callable[[dict, str], EditCase], format: str, source: str,
-    limit: int | None, offset: int
-) -> Cases:
+def _probes(item: dict, part: dict, request: EditRequest, rival: str | None, asked: set[str]) -> Iterator[Probe]:
+    kind, sort = part["kind"], part.get("sort") or "".join(_at(item, part.get("sorts")))
+    answers = [*dict.fromkeys(_at(item, part.get("target")) + _at(item, part.get("aliases")))]
+    if "[*]" in part.get("target", "") and not (answers := [a for a in answers if a.strip()]):
+        return
+    target, *aliases = answers or ["" if "target" in part else request.target]
+    for text in _at(item, part["prompt"]):
+        if "ending" in part and not text.rstrip().endswith(_QUESTIONS):
+            text = text.rstrip() + part["ending"]
+        if kind != "portability" or text not in asked:  # a chain goes over the edited fact, which is asked already
+            seam = None if kind == "generation" else request.seam
+            yield Probe(kind, text, target, rival, seam, sort, tuple(aliases))
+
+
+def _cases(records: list, known: Sequence[str], limit: int | None, offset: int, source: str) -> Cases:
+    """Cases of records in one of these layouts; where the first record fits none it is refused as of the first."""
+    first = records[0] if records and isinstance(records[0], dict) else {}
+    fits = [name for name, layout in _layouts().items() if first.keys() >= {*layout["marks"]}]
+    name = next((name for name in fits if name in known), known[0])
+    layout, reader = _layouts()[name], _layouts()[name]["reader"]
     wanted = whole_number("offset", offset) + (len(records) if limit is None else whole_number("limit", limit))
-    if wrong := _misfit(records[0], schema) if records else "missing; expected at least one":
-        raise RequestError(f"{source}: record 0: {wrong}; {_next_step(records[:1], format)}")
+    if wrong := _misfit(records[0], layout) if records else "missing; expected at least one":
+        step = f"convert it to the layout of {layout['told']}, or pass another file."
+        for other in (_layouts()[f] for f in fits[:1] if _layouts()[f]["reader"] != reader):
+            step = f"this looks like a {other['told']} file: use {other['reader']}(...)."
+        raise RequestError(f"{source}: record 0: {wrong}; {step}")
+    records = _taken_apart(records, layout) if name == "rippleedits" else records
     usable, skipped = [], []
     for index, record in enumerate(records):
         if len(usable) >= wanted:
             break
-        given = record.get("case_id") if isinstance(record, dict) else None
+        given = record.get(layout.get("id", "case_id")) if isinstance(record, dict) else None
         id = str(index if given is None or given != given or not str(given).strip() else given)  # NaN: an empty cell
         try:
-            if wrong := _misfit(record, schema):
+            if wrong := _misfit(record, layout):
                 raise RequestError(f"malformed: {wrong}")
-            usable.append(build(record, id))
+            usable.append(_case(record, id, layout))
         except RequestError as error:
             skipped.append((str(error).partition(";")[0], id))
     counts, read = dict(Counter(reason for reason, _ in skipped)), len(skipped) + len(usable)
     if skipped:
         told = (source, len(skipped), read, counts, ", ".join(id for _, id in skipped[:9]) + ", …" * (len(skipped) > 9))
         logging.getLogger("metake").warning("%s: %d of %d records skipped: %s (case_id %s)", *told)
+    format = name if reader == "dataset" else reader
     return Cases(usable[offset:], format, source, counts, (id for _, id in skipped))
 
 
-def _misfit(record: Any, schema: dict[str, str]) -> str:
+def _misfit(record: Any, layout: dict) -> str:
     """The first field that does not have the expected shape, in words; "" if all do."""
     if not isinstance(record, dict):
-        return f"is {type(record).__name__}; expected an object with {', '.join(map(repr, schema))}"
-    for path, expected in schema.items():
-        value: Any = record
-        for name in path.rstrip("?").split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        kinds = {str, int} if "number" in expected else {str}
-        many = isinstance(value, list) and {type(text) for text in value} <= kinds
-        fits = many and expected not in (_TEXT, _NAME) or type(value) in kinds and expected not in (_TEXTS, _NAMES)
-        if not fits and not (value is None and path.endswith("?")):
-            return f"{path.rstrip('?')!r} {'missing' if value is None else f'is {value!r:.40}'}; expected {expected}"
+        return f"is {type(record).__name__}; expected an object with {', '.join(repr(p) for p, _ in _fields(layout))}"
+    for path, named in _fields(layout):
+        for said, value, many in _walk(record, path):
+            kinds = {str, int} if named else {str}
+            listed = isinstance(value, list) and many in ("[]", "[?]") and {type(text) for text in value} <= kinds
+            deep = many == "[*]" and isinstance(value, list)
+            if not listed and not deep and not (many != "[]" and type(value) in kinds):
+                expected = _SHAPES[many].format(*(_NAME if named else _TEXT))
+                return f"{said!r} {'missing' if value is None else f'is {value!r:.40}'}; expected {expected}"
     return ""
 
 
-def _next_step(records: list, format: str) -> str:
-    marks, other, layouts = {"requested_rewrite", "rephrase_prompt"}, "CounterFact", "MEND's"
-    if format == "counterfact":
-        marks, other, layouts = {"src"}, "ZsRE", "ROME's or EasyEdit's"
-    if records and isinstance(records[0], dict) and marks & set(records[0]):
-        return f"this looks like a {other} file: use {other.lower()}(...)."
-    return f"convert it to {layouts} layout, or pass another file."
+def _taken_apart(records: list, layout: dict) -> list:
+    """RippleEdits' records with subject and target of their edit, of which they have only the sentence.
+
+    The words with which all prompts of a relation begin and end are the relation's: between them stands the subject,
+    after them, in an edit's sentence, the target. It takes prompts about three subjects.
+    """
+    prompts: dict[str, dict[str, list[str]]] = {}
+    for query in (query for r in records for part in layout["probes"] for query in _each(r, part["at"])):
+        if isinstance(query, dict) and not query.get("phrase"):
+            relation, subject, text = (str(query.get(name)) for name in ("relation", "subject_id", "prompt"))
+            prompts.setdefault(relation, {})[subject] = text.split(" ")
+    found = []
+    for record in records:
+        sentence, relation = (("".join(_at(record, f"edit.{name}"))) for name in ("prompt", "relation"))
+        own = [*prompts.get(relation, {}).values()]
+        opening, ending = "".join(f"{word} " for word in _common(own)), _common([words[::-1] for words in own])[::-1]
+        subject, told, target = sentence.removeprefix(opening).partition(" ".join(["", *ending, ""]))
+        if len(own) >= 3 and ending and sentence.startswith(opening) and told:
+            parts = {"prompt": " ".join([f"{opening}{{}}", *ending]), "subject": subject}
+            record = record | {"edit": record["edit"] | parts | {"target": target.removesuffix(".")}}
+        found.append(record)
+    return found
+
+
+def _common(rows: Iterable[Sequence[str]]) -> list[str]:
+    """The words with which all rows begin."""
+    return [words[0] for words in takewhile(lambda words: len({*words}) == 1, zip(*rows, strict=False))]
 
 
 def _load(path: str | Path) -> list:

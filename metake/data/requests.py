@@ -7,14 +7,15 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from metake.support.errors import ParameterError, RequestError, near_misses
 
-KINDS = ("efficacy", "paraphrase", "neighborhood", "generation")
+KINDS = ("efficacy", "paraphrase", "neighborhood", "portability", "generation")
 _UNSPACED = ("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ", "JAVANESE ", "BALINESE ", "TAI ", "NEW TAI ")
-_LATER = {"seam": None, "frame": "{}"}  # fields that digests of before do not know: left out where they say nothing
+# fields that digests of before do not know: left out where they say nothing
+_LATER = {"seam": None, "frame": "{}", "sort": "", "aliases": ()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +64,15 @@ class EditRequest:
 class Probe:
     """One question to the edited model.
 
-    kind:   "efficacy", "paraphrase", "neighborhood" or "generation"
+    kind:   "efficacy", "paraphrase", "neighborhood", "portability" (what follows from the edit) or "generation"
     prompt: full text, the subject filled in
     target: the continuation asked for, surrounding space dropped; for "generation" a reference text or ""
     rival:  the probe succeeds if p(target) > p(rival), strictly (CounterFact);
             None scores the arg-max accuracy of the target's tokens (ZsRE)
     seam:   as an `EditRequest` has it
-    Raises  RequestError if the kind is another word, the seam another blank, or a text no Unicode.
+    sort:   a word within the kind, by which it is also counted: "alias", "several_hops"; see `files.dataset`
+    aliases: other names of the target, any of which a free answer may give
+    Raises  RequestError if the kind is another word, the sort no word, the seam another blank, or a text no Unicode.
     """
 
     kind: str
@@ -77,26 +80,58 @@ class Probe:
     target: str = ""
     rival: str | None = None
     seam: str | None = None
+    sort: str = ""
+    aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise RequestError(near_misses(str(self.kind), KINDS, "probe kind"))
-        require_text(self.prompt, self.target, self.rival, seam=self.seam)
+        if self.sort and not self.sort.isidentifier():
+            raise RequestError(f"sort is {self.sort!r}; expected one word, such as one_hop: join its words by _.")
+        require_text(self.prompt, self.target, self.rival, *self.aliases, seam=self.seam)
         object.__setattr__(self, "target", self.target.strip())
         object.__setattr__(self, "rival", self.rival and self.rival.strip())
 
 
 class EditCase(NamedTuple):
-    """A request, and what only the evaluator may see."""
+    """A request, and what only the evaluator may see; more: requests that are made with it, as several hops need."""
 
     request: EditRequest
     probes: tuple[Probe, ...]
+    more: tuple[EditRequest, ...] = ()
+
+    @property
+    def requests(self) -> tuple[EditRequest, ...]:
+        """All that the case asks to be edited."""
+        return (self.request, *self.more)
+
+    def after(self, text: str) -> EditCase:
+        """The case whose questions stand after a text, within a chat's turn; what is edited stays."""
+        head = self.request.frame.partition("{}")[0]
+        probes = (replace(p, prompt=f"{head}{text}{p.prompt.removeprefix(head)}") for p in self.probes)
+        return self._replace(probes=tuple(probes))
+
+
+def in_prompt(cases: Iterable[EditCase], beside: int = 0) -> list[EditCase]:
+    """Cases whose every question stands after the facts that the case would edit, told as sentences: the baseline that
+    changes no weight (RippleEdits' in-context editing). `evaluate` the unedited model on them.
+
+    beside: facts of so many of the next cases told before them, which have nothing to do with the question.
+    Raises ParameterError if there are not so many.
+    """
+    if not 0 <= beside < len(cases := list(cases)):
+        raise ParameterError(f"{beside} facts beside a case's own; expected at most {len(cases) - 1}: ask for fewer.")
+    facts = [
+        "".join(f"{r.prompt.replace('{}', r.subject)} {r.target.rstrip('.')}. " for r in c.requests) for c in cases
+    ]
+    told = ("".join((facts + facts)[i : i + beside + 1][::-1]) for i in range(len(cases)))
+    return [case.after(text) for case, text in zip(cases, told, strict=True)]
 
 
 class Cases(list):
     """A list of `EditCase` that knows where it came from. Slices keep the type.
 
-    format:  "counterfact" or "zsre"; `source` is the path of the file, "facts" or "records"
+    format:  "counterfact", "zsre" or the name of another layout; `source` is the path of the file, "facts" or "records"
     skipped: reason → number of records read but not used; `skipped_ids` are their ids, in the order of the file
     """
 
@@ -119,7 +154,8 @@ class Cases(list):
     @property
     def digest(self) -> str:
         """SHA-256 of every request and probe in the list, in order; independent of path and layout of the file."""
-        content = [[[*told(c.request).values()], [[*told(p).values()] for p in c.probes]] for c in self]
+        parts = (([*told(c.request).values()], c.probes, [[*told(r).values()] for r in c.more]) for c in self)
+        content = [[first, [[*told(p).values()] for p in probes], *more] for first, probes, more in parts]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -8,8 +8,9 @@ import zlib
 from pathlib import Path
 
 from metake.data.facts import facts
-from metake.data.files import counterfact, zsre
+from metake.data.files import dataset
 from metake.data.requests import Cases, EditCase
+from metake.experiments.portable import portable_facts
 from metake.language.model import LanguageModel
 from metake.language.tokens import encode, in_context, locate, prompted
 from metake.support.errors import ParameterError, RequestError, near_misses
@@ -20,20 +21,16 @@ TOO_LONG = "longer than the model's window"
 
 
 def read_cases(data: str) -> Cases:
-    """Cases by name or path: the embedded facts in either format, or a file whose format its records tell."""
+    """Cases by name or path: the embedded facts in either format, or those whose edits have consequences in the set
+    (`portable`), or a file whose layout its records tell."""
     if data in ("facts", "facts-zsre"):
         return facts(format="zsre" if data == "facts-zsre" else "counterfact")
+    if data == "facts-portability":
+        return portable_facts()
     if not Path(data).is_file():
-        raise ParameterError(
-            f"{near_misses(data, ('facts', 'facts-zsre'), 'data set')} Or the path of a CounterFact or ZsRE file."
-        )
-    try:
-        return counterfact(data)
-    except RequestError as not_counterfact:
-        try:
-            return zsre(data)
-        except RequestError as not_zsre:
-            raise (not_zsre if "a ZsRE file" in str(not_counterfact) else not_counterfact) from None
+        names = near_misses(data, ("facts", "facts-zsre", "facts-portability"), "data set")
+        raise ParameterError(f"{names} Or the path of a CounterFact or ZsRE file, or another of metake.dataset.")
+    return dataset(data)
 
 
 def part_of(cases: Cases, part: str) -> Cases:
@@ -55,19 +52,21 @@ def select(lm: LanguageModel, cases: Cases, edits: int, seed: int) -> Cases:
     for i in order:
         if len(chosen) == edits:
             break
-        request = cases[i].request
+        texts = [request.text for request in cases[i].requests]
         try:
-            locate(lm.tokenizer, in_context(request.frame, request.prompt), request.subject)
-            reason = "second request about the same prompt and subject" if request.text in seen else None
+            for request in cases[i].requests:
+                locate(lm.tokenizer, in_context(request.frame, request.prompt), request.subject)
+            known = len({*texts} - seen) < len(texts)
+            reason = "second request about the same prompt and subject" if known else None
             if not reason and not _fits(lm, cases[i]):
                 reason = TOO_LONG
-                long.append(request.id)
+                long.append(cases[i].request.id)
         except RequestError:
             reason = "subject ends inside a token"
         if reason:
             skipped[reason] = skipped.get(reason, 0) + 1
             continue
-        seen.add(request.text)
+        seen.update(texts)
         chosen.append(i)
     if long:
         told = (cases.source, len(long), TOO_LONG, lm.window, ", ".join(long[:9]) + ", …" * (len(long) > 9))
@@ -82,8 +81,7 @@ def select(lm: LanguageModel, cases: Cases, edits: int, seed: int) -> Cases:
 
 def _fits(lm: LanguageModel, case: EditCase) -> bool:
     """Whether a case's rows, its request's in any context, fit the model's window."""
-    request = case.request
-    rows = [(request.text, request.target, request.seam, OPENING)]
+    rows = [(request.text, request.target, request.seam, OPENING) for request in case.requests]
     for p in case.probes:
         texts = ("",) if p.kind == "generation" else (p.target, p.rival)
         rows += [(p.prompt, text, p.seam, 0) for text in texts if text is not None]

@@ -48,7 +48,7 @@ log = logging.getLogger("metake")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run does. `data`: "facts", "facts-zsre", or a CounterFact or ZsRE file; `text`: of the key statistics."""
+    """What a run does. `data`: as `read_cases` takes it; `text`: of the key statistics."""
 
     model: str = "tiny"
     method: str = "metake"
@@ -207,7 +207,7 @@ def _resume(
 
     Yields each edit's record. The edit itself is let go: a dense one is as large as the weights it changes.
     """
-    for number, batch in enumerate(progress(list(batches([c.request for c in cases], size)), "batches")):
+    for number, batch in enumerate(progress(list(batches([r for c in cases for r in c.requests], size)), "batches")):
         folder = out / "batches" / f"{number:04d}"
         edit, state = _batch(lm, editor, batch, state, folder, None if number else shared)
         record = edit.record
@@ -301,14 +301,23 @@ def reevaluate(folder: str | Path, device: str | None = None, chat: bool = False
 
     chat: ask by the tokenizer's chat template also what was edited without it.
     """
+    config, lm, cases, edits = reopened(folder, device, chat)
+    original = evaluate(lm, cases, config.generate, seed=config.seed)
+    with lm.scratch(edits[0].modules):
+        for edit in edits:
+            edit.apply(lm)
+        return evaluate(lm, cases, config.generate, original, config.seed)
+
+
+def reopened(
+    folder: str | Path, device: str | None = None, chat: bool = False
+) -> tuple[RunConfig, LanguageModel, Cases, SavedEdits]:
+    """A run to be asked again: its settings, its unedited model, the cases of which all is edited, and the edits."""
     config, edits = open_run(folder)
     lm = load(config.model, config.dtype, device)
     cases = cases_of(replace(config, chat=chat or config.chat), lm)
     done = [id for record in edits.records() for id in record.requests]
-    if done != [c.request.id for c in cases[: len(done)]]:
+    if done != [r.id for c in cases for r in c.requests][: len(done)]:
         raise ProvenanceError(f"{folder} holds edits of other cases than {config.data} gives now: the data has changed")
-    original = evaluate(lm, cases[: len(done)], config.generate, seed=config.seed)
-    with lm.scratch(edits[0].modules):
-        for edit in replace(edits, device=lm.device):
-            edit.apply(lm)
-        return evaluate(lm, cases[: len(done)], config.generate, original, config.seed)
+    whole = [c for c in cases if {r.id for r in c.requests} <= {*done}]
+    return config, lm, Cases(whole, *vars(cases).values()), replace(edits, device=lm.device)

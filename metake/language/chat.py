@@ -25,11 +25,10 @@ def chat(lm: LanguageModel, asked: Iterable[EditRequest] | Iterable[EditCase]) -
         request = item.request if isinstance(item, EditCase) else item
         if request.frame == frame:
             return item
-        mine = replace(request, prompt=request.prompt.strip(), frame=frame, seam=seam)
         if item is request:
-            return mine
+            return replace(request, prompt=request.prompt.strip(), frame=frame, seam=seam)
         probes = [replace(p, prompt=in_context(frame, p.prompt.strip()), seam=seam) for p in item.probes]
-        return EditCase(mine, tuple(probes))
+        return EditCase(turned(request), tuple(probes), tuple(map(turned, item.more)))
 
     found = list(map(turned, asked))
     return Cases(found, *vars(asked).values()) if isinstance(asked, Cases) else found

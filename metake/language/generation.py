@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -64,18 +64,65 @@ def _continue(
     lm: LanguageModel, ids: Sequence[Sequence[int]], uniforms: list[np.ndarray], length: int, top_k: int
 ) -> Tensor:
     """Token rows continued to `length`; all prompts of one length, so that nothing is padded."""
-    done = new = pad(ids, lm.device).ids
-    draws, cache = sent(np.array(uniforms), lm.device), DynamicCache()
-    for t in range(done.shape[1], length):
-        positions = torch.arange(t - new.shape[1], t, device=lm.device).expand(len(ids), -1)
-        step = Padded(new, Counted.of(torch.ones_like(done), done.numel()), positions)
-        logits = lm.logits(step, range(len(ids)), [new.shape[1] - 1] * len(ids), cache)
-        best = torch.softmax(logits.double(), -1).topk(min(top_k, logits.shape[-1]))
+    first, draws = pad(ids, lm.device), sent(np.array(uniforms), lm.device)
+
+    def drawn(logits: Tensor, step: Padded) -> Tensor:
+        best, at = torch.softmax(logits.double(), -1).topk(min(top_k, logits.shape[-1])), step.mask.shape[1]
         mass = best.values.cumsum(-1)
-        pick = (mass < draws[:, t, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp_max(mass.shape[1] - 1)
-        new = best.indices.gather(1, pick)
-        done = torch.cat([done, new], 1)
-    return done
+        pick = (mass < draws[:, at, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp_max(mass.shape[1] - 1)
+        return best.indices.gather(1, pick)
+
+    steps = _written(lm, first, length - first.ids.shape[1], drawn)
+    return torch.cat([first.ids, *(new for new, _ in steps)], 1)
+
+
+def _written(
+    lm: LanguageModel, step: Padded, count: int, choose: Callable[[Tensor, Padded], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`count` tokens after rows that end in one column, (rows, 1) each, and the logits from which each is chosen."""
+    cache, rows = DynamicCache(), range(len(step.ids))
+    for _ in range(count):
+        logits = lm.logits(step, rows, [step.ids.shape[1] - 1] * len(rows), cache)
+        new = choose(logits, step)
+        yield new, logits
+        mask = Counted.of(torch.cat([step.mask, torch.ones_like(new)], 1), step.mask.sum() + len(rows))
+        step = Padded(new, mask, step.positions[:, -1:] + 1)
+
+
+def greedy(
+    lm: LanguageModel, rows: Sequence[tuple[int, ...]], length: int, tokens: int = 8192
+) -> list[tuple[str, Tensor]]:
+    """Per token row its continuation as text, `length` most probable tokens or to the end of text, and the first
+    token's log-probabilities; tokens: of one micro-batch, which does not change the result."""
+
+    def written(size: int) -> list[tuple[str, Tensor]]:
+        found: list[tuple[str, Tensor]] = [("", torch.empty(0))] * len(rows)
+        for group in progress(lm.groups([len(row) for row in rows], size, length), "answer"):
+            said, first = [], None
+            step = _aligned([rows[i] for i in group], lm.device)
+            for new, logits in _written(lm, step, length, lambda logits, _: logits.argmax(-1, keepdim=True)):
+                first = logits if first is None else first
+                said.append(new)
+            log_p = torch.log_softmax(first.to(torch.promote_types(first.dtype, torch.float32)), -1).cpu()
+            for i, ids, own in zip(group, torch.cat(said, 1).tolist(), log_p, strict=True):
+                found[i] = (lm.tokenizer.decode(_until_end(lm, ids), skip_special_tokens=True), own)
+        return found
+
+    return halving(written, min(tokens, lm.room(1, gradients=False)), lm.fitted)
+
+
+def _aligned(rows: Sequence[tuple[int, ...]], device: torch.device) -> Padded:
+    """Rows that end in one column, padded on the left: what follows continues all of them. Padding is masked."""
+    lengths, width = [len(row) for row in rows], max(map(len, rows))
+    ids = sent([(*[0] * (width - len(row)), *row) for row in rows], device, torch.long)
+    positions = torch.arange(width, device=device) - (width - sent(lengths, device))[:, None]
+    return Padded(ids, Counted.of((positions >= 0).long(), sum(lengths)), positions.clamp_min(0))
+
+
+def _until_end(lm: LanguageModel, ids: list[int]) -> list[int]:
+    end = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
+    ends = set(end) if isinstance(end, list) else {end, lm.tokenizer.eos_token_id}
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 @dataclass(frozen=True)

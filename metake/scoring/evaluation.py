@@ -2,7 +2,7 @@
 
 A probe asks for a continuation. With a rival it succeeds if the model finds the target strictly more probable, by the
 mean log-probability of its tokens (CounterFact); without one its score is the share of target tokens that are the
-model's arg-max when the answer is forced (ZsRE).
+model's arg-max when the answer is forced (ZsRE). A free answer is what the model writes by itself (arXiv 2502.11177).
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from typing import Any, NamedTuple
 import torch
 
 from metake.data.requests import EditCase, Probe
-from metake.language.generation import sample
+from metake.language.generation import greedy, sample
 from metake.language.model import LanguageModel
-from metake.language.tokens import pad, prompted
-from metake.scoring.text_metrics import consistency, fluency
+from metake.language.tokens import encode, pad, prompted, seam
+from metake.scoring.text_metrics import agreement, consistency, first_sentence, fluency
 from metake.support.errors import ParameterError, RequestError, near_misses
 from metake.support.machine import halving, sent
 from metake.support.progress import progress
 
 _Questions = dict[tuple[int, ...], list[tuple[int, int, tuple[int, ...]]]]  # row → (place, first position, answer)
-NAMES = {"efficacy": "efficacy", "paraphrase": "generalization", "neighborhood": "specificity"}
+NAMES = {
+    "efficacy": "efficacy", "paraphrase": "generalization", "neighborhood": "specificity", "portability": "portability"
+}
+FREE = 24  # tokens of a free answer, unless the model ends it before
 
 
 class Reading(NamedTuple):
@@ -44,6 +47,10 @@ class ProbeScore(NamedTuple):
     accuracy: float  # 1 if every target token is the arg-max
     target: Reading
     rival: Reading | None
+    sort: str = ""
+    answer: str | None = None  # written freely, to the end of its first sentence
+    exact: float | None = None  # 1 if that is the target or one of its aliases, `text_metrics.normalized`
+    contained: float | None = None  # 1 if one of them stands in it
 
 
 @dataclass(frozen=True)
@@ -56,10 +63,22 @@ class CaseScore:
     fluency: float | None = None
     consistency: float | None = None
 
-    def mean(self, kind: str, what: str = "score") -> float | None:
-        """Mean over the case's probes of a kind, None if it has none."""
-        values = [getattr(p, what) for p in self.probes if p.kind == kind]
+    def mean(self, kind: str, what: str = "score", sort: str = "") -> float | None:
+        """Mean over the case's probes of a kind, and of a sort if one is given; None if it has none."""
+        found = [getattr(p, what) for p in self.probes if p.kind == kind and sort in ("", p.sort)]
+        values = [value for value in found if value is not None]
         return fmean(values) if values else None
+
+    def row(self) -> dict[str, float]:
+        """Its means by the names of `Evaluation.metrics`, as shares."""
+        row: dict[str, float | None] = {}
+        for kind, name in NAMES.items():
+            for sort in dict.fromkeys(["", *(p.sort for p in self.probes if p.kind == kind)]):
+                for what in ("score", "accuracy", "exact", "contained"):
+                    parts = (name, sort, "" if what == "score" else what)
+                    row["_".join(filter(None, parts))] = self.mean(kind, what, sort)
+        row |= {"fluency": self.fluency, "consistency": self.consistency}
+        return {name: value for name, value in row.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -71,19 +90,20 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Name → mean over cases of the case's mean. Names: efficacy, generalization, specificity, their *_accuracy, …
+        """Name → mean over cases of the case's mean, in percent, of the cases that have such a probe.
 
-        specificity_pre_edit (MetaKE v3 eq. 105): share of unrelated answer tokens whose arg-max is as before the edit;
-        present if `before` was given. ZsRE's plain `specificity` is against the ground truth, as released code has it.
+        efficacy, generalization, specificity, portability: the probes' scores when the answer is forced; with a sort,
+        such as portability_alias, of that sort. *_accuracy: share of probes whose every target token is the arg-max.
+        *_exact, *_contained: of the free answers, those that are the target, or hold it (`evaluate(free=True)`).
+        fluency, consistency: of generated texts, times 100 (ROME). specificity_pre_edit (MetaKE v3 eq. 105): share of
+        unrelated answer tokens whose arg-max is as before the edit, if `before` was given; ZsRE's plain `specificity`
+        is against the ground truth, as released code has it.
         """
-        values: dict[str, list[float | None]] = {}
-        for kind, name in NAMES.items():
-            for suffix, what in (("", "score"), ("_accuracy", "accuracy")):
-                values[name + suffix] = [case.mean(kind, what) for case in self.cases]
-        values |= {name: [getattr(case, name) for case in self.cases] for name in ("fluency", "consistency")}
-        values["specificity_pre_edit"] = self._unchanged()
-        known = {name: [value for value in many if value is not None] for name, many in values.items()}
-        return {name: 100 * fmean(many) for name, many in known.items() if many}
+        values: dict[str, list[float]] = {}
+        for name, value in (item for row in self.records() for item in row.items()):
+            if isinstance(value, float):
+                values.setdefault(name, []).append(value)
+        return {name: 100 * fmean(many) for name, many in values.items()}
 
     def _unchanged(self) -> list[float | None]:
         """Per case: share of its neighborhood answers' tokens whose arg-max is as before; None without such probes."""
@@ -104,12 +124,13 @@ class Evaluation:
         """One plain dictionary per case, as `metake run` writes them."""
         rows = []
         for case, unchanged in zip(self.cases, self._unchanged() or [None] * len(self.cases), strict=True):
-            row: dict[str, Any] = {"id": case.id} | ({} if unchanged is None else {"specificity_pre_edit": unchanged})
-            for kind, name in NAMES.items():
-                if (value := case.mean(kind)) is not None:
-                    row |= {name: value, f"{name}_accuracy": case.mean(kind, "accuracy")}
+            row: dict[str, Any] = {"id": case.id} | case.row()
+            if unchanged is not None:
+                row["specificity_pre_edit"] = unchanged
             if case.generations:
-                row |= {"fluency": case.fluency, "consistency": case.consistency, "generations": list(case.generations)}
+                row |= {"consistency": case.consistency, "generations": list(case.generations)}
+            if answers := [p.answer for p in case.probes if p.answer is not None]:
+                row["answers"] = answers
             rows.append(row)
         return rows
 
@@ -120,13 +141,14 @@ class Evaluation:
 @LanguageModel.entry()
 def evaluate(
     lm: LanguageModel, cases: Sequence[EditCase], generate: bool = False, before: Evaluation | None = None,
-    seed: int = 0, length: int = 100, tokens: int = 8192
+    seed: int = 0, length: int = 100, tokens: int = 8192, free: bool = False
 ) -> Evaluation:
     """Metrics of `lm` as it is now on the cases' probes (methods: CounterFact and ZsRE protocols of the family).
 
     generate: also sample the generation prompts to `length` tokens (fluency, and consistency where cases carry
     reference texts); before: an Evaluation of the same cases before the edit, for `specificity_pre_edit`; seed: of the
-    sampling; tokens: of one micro-batch, which does not change the result. Raises ParameterError for zero cases.
+    sampling; tokens: of one micro-batch, which does not change the result; free: also what the model answers by itself,
+    greedily, to the end of text or `FREE` tokens. Raises ParameterError for zero cases.
     """
     cases = list(cases)
     if not cases:
@@ -138,8 +160,9 @@ def evaluate(
     probes = [p for c in cases for p in c.probes if p.kind in NAMES]
     pairs = [(p.prompt, text, p.seam) for p in probes for text in (p.target, p.rival) if text is not None]
     readings = dict(zip(pairs, read(lm, pairs, tokens), strict=True))
-    written = _generate(lm, cases, length, seed) if generate else [()] * len(cases)
-    return Evaluation(tuple(_case(c, readings, texts) for c, texts in zip(cases, written, strict=True)), before)
+    answers = _answers(lm, probes, tokens) if free else {}
+    texts = _generate(lm, cases, length, seed) if generate else [()] * len(cases)
+    return Evaluation(tuple(_case(c, readings, answers, own) for c, own in zip(cases, texts, strict=True)), before)
 
 
 def _same_cases(lm: LanguageModel, cases: list[EditCase], scores: Sequence[CaseScore]) -> bool:
@@ -152,18 +175,30 @@ def _same_cases(lm: LanguageModel, cases: list[EditCase], scores: Sequence[CaseS
     return asked == [(c.id, [(p.kind, len(p.target.greedy)) for p in c.probes]) for c in scores]
 
 
-def _case(case: EditCase, readings: dict[tuple, Reading], texts: tuple[str, ...]) -> CaseScore:
-    probes = tuple(_score(p, readings) for p in case.probes if p.kind in NAMES)
+def _case(case: EditCase, readings: dict[tuple, Reading], answers: dict[tuple, str], texts: tuple) -> CaseScore:
+    probes = tuple(_score(p, readings, answers.get((p.prompt, p.seam))) for p in case.probes if p.kind in NAMES)
     references = [p.target for p in case.probes if p.kind == "generation" and p.target]
     scores = (fluency(texts), consistency(texts, references[:1])) if texts else (None, None)
     return CaseScore(case.request.id, probes, texts, *scores)
 
 
-def _score(probe: Probe, readings: dict[tuple, Reading]) -> ProbeScore:
+def _score(probe: Probe, readings: dict[tuple, Reading], answer: str | None) -> ProbeScore:
     target = readings[probe.prompt, probe.target, probe.seam]
     rival = readings[probe.prompt, probe.rival, probe.seam] if probe.rival is not None else None
     score = fmean(target.correct) if rival is None else float(target.log_p > rival.log_p)
-    return ProbeScore(probe.kind, score, float(all(target.correct)), target, rival)
+    found = ProbeScore(probe.kind, score, float(all(target.correct)), target, rival, probe.sort)
+    if answer is None:
+        return found
+    said = first_sentence(answer, names := (probe.target, *probe.aliases))
+    exact, contained = map(float, agreement(said, names))
+    return found._replace(answer=said, exact=exact, contained=contained)
+
+
+def _answers(lm: LanguageModel, probes: Sequence[Probe], tokens: int) -> dict[tuple, str]:
+    """What the model writes after each prompt, each asked once."""
+    prompts = list({(p.prompt, p.seam): None for p in probes})
+    rows = [encode(lm.tokenizer, seam(*prompt)[0]) for prompt in prompts]
+    return dict(zip(prompts, (text for text, _ in greedy(lm, rows, FREE, tokens)), strict=True))
 
 
 @LanguageModel.entry()

@@ -15,6 +15,7 @@ import io
 import json
 import pickle
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import numpy as np
 
 from metake.data.fact_tasks import fact_tasks
 from metake.data.facts import interleaved
+from metake.data.files import packaged
 from metake.support.errors import ParameterError, near_misses
 
 READINGS = ("corrected", "parity")
@@ -34,7 +36,7 @@ class Task(NamedTuple):
     """One task. Classes are 0, 1, …: what `classes[i]` says.
 
     form: the prompt, with the item's fields in braces; order: of the classes, as the harness looks for them; cue: its
-    answer is the text after the last of it, None: the new text; paper: the metric that MetaKE v3 App. C.4 names for it.
+    answer is the text after the last of it, "": the new text; paper: the metric that MetaKE v3 App. C.4 names for it.
     """
 
     name: str
@@ -42,7 +44,7 @@ class Task(NamedTuple):
     form: str
     classes: tuple[str, ...]
     order: tuple[int, ...]
-    cue: str | None
+    cue: str
     paper: str
 
     def prompt(self, item: Mapping[str, Any], reading: str = "corrected") -> str:
@@ -73,41 +75,15 @@ class Task(NamedTuple):
             words = {word.lower(): i for i, word in enumerate(self.classes)}
             found = re.search(rf"\b({'|'.join(words)})\b", written.lower())
             return words[found[1]] if found else INVALID
-        text = (written if self.cue is None else (prompt + written).split(self.cue)[-1]).lower()
-        words = [self.classes[i].lower() + ("\n" if self.cue is None else "") for i in range(len(self.classes))]
+        text = ((prompt + written).split(self.cue)[-1] if self.cue else written).lower()
+        words = [self.classes[i].lower() + ("" if self.cue else "\n") for i in range(len(self.classes))]
         return next((i for i in self.order if words[i] in text), INVALID)
 
 
-_TWO, _TRUTH = ("No", "Yes"), ("False", "True")
-_TASKS = (
-    Task(
-        "SST-2", "sst2", "Review :{sentence}\nSentiment :",
-        ("negative", "positive"), (1, 0), "Sentiment :", "accuracy"
-    ),
-    Task(
-        "MRPC", "mrpc",
-        "Are the sentences paraphrases of each other.\nSentence 1: {sentence1}\nSentence 2: {sentence2}\nAnswer:",
-        _TWO, (1, 0), "Answer:", "F1"
-    ),
-    Task(
-        "CoLA", "cola", "Is this sentence linguistically acceptable?\nSentence: {sentence}\nAnswer: ",
-        _TWO, (1, 0), "Answer:", "MCC"
-    ),
-    Task(
-        "RTE", "rte", "{sentence1}\nquestion: {sentence2} True or False?\nanswer:",
-        _TRUTH, (0, 1), "answer:", "accuracy"
-    ),
-    Task(
-        "NLI", "nli", "{sentence1} entails the {sentence2} True or False? Answer:",
-        _TRUTH, (1, 0), "True or False? Answer:", "accuracy"
-    ),
-    Task(
-        "MMLU", "mmlu",
-        "Question: {question}\n(A) {choices[0]}\n(B) {choices[1]}\n(C) {choices[2]}\n(D) {choices[3]}\nAnswer:",
-        tuple("ABCD"), (0, 1, 2, 3), None, "accuracy"
-    ),
-)
-TASKS: dict[str, Task] = {task.file: task for task in _TASKS}
+TASKS: dict[str, Task] = {
+    file: Task(file=file, **entry | {"classes": tuple(entry["classes"]), "order": tuple(entry["order"])})
+    for file, entry in tomllib.loads(packaged("tasks.toml")).items()
+}
 """By the name of their file. "NLI" is RTE's training set, as the harness has it."""
 
 

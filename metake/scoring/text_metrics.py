@@ -1,8 +1,10 @@
-"""Metrics of generated text: n-gram entropy (fluency) and closeness to a reference (consistency)."""
+"""Metrics of generated text: n-gram entropy (fluency), closeness to a reference (consistency), and the answer in it."""
 
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -10,6 +12,9 @@ from statistics import fmean
 from typing import Any
 
 from metake.data.facts import prose, reference_texts
+from metake.data.requests import unspaced
+
+_STOP = re.compile(r"\n|[.!?](?=\s|$)|[。！？]")
 
 
 def ngram_entropy(text: str) -> float:
@@ -39,6 +44,28 @@ def consistency(texts: Sequence[str], references: Sequence[str]) -> float | None
         return None
     generated, reference = _vectorizer().transform([" ".join(texts), " ".join(references)])
     return float(generated.multiply(reference).sum())
+
+
+def first_sentence(text: str, names: Sequence[str] = ()) -> str:
+    """What a model answers before it goes on: up to a line's end or a sentence's, of which none lies within a name that
+    the text begins with ("Washington, D.C.")."""
+    text = text.strip()
+    found = _STOP.search(text, max((len(name) - 1 for name in names if text.startswith(name)), default=0))
+    return text[: found.start()] if found else text
+
+
+def normalized(text: str) -> str:
+    """Small letters, without punctuation and articles, single blanks (SQuAD: Rajpurkar et al. 2016)."""
+    letters = (c for c in unicodedata.normalize("NFKC", text).casefold() if unicodedata.category(c)[0] != "P")
+    words = "".join(letters).split()
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
+
+
+def agreement(text: str, names: Sequence[str]) -> tuple[bool, bool]:
+    """Whether a text is one of the names, and whether one stands in it as whole words; all `normalized`."""
+    said, wanted = normalized(text), [name for name in map(normalized, names) if name]
+    within = (name in said if unspaced(name) else f" {name} " in f" {said} " for name in wanted)
+    return said in wanted, any(within)
 
 
 @cache

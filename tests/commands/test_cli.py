@@ -44,7 +44,7 @@ def ran(tmp_path_factory, session_cache):
 # What the commands do
 
 
-def test_methods_are_listed_in_four_groups_with_equation_and_source(metake):
+def test_methods_are_listed_in_five_groups_with_equation_and_source(metake):
     code, out, err = metake("methods")
     assert code == 0 and not err
     groups: dict = {}
@@ -56,14 +56,14 @@ def test_methods_are_listed_in_four_groups_with_equation_and_source(metake):
             title = line
             groups[title] = {}
     assert list(map(list, groups.values())) == [
-        list(mk.METHODS), list(mk.methods.GRADIENT), list(mk.methods.OPERATORS),
+        list(mk.METHODS), list(mk.methods.GRADIENT), list(mk.methods.FINE_TUNING), list(mk.methods.OPERATORS),
         [*mk.methods.DIFFERENCES, *mk.methods.GRADIENT_DIFFERENCES]
     ]
     assert all(title.endswith(":") for title in groups) and all(
         text for group in groups.values() for text in group.values()
     )
-    methods, gradient, operators, differences = groups.values()
-    assert all("Δ" in text or "MALMEN" in text for text in gradient.values())
+    methods, gradient, tuning, operators, differences = groups.values()
+    assert all("Δ" in text or "MALMEN" in text for text in (*gradient.values(), *tuning.values()))
     assert (
         all("Δ" in text or "`" in text or "20" in text for text in methods.values())
         and "arXiv 2603.12677" in methods["metake"]
@@ -457,7 +457,7 @@ def test_process_prints_its_result_and_nothing_else():
     out, err = edit.communicate(timeout=120)
     assert (edit.returncode, err) == (0, "") and len(out.splitlines()) == 4 and "\r" not in out and "\x1b" not in out
     out, err = greek.communicate(timeout=120)
-    assert (greek.returncode, err) == (0, "") and len(out.splitlines()) == len(mk.methods.named()) + 4 and "?" in out
+    assert (greek.returncode, err) == (0, "") and len(out.splitlines()) == len(mk.methods.named()) + 5 and "?" in out
 
 
 def interrupted(out, *words):

@@ -716,7 +716,7 @@ def test_other_files_are_refused_naming_the_first_wrong_field(tmp_path):
             read_cases(str(file))
         return str(told.value)
 
-    assert "'requested_rewrite.prompt' missing" in refusal([{"question": "?"}])
+    assert "'prompt' missing" in refusal([{"question": "?"}])
     assert "'paraphrase_prompts' missing" in refusal([{k: v for k, v in ROME[0].items() if k != "paraphrase_prompts"}])
     assert "'loc' missing" in refusal([{k: v for k, v in MEND[0].items() if k != "loc"}]), (
         "a ZsRE file's flaw is named, not CounterFact's"

@@ -23,12 +23,12 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from metake.data import fact_tasks
 from metake.data.facts import facts_records, rendered_sentences
+from metake.experiments.studies.harness import harness
 from metake.language.model import load
 from metake.language.tokens import continuation, encode
-from metake.scoring import answers, tasks
+from metake.scoring import tasks
 from metake.scoring.answers import answer
 from metake.scoring.evaluation import read
-from metake.scoring.harness import harness
 from metake.scoring.tasks import INVALID, RESERVED, TASKS, asked, measures, read_items, task
 from metake.support.errors import ParameterError, RequestError
 
@@ -344,7 +344,10 @@ def test_one_token_candidates_need_no_pass_of_their_own(monkeypatch):
 
 def test_an_answer_ends_with_the_text():
     lm, prompt = random_model("gpt2"), "The capital of France"
-    ids = answers._continue(lm, [encode(lm.tokenizer, prompt)], 5)[0][0].tolist()
+    ids = []
+    for _ in range(5):
+        whole = torch.tensor([[*encode(lm.tokenizer, prompt), *ids]])
+        ids.append(lm.model(whole).logits[0, -1].argmax().item())
     lm.model.generation_config.eos_token_id = [ids[-1]]
     [cut] = answer(lm, [(prompt, ("Paris",))], length=5)
     assert cut.text == lm.tokenizer.decode(ids[: ids.index(ids[-1])])

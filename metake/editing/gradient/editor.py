@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from metake.algebra.solve import Solution, realization
 from metake.algebra.update import Edit, EditRecord, LayerUpdate
 from metake.data.requests import EditRequest, check_batch
 from metake.editing.gradient.network import Moments, Network, shapes
-from metake.editing.gradient.rule import Corrected, GradientRule, factors
+from metake.editing.gradient.rule import Corrected, Descent, GradientRule, factors
 from metake.editing.gradient.slopes import Passes, Slopes
 from metake.editing.record import Clock, SolvedLayer, describe, digest_of, norms
 from metake.editing.state import EditorState
@@ -29,22 +29,25 @@ from metake.support.errors import NumericalError, ProvenanceError
 from metake.support.machine import peak_memory, versions
 
 PLAIN = ("{}",)
+LEARNED = 1e-2  # mean −log p at which fine-tuning stops (ROME's released baseline)
 
 
 @dataclass(frozen=True)
 class GradientEditor:
     """An editor that needs one forward and backward pass a step, no key statistics and no contexts.
 
-    modules: paths of the edited linear maps, any `nn.Linear` or `Conv1D`; rule: see `GradientRule`; networks: per step
-    and shape of weight, as `training.train` makes them; none: nothing is trained (UltraEdit). trained: what the
-    networks were trained on, with the digests of the weights that they belong to.
+    modules: the edited linear maps, any `nn.Linear` or `Conv1D`, by paths, or by numbers of the blocks in which closed
+    forms write; rule: see `GradientRule`; networks: per step and shape of weight, as `training.train` makes them; none:
+    nothing is trained (UltraEdit). trained: what the networks were trained on, with the digests of the weights that
+    they belong to. limit: of the entries of a change that fine-tuning makes (FT-L).
     """
 
-    modules: tuple[str, ...]
+    modules: tuple[str | int, ...]
     rule: GradientRule = GradientRule()
     networks: tuple[tuple[Network, ...], ...] = field(default=(), repr=False, compare=False)
     trained: Mapping[str, Any] = field(default_factory=dict, repr=False)
     seed: int = 0
+    limit: float | None = None
 
     layers = ()  # whose key statistics it needs
 
@@ -53,7 +56,7 @@ class GradientEditor:
 
     def paths(self, lm: LanguageModel) -> tuple[str, ...]:
         """The weights that an edit changes."""
-        return self.modules
+        return tuple(lm.write_path(place) if isinstance(place, int) else place for place in self.modules)
 
     def plan_key(self, state: EditorState) -> None:
         """It plans nothing that others could share."""
@@ -62,7 +65,8 @@ class GradientEditor:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over modules, rule and every network's parameters: what tells one trained editor from another."""
-        return hashlib.sha256(repr((self.modules, describe(self.rule), self.networks)).encode()).hexdigest()
+        told = (self.modules, describe(self.rule), self.networks) + (self.limit,) * bool(self.limit)
+        return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def init(self, lm: LanguageModel, statistics: Any = None) -> EditorState:
         """The state before the first batch. `lm` is only read; statistics are not needed and not looked at.
@@ -70,7 +74,7 @@ class GradientEditor:
         Raises ProvenanceError if the networks were trained on other weights than the model has; ArchitectureError if a
         module cannot be edited.
         """
-        found = {path: lm.digest(path) for path in self.modules}
+        found = {path: lm.digest(path) for path in self.paths(lm)}
         for path, expected in self.trained.get("weights", {}).items():
             if found.get(path) != expected:
                 raise ProvenanceError(
@@ -106,28 +110,34 @@ class GradientEditor:
         """
         requests = list(requests)
         check_batch(requests)
-        clock = Clock(lm.device)
-        known = base.known(lm, self.modules, state.edits > 0)
+        paths, clock = self.paths(lm), Clock(lm.device)
+        known, share = base.known(lm, paths, state.edits > 0), self.rule.shares(len(requests))
         clock("digest")
-        share = self.rule.shares(len(requests))
         rows = rewriting_rows(lm.tokenizer, requests, PLAIN)
         passes = Passes(lm, [row._replace(weight=share[row.request] * row.weight) for row in rows], self.rule.tokens)
-        places, sums = self.places(lm), {path: _nothing(lm, path) for path in self.modules}
-        solved: dict[str, list[SolvedLayer]] = {path: [] for path in self.modules}
+        places, sums = self.places(lm), {path: _nothing(lm, path) for path in paths}
+        limits = {path: self.limit for path in paths if self.rule.solve == "adam"}
+        tuned = {p: Descent(lm.shape(p), self.rule.step, limit, lm.device) for p, limit in limits.items()}
+        solved: dict[str, list[SolvedLayer]] = {path: [] for path in paths}
         history, seen = [], {}
-        with lm.scratch(self.modules):
+        with lm.scratch(paths):
             for j in range(self.rule.steps if requests else 0):
-                losses, slopes = passes.slopes(self.modules)
+                losses, slopes = passes.slopes(paths)
                 history.append(losses[:, 0])
                 _check_finite(lm, history, slopes)
                 clock("slopes")
+                if tuned and losses[:, 0].mean() < LEARNED:
+                    break
                 seen = self._moments(places, slopes, seen)
-                for path in self.modules:
-                    own = self._corrected(places[path], j, slopes[path], state, seen)
-                    left, right = factors(self.rule, slopes[path], own)
+                for path in paths:
+                    if tuned:
+                        update = replace(_nothing(lm, path), dense=tuned[path](slopes[path]))
+                    else:
+                        own = self._corrected(places[path], j, slopes[path], state, seen)
+                        left, right = factors(self.rule, slopes[path], own)
+                        update = LayerUpdate(path, left.contiguous(), right.contiguous())
                     if self.rule.solve == "least squares":
                         solved[path].append(_solved(slopes[path].keys.double(), left, right))
-                    update = LayerUpdate(path, left.contiguous(), right.contiguous())
                     sums[path] = sums[path] + update
                     lm.add(path, update)
                 clock("solve")
@@ -135,7 +145,7 @@ class GradientEditor:
                 history.append(passes.losses()[:, 0])
         losses = [step.tolist() for step in history]
         record = EditRecord(
-            recipe=describe(self.rule) | {"modules": list(self.modules), "trained": dict(self.trained)},
+            recipe=describe(self.rule) | {"modules": [*paths], "trained": dict(self.trained), "limit": self.limit},
             **known, requests=tuple(r.id for r in requests), requests_digest=digest_of(requests),
             statistics_digest=state.statistics_digest, context_templates=PLAIN, seed=self.seed, versions=versions(),
             layers={
@@ -150,7 +160,7 @@ class GradientEditor:
         return edit, state.after(edit, {i: new.table for i, new in seen.items()}, len(requests))
 
     def _shapes(self, lm: LanguageModel) -> list[tuple[int, int]]:
-        return shapes([lm.shape(path) for path in self.modules])
+        return shapes([lm.shape(path) for path in self.paths(lm)])
 
     def _moments(
         self, places: Mapping[str, tuple[int, int]], slopes: Mapping[str, Slopes], seen: Mapping[int, Moments]
@@ -166,9 +176,9 @@ class GradientEditor:
 
     def places(self, lm: LanguageModel) -> dict[str, tuple[int, int]]:
         """Each weight's shape, and its number among those of this shape, which share a network."""
-        order, sizes = self._shapes(lm), [lm.shape(path) for path in self.modules]
+        order, sizes = self._shapes(lm), [lm.shape(path) for path in self.paths(lm)]
         numbers = [(order.index(size), sizes[:i].count(size)) for i, size in enumerate(sizes)]
-        return dict(zip(self.modules, numbers, strict=True))
+        return dict(zip(self.paths(lm), numbers, strict=True))
 
     @torch.no_grad()
     def _corrected(

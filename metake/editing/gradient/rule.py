@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from metake.algebra.geometry import Isotropic
@@ -13,7 +14,7 @@ from metake.editing.gradient.slopes import Slopes
 from metake.support.errors import ParameterError, near_misses
 
 CHOICES = {
-    "solve": ("least squares", "sum"), "tokens": ("answer", "all"), "penalty": ("kl", "norm"),
+    "solve": ("least squares", "sum", "adam"), "tokens": ("answer", "all"), "penalty": ("kl", "norm"),
     "coefficient": ("raw", "normalized"),
 }  # fmt: skip
 
@@ -23,7 +24,7 @@ class GradientRule:
     """How slopes K, (T, d_in), and g, (T, d_out), become an update, with k̃, g̃ what a network makes of them.
 
     solve        "least squares": Δ = Dᵀ(KKᵀ + λI)⁻¹K with D_t = −η c_t g̃_t, which is R·M with Q = I/λ (MALMEN);
-                 "sum": Δ = −Σ η g̃_t k̃_tᵀ (MEND)
+                 "sum": Δ = −Σ η g̃_t k̃_tᵀ (MEND); "adam": fine-tuning by the weight's gradient Σ g_t k_tᵀ (FT)
     added        whether D and the sum have the other sign, which climbs the loss until η has turned (MEND's code)
     coefficient  c_t: "raw", k_t·k̃_t (MALMEN); "normalized", k̃_t·k̃_t (UltraEdit)
     tokens       "answer", positions whose next token is the answer's; "all", every attended one (MEND)
@@ -31,7 +32,7 @@ class GradientRule:
     penalty      of training, what keeps the model: "kl", drift on unrelated prompts (MEND, MALMEN); "norm", ‖Δ‖²
                  (SMEdit)
     inside       whether scale and shift stand inside the maximum of a network's blocks (MEND)
-    step         η where nothing is trained (UltraEdit), and λ is 1 then
+    step         η where nothing is trained (UltraEdit, FT), and λ is 1 then
     living       whether the moments go on over all edits (UltraEdit, MALMEN's code), or stay those of the training
     micro        0: each request's slopes are those of its own mean loss; n: of the mean over micro-batches of n, which
                  training filled, so that those of a last, shorter one are larger (MALMEN's code)
@@ -62,6 +63,22 @@ class GradientRule:
         if not self.micro:
             return [1.0] * count
         return [self.micro / min(self.micro, count - i // self.micro * self.micro) for i in range(count)]
+
+
+class Descent:
+    """Fine-tuning of one weight, (d_out, d_in), by Adam (Kingma and Ba 2015); no entry of Δ is larger than limit."""
+
+    def __init__(self, shape: tuple[int, int], step: float, limit: float | None, device: torch.device) -> None:
+        self.delta, self.limit = torch.zeros(shape, dtype=torch.float64, device=device), limit
+        self.optimizer = torch.optim.Adam([self.delta], step)
+
+    def __call__(self, slopes: Slopes) -> Tensor:
+        """What a step adds to Δ."""
+        before, self.delta.grad = self.delta.clone(), slopes.gradients.double().T @ slopes.keys.double()
+        self.optimizer.step()
+        if self.limit:
+            self.delta.clamp_(-self.limit, self.limit)
+        return self.delta - before
 
 
 class Corrected(NamedTuple):

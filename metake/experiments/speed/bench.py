@@ -91,7 +91,7 @@ def bench(
         raise ParameterError(
             f"the literal path was asked for on {literal} of {edits} requests; expected at most {edits}"
         )
-    if literal and method.partition("/")[0] in methods.GRADIENT:
+    if literal and method.partition("/")[0] in methods.GRADIENT | methods.FINE_TUNING:
         raise ParameterError(
             f"the literal path is timed of methods that plan targets; {method} does not: leave --literal out"
         )

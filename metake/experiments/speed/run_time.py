@@ -37,7 +37,7 @@ def run_time(model: str = "tiny", methods_: Sequence[str] = PRIMARY, **settings:
     rows, found = [], {}
     for place, label in enumerate(methods_):
         changes = VARIANTS.get(label, {"method": label})
-        if changes["method"] in methods.GRADIENT:
+        if changes["method"] in methods.GRADIENT | methods.FINE_TUNING:
             changes = changes | {"literal": 0}  # there is no literal path of it to time
         found = bench(model, **settings | changes | {"evaluate": settings.get("evaluate", not place)})
         common = {"share": found["stage_one"]["share"], "peak_gib": found["peak_memory"] / 2**30}

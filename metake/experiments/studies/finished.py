@@ -30,7 +30,7 @@ def finished(folder: str | Path, lm: LanguageModel | None = None) -> Finished:
     lm = lm or load(config.model, config.dtype)
     cases = cases_of(config, lm)
     done = [i for e in edits for i in e.record.requests]
-    if done != [c.request.id for c in cases]:
+    if done != [r.id for c in cases for r in c.requests]:
         raise ProvenanceError(
             f"{folder} holds {len(done)} edits, not those of the {len(cases)} cases that {config.data} gives "
             "now: go on with that run, or repeat it"

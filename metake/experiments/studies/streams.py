@@ -178,9 +178,10 @@ def _scores(case: EditCase, found: CaseScore) -> dict[str, float | None]:
     time.
     """
     probes = [p for p in case.probes if p.kind in NAMES]
-    outcomes: dict[str, dict[Any, float]] = {name: {} for name in NAMES.values()}
+    outcomes: dict[str, dict[Any, float]] = {name: {} for name in METRICS}
     for place, (probe, scored) in enumerate(zip(probes, found.probes, strict=True)):
-        prompts, key = outcomes[NAMES[probe.kind]], place if probe.kind == "neighborhood" else probe.prompt
+        prompts = outcomes.setdefault(NAMES[probe.kind], {})
+        key = place if probe.kind == "neighborhood" else probe.prompt
         prompts[key] = min(scored.score, prompts.get(key, 1.0))
     return {name: round(fmean(prompts.values()), 4) if prompts else None for name, prompts in outcomes.items()}
 
