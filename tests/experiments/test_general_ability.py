@@ -244,7 +244,7 @@ def test_the_verdict_follows_the_intervals(levels, before, holds):
 
 def test_the_drawing_says_what_the_records_say():
     drawn = report.ability_curves(page.paper_scores(made({"memit": 0.2, "metake": 0.8})))
-    assert "MEMIT: sst2 20, mmlu 20" in drawn.alt and "MetaKE: sst2 80, mmlu 80" in drawn.alt
+    assert "MEMIT: sst2 20.0, mmlu 20.0" in drawn.alt and "MetaKE: sst2 80.0, mmlu 80.0" in drawn.alt
     assert Counter(line.split()[0] for line in drawn.text.splitlines()[1:]) == Counter(
         ["method", "pre-edit", "MEMIT", "MetaKE"]
     )
