@@ -193,17 +193,8 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     from metake.experiments.speed import plan
-    from metake.support.machine import default_device, usable
 
-    device = usable(args.device) if args.device else default_device()
-    memory = args.memory and 1e9 * args.memory
-    found = plan.plan(
-        args.model, args.method, args.edits, args.batch, args.dtype, args.recipe, args.layers, device.type == "cpu" and
-        not args.rate, memory=memory
-    )
-    rates = (0.0, 0.0) if args.rate and args.bandwidth else plan.rates(args.dtype, device)
-    given = (args.rate or 0) * 1e12, (args.bandwidth or 0) * 1e9
-    print(plan.text(found, *(own or here for own, here in zip(given, rates, strict=True)), any(rates)))
+    print(plan.told(**{k: v for k, v in vars(args).items() if k not in ("command", "call")}))
 
 
 def _figure(args: argparse.Namespace) -> None:

@@ -76,17 +76,14 @@ def editor_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--editor", metavar="DIR", help="folder of a trained editor (malmen, mend, smedit); default: the one for tiny"
     )
-
-
-def chat_option(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--chat", action="store_true", help=f"{what} by the tokenizer's chat template")
-
-
-def deterministic_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deterministic", action="store_true",
         help="the same bits when it is done again on the same device, which takes longer; the record says so"
     )
+
+
+def chat_option(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--chat", action="store_true", help=f"{what} by the tokenizer's chat template")
 
 
 def train_options(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +136,6 @@ def edit_options(parser: argparse.ArgumentParser) -> None:
         "or in a script that writes no blanks"
     )
     chat_option(parser, "ask")
-    deterministic_option(parser)
     parser.add_argument("--out", metavar="DIR", help="save the edit there")
     parser.add_argument("--peft", metavar="DIR", help="export it there as a LoRA adapter")
     parser.add_argument(
@@ -156,7 +152,6 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_COUNT, default=20, metavar="N", help="edits a batch; default: %(default)s")
     parser.add_argument("--generate", action="store_true", help="also fluency and consistency (slow)")
     chat_option(parser, "edit and evaluate")
-    deterministic_option(parser)
     editor_option(parser)
     recipe_options(parser)
     model_options(parser)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -31,7 +31,7 @@ from metake.language.assets import read_tokenizer, resolve
 from metake.language.model import DTYPES, kept
 from metake.language.tokens import Rows
 from metake.support.errors import ArchitectureError, ParameterError, near_misses
-from metake.support.machine import working_memory
+from metake.support.machine import default_device, usable, working_memory
 
 WIDE = 8  # bytes of a float64
 
@@ -297,3 +297,16 @@ def text(found: Plan, rate: float, bandwidth: float, measured: bool) -> str:
 def rates(dtype: str, device: torch.device, largest: int = 4096, copied: int = 2**27) -> tuple[float, float]:
     """FLOP/s of this device's matrix product, and bytes/s that a copy within it reads and writes."""
     return product_rate(DTYPES[dtype], device, 0.05, largest), copy_rate(device, copied)
+
+
+def told(
+    device: str | None = None, memory: float | None = None, rate: float | None = None, bandwidth: float | None = None,
+    **asked: Any
+) -> str:
+    """`text` of a plan. memory, bandwidth: in GB and GB/s, rate: in TFLOP/s, measured here if they are not given, which
+    also says whether the device's memory is the host's. asked: as `plan` takes it.
+    """
+    here = usable(device) if device else default_device()
+    found = plan(**asked, on_cpu=here.type == "cpu" and not rate, memory=memory and 1e9 * memory)
+    known = (0.0, 0.0) if rate and bandwidth else rates(asked["dtype"], here)
+    return text(found, 1e12 * rate if rate else known[0], 1e9 * bandwidth if bandwidth else known[1], any(known))
