@@ -253,10 +253,10 @@ def test_record_hands_everything_on(metake, monkeypatch):
     )
     words = (
         "--model m --counterfact c --zsre z --text t --edits 4 --batch 2 --seeds 1 2 --only streams --tasks d "
-        "--methods memit,metake/whole"
+        "--methods memit,metake/whole --text-tokens 5 --scale tiny --out d"
     )
     assert metake("record", *words.split()) == (0, "wrote one\nkept other\n", "")
-    own = {"tasks": "d", "methods": ["memit", "metake/whole"]}
+    own = {"tokens": 5, "tasks": "d", "methods": ["memit", "metake/whole"], "scale": "tiny", "out": "d"}
     assert asked == [("m", "c", "z", "t", 4, 2, [1, 2], ["streams"], own)]
 
 

@@ -134,6 +134,18 @@ def test_sequence_in_memory_equals_the_run(finished):
     assert [state.edits for _, state in found] == [5, 10, 11]
 
 
+def test_a_sequence_in_a_folder_makes_no_batch_twice(monkeypatch, tmp_path):
+    lm = base()
+    editor = mk.methods.memit_seq("tiny", seed=5)
+    requests = [c.request for c in select(lm, mk.facts(), 3, 5)]
+    given = mk.statistics(lm, layers=editor.layers, tokens=3000)
+    asked = raise_at(monkeypatch, 3, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(edit_sequence(base(), editor, requests, given, 1, tmp_path))
+    assert len(list(edit_sequence(base(), editor, requests, given, 1, tmp_path))) == 3
+    assert asked == [[r.id] for r in (*requests, requests[2])]
+
+
 def test_folder_is_complete(finished):
     folder, result = finished
     assert sorted(p.name for p in folder.iterdir()) == [
