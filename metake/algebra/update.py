@@ -23,7 +23,7 @@ from metake.algebra import base
 from metake.support.errors import ParameterError, ProvenanceError
 from metake.support.machine import usable
 from metake.support.models import findable
-from metake.support.storage import load_tensors, save_tensors, whole_folder
+from metake.support.storage import load_tensors, parse_json, reading, save_tensors, whole_folder
 
 
 @dataclass(frozen=True)
@@ -118,19 +118,22 @@ class EditRecord:
 
     @classmethod
     def from_json(cls, text: str) -> EditRecord:
-        raw = json.loads(text)
+        raw = parse_json(text)
         if unknown := raw.keys() - {f.name for f in fields(cls)}:
             found = f"edit record has unknown fields {sorted(unknown)}"
             raise ProvenanceError(f"{found}; it was written by another version of metake")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+        found, plain = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}), vars(cls())
+        texts = (*dict(found.weights).values(), *found.requests, *found.context_templates)
+        wrong = [name for name, value in vars(found).items() if not isinstance(value, type(plain[name]))]
+        if wrong or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"not what it should be: {', '.join(wrong) or 'weights, requests or context templates'}")
+        return found
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> EditRecord:
         """The record of an edit that `Edit.save` wrote. Raises ProvenanceError if it is missing or damaged."""
-        try:
+        with reading(folder, "no saved edit", "make it again"):
             return cls.from_json((Path(folder) / "record.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ProvenanceError(f"{folder} is damaged or no saved edit: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -203,13 +206,15 @@ class Edit:
             raise ProvenanceError(f"{folder} holds no saved edit (expected edit.safetensors and record.json)")
         parts: dict[str, dict[str, Tensor]] = {}
         record = EditRecord.load(folder)
-        try:
+        with reading(folder, "no saved edit", "make it again"):
             for name, tensor in load_tensors(folder / "edit.safetensors")[0].items():
                 module, part = name.rsplit(":", 1)
                 parts.setdefault(module, {})[part] = tensor.to(place)
             updates = tuple(LayerUpdate(m, **parts[m]) for m in {**record.weights, **parts})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ProvenanceError(f"{folder} is damaged or no saved edit: {type(error).__name__}: {error}") from error
+            for u in updates:
+                kinds = {(t.dtype, t.ndim) for t in parts[u.module].values()}
+                if u.to("meta").delta.ndim != 2 or len(kinds) > 1 or not u.left.is_floating_point():
+                    raise ValueError(f"the factors of {u.module} are no matrices of numbers")
         return cls(updates, record)
 
     def to_peft(self, folder: str | os.PathLike, rank: int | None = None) -> dict[str, float]:

@@ -122,17 +122,17 @@ def _value(name: str, text: str, usual: Any) -> Any:
 
 def _free(out: Path, run: dict[str, Any]) -> bool:
     """Note in the folder what it is for; whether it is new. Refuses one that holds something else."""
-    from metake.support.storage import write_file
+    from metake.support.storage import read_json, write_file
 
     note, new = out / "parameters.json", not out.exists()
     if not new and (not out.is_dir() or any(out.iterdir())):
         try:
-            there = json.loads(note.read_text("utf-8"))
+            there = read_json(note)
         except (OSError, ValueError):
             raise ParameterError(f"{out} exists and holds no page's run; name another folder with --out") from None
         if there != run:
             raise ParameterError(
-                f"{out} holds a run of {there['page']} with other parameters; name another folder with --out, "
+                f"{out} holds a run of {there.get('page')} with other parameters; name another folder with --out, "
                 "or remove it"
             )
     write_file(note, json.dumps(run, indent=1, ensure_ascii=False) + "\n")

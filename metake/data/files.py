@@ -17,6 +17,7 @@ from typing import Any
 
 from metake.data.requests import Cases, EditCase, EditRequest, Probe, unspaced, whole_number
 from metake.support.errors import ParameterError, RequestError, near_misses
+from metake.support.storage import reading
 
 _JOINERS = ("\u200c", "\u200d")  # zero-width, inside words
 _QUESTIONS = ("?", "？", "؟")
@@ -279,17 +280,14 @@ def _common(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _load(path: str | Path) -> list:
-    try:
+    wanted = "one JSON list of records, or one record a line, in UTF-8: pass the path of such a file"
+    with reading(path, "cannot be read", f"expected {wanted}, or use facts() for the embedded set", RequestError):
         found = list(_values(Path(path).read_text(encoding="utf-8-sig")))
         if len(found) != 1 or Path(path).suffix in (".jsonl", ".ndjson") and isinstance(found[0], dict):
             return found
         if isinstance(found[0], list):
             return found[0]
         raise ValueError(f"it holds {type(found[0]).__name__}")
-    except (OSError, ValueError) as error:
-        wanted = "one JSON list of records, or one record a line, in UTF-8: pass the path of such a file"
-        told = f"{path}: cannot be read ({error}); expected {wanted}, or use facts() for the embedded set."
-        raise RequestError(told) from error
 
 
 def _values(text: str) -> Iterator[Any]:

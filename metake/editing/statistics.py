@@ -5,6 +5,7 @@ A layer is a file, named by all that its statistics depend on; a hit reads no te
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -27,7 +28,7 @@ from metake.language.tokens import encode, pad
 from metake.support.errors import NumericalError, StatisticsError
 from metake.support.machine import halving, sent
 from metake.support.progress import progress
-from metake.support.storage import atomic_path, load_tensors, save_tensors
+from metake.support.storage import atomic_path, held, load_tensors, reading, remove, save_tensors
 
 log = logging.getLogger("metake")
 PLAIN = (bool, int, float, str, list, dict)
@@ -58,24 +59,30 @@ class Statistics(dict[int, KeyStatistics]):
     @classmethod
     def load(cls, path: str | os.PathLike, digest: str | None = None, device: torch.device | str = "cpu") -> Statistics:
         """Read what `save` wrote. Raises StatisticsError if the file is damaged, or not the one `digest` names."""
-        try:
+        with reading(path, "holds no key statistics", "remove it and compute them again", StatisticsError):
             tensors, meta = load_tensors(path)
             counts, source = json.loads(meta["counts"]), json.loads(meta["source"])
-        except (OSError, KeyError, ValueError) as error:
-            raise StatisticsError(
-                f"{path} is damaged or holds no key statistics ({error}); remove it and compute them again"
-            ) from error
+            layers = {int(layer): KeyStatistics(tensors[f"{layer}.moment"], count) for layer, count in counts.items()}
+            for layer, one in layers.items():
+                if f"{layer}.values" in tensors:
+                    one.__dict__["_eigh"] = tensors[f"{layer}.values"], tensors[f"{layer}.vectors"]
+                _check_shapes(one.count, one.moment, *one.__dict__.get("_eigh", ()))
         if digest is not None and meta["digest"] != digest:
             raise StatisticsError(
                 f"{path} holds statistics {meta['digest'][:12]}… of another model or text ({source}); expected "
                 f"{digest[:12]}…"
             )
-        layers = {}
-        for layer, count in counts.items():
-            one = layers[int(layer)] = KeyStatistics(tensors[f"{layer}.moment"].to(device), count)
-            if f"{layer}.values" in tensors:
-                one.__dict__["_eigh"] = (tensors[f"{layer}.values"].to(device), tensors[f"{layer}.vectors"].to(device))
-        return cls(layers, meta["digest"], source)
+        return cls({layer: one.to(device) for layer, one in layers.items()}, meta["digest"], source)
+
+
+def _check_shapes(count: int, moment: Tensor, *eigh: Tensor) -> None:
+    """Raise ValueError for what cannot be key statistics, and their eigenvectors."""
+    d = len(moment) if moment.ndim else 0
+    sized = zip((moment, *eigh), ((d, d), (d,), (d, d)), strict=False)
+    if any(t.shape != size or t.dtype != torch.float64 or not t.isfinite().all() for t, size in sized):
+        raise ValueError("its moments or eigenvectors are no square matrices of finite numbers")
+    if type(count) is not int or count < 0:
+        raise ValueError(f"its count of keys is {count!r:.40}")
 
 
 class _OnDisk(KeyStatistics):
@@ -92,6 +99,7 @@ class _OnDisk(KeyStatistics):
             return KeyStatistics._eigh.func(self)
         try:
             found = load_tensors(file)[0]
+            _check_shapes(count, self.moment, found["values"], found["vectors"])
             return found["values"].to(self.moment.device), found["vectors"].to(self.moment.device)
         except (OSError, KeyError, ValueError):
             values, vectors = KeyStatistics._eigh.func(self)
@@ -125,16 +133,20 @@ def statistics(
     content = assets.sha256_file(text) if file else hashlib.sha256(repr(found).encode()).hexdigest()
     digests = _digests(lm, [content, tokens, context, seed], layers)
     paths = {i: assets.cache_dir() / "statistics" / f"{digest}.safetensors" for i, digest in digests.items()}
-    kept = {i: one for i, path in paths.items() if cache and (one := _cached(path, digests[i]))}
-    made, source = {i: one[i] for i, one in kept.items()}, next((one.source for one in kept.values()), None)
-    if missing := [i for i in layers if i not in kept]:
-        rows = token_rows(lm, found or documents(text), tokens, context, seed, file)
-        size = min(8192, lm.room(1, gradients=False))
-        made |= halving(lambda size: _stream(lm, rows, missing, size), size, lm.fitted)
-        name = text if text == "embedded" else Path(text).name
-        source = {"text": name, "tokens": sum(map(len, rows)), "model": lm.name}
-        for i in missing if cache else ():
-            Statistics({i: made[i]}, digests[i], source).save(paths[i])
+    with contextlib.ExitStack() as alone:
+        for path in paths.values() if cache else ():
+            if not path.exists():
+                alone.enter_context(held(path))  # who is second waits, and reads what the first has computed
+        kept = {i: one for i, path in paths.items() if cache and (one := _cached(path, digests[i]))}
+        made, source = {i: one[i] for i, one in kept.items()}, next((one.source for one in kept.values()), None)
+        if missing := [i for i in layers if i not in kept]:
+            rows = token_rows(lm, found or documents(text), tokens, context, seed, file)
+            size = min(8192, lm.room(1, gradients=False))
+            made |= halving(lambda size: _stream(lm, rows, missing, size), size, lm.fitted)
+            name = text if text == "embedded" else Path(text).name
+            source = {"text": name, "tokens": sum(map(len, rows)), "model": lm.name}
+            for i in missing if cache else ():
+                Statistics({i: made[i]}, digests[i], source).save(paths[i])
     if cache:
         made = {i: _OnDisk(one, paths[i].with_suffix(".eigh")) for i, one in made.items()}
     whole = hashlib.sha256("".join(digests.values()).encode()).hexdigest() if len(layers) > 1 else digests[layers[0]]
@@ -146,7 +158,7 @@ def _cached(path: Path, digest: str) -> Statistics | None:
         return Statistics.load(path, digest) if path.exists() else None
     except StatisticsError as error:
         log.warning("%s", error)
-        path.unlink()
+        remove(path)
 
 
 def token_rows(

@@ -11,6 +11,7 @@ from pathlib import Path
 from metake.data.facts import prose, reference_texts, rendered_sentences
 from metake.scoring.tasks import lessons
 from metake.support.errors import ParameterError
+from metake.support.storage import reading
 
 log = logging.getLogger("metake")
 SHORT = 40  # letters, about ten tokens: a shorter line is a heading or a scrap
@@ -37,10 +38,8 @@ def documents(text: str = "embedded") -> list[str]:
         raise ParameterError(
             f"text source {text!r} is neither 'embedded' or 'embedded+tasks', nor 'hub:owner/name[:config]', nor a file"
         )
-    try:
+    with reading(f"text source {text!r}", "is not UTF-8 text", "convert it", ParameterError):
         units = _units([_untokenize(line) for line in path.read_text(encoding="utf-8").splitlines()])
-    except UnicodeDecodeError as error:
-        raise ParameterError(f"text source {text!r} is not UTF-8 text ({error})") from error
     found = [unit for unit in units if _letters(unit) >= SHORT]
     if not found:
         raise ParameterError(f"text source {text!r} has no line of 40 or more characters; expected one document a line")

@@ -10,7 +10,7 @@ from metake.algebra.update import total
 from metake.experiments.runs import open_run
 from metake.language.model import load
 from metake.support.progress import no_bars_in_pipes
-from metake.support.storage import whole_folder
+from metake.support.storage import read_json, reading, whole_folder
 
 SERVED = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
 
@@ -49,7 +49,8 @@ def export(
 
 def served(folder: str | Path) -> str:
     """What a server must allow for the adapter in a folder."""
-    rank = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    with reading(folder, "holds no adapter", "export it again"):
+        rank = int(read_json(Path(folder) / "adapter_config.json")["r"])
     enough = next((size for size in SERVED if size >= rank), None)
     allowed = f"max_lora_rank {enough} in vLLM" if enough else f"vLLM takes at most {SERVED[-1]}, compress it: --rank"
     return f"rank {rank}; a server must allow it: {allowed}"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from metake.support.storage import write_file
+from metake.support.storage import read_json, write_file
+
+log = logging.getLogger("metake")
 
 
 def kept(folder: str | Path | None, told: Any, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -20,6 +23,11 @@ def kept(folder: str | Path | None, told: Any, make: Callable[[], list[dict[str,
     if folder is None:
         return make()
     file = Path(folder) / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.json"
-    if not file.is_file():
-        write_file(file, json.dumps(make(), ensure_ascii=False))
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return read_json(file, list)
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        log.warning("%s is damaged (%s), and made again", file, error)
+    write_file(file, json.dumps(make(), ensure_ascii=False))
+    return read_json(file, list)

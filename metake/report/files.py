@@ -13,8 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from metake.support.errors import ParameterError, ProvenanceError, near_misses
-from metake.support.storage import write_file
+from metake.support.errors import ParameterError, near_misses
+from metake.support.storage import held, parse_json, reading, write_file
 
 DEFAULT = "tiny"
 
@@ -133,6 +133,11 @@ def merge_recorded(
     Every row keeps its own provenance: `made` is its place in the list "parts" of the first line.
     Raises ParameterError as `check_same`.
     """
+    with held(results_file(name, folder)):  # no rows of another process come and go in between
+        return _merge(name, records, provenance, folder)
+
+
+def _merge(name: str, records: pd.DataFrame, provenance: Mapping[str, Any], folder: Path | None) -> Path:
     old, new = check_same(name, records, provenance, folder), portable(provenance)
     parts = parts_of(old)
     own = [name for name in OWN if name in old and name in records]
@@ -198,22 +203,19 @@ def recorded(name: str, folder: Path | None = None) -> pd.DataFrame:
         raise ParameterError(
             f"nothing is recorded as results/{path.name}; recorded so far: {there}. Make it with: {_command(name)}"
         )
-    text = path.read_text(encoding="utf-8")
-    try:
-        header, *rows = map(json.loads, text.splitlines())
+    again = f"restore it from git, or remove it and make it again with: {_command(name)}"
+    with reading(f"results/{path.name}", "no recording", again):
+        text = path.read_text(encoding="utf-8")
+        header, *rows = (parse_json(line, object) for line in text.splitlines())
         if not text.endswith("\n"):
             raise ValueError("its last line is not finished")
         if not isinstance(header, dict) or not isinstance(header.get("provenance"), dict):
             raise ValueError("its first line holds no provenance")
         if header.get("records", len(rows)) != len(rows):
             raise ValueError(f"{header['records']} records were written, {len(rows)} are there")
-        rows = _named(rows, header.get("columns"))
-    except ValueError as error:
-        raise ProvenanceError(
-            f"results/{path.name} is damaged ({error}). Restore it from git, or remove it and make it again "
-            f"with: {_command(name)}"
-        ) from error
-    frame, provenance = pd.DataFrame(rows), dict(header["provenance"])
+        frame, provenance = pd.DataFrame(_named(rows, header.get("columns"))), dict(header["provenance"])
+        if any(isinstance(told, list | dict) for column in OWN if column in frame for told in frame[column]):
+            raise ValueError("it does not tell whose its rows are")
     if "parts" in provenance:  # merged: see `merge_recorded`
         frame.attrs["parts"] = provenance.pop("parts")
     frame.attrs |= {"provenance": provenance, "label": "recorded"}

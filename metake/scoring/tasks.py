@@ -11,12 +11,9 @@ answers    the harness looks for its words anywhere ("no" in "not", MMLU's "a");
 
 from __future__ import annotations
 
-import io
-import json
-import pickle
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +23,7 @@ from metake.data.fact_tasks import fact_tasks
 from metake.data.facts import interleaved
 from metake.data.files import packaged
 from metake.support.errors import ParameterError, near_misses
+from metake.support.storage import parse_json, reading
 
 READINGS = ("corrected", "parity")
 RESERVED = 10  # first items of a file, kept for examples; none are shown here (zero-shot)
@@ -95,13 +93,6 @@ def task(name: str) -> Task:
     return found[name]
 
 
-class _PlainData(pickle.Unpickler):
-    """Lists, dictionaries, strings and numbers, and nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}; only lists of plain dictionaries are read")
-
-
 def lessons(rounds: int = 1, seed: int = 0) -> dict[str, list[tuple[str, str]]]:
     """The small tasks' train split as text, by task: prompts, and the right answers with the blank before them."""
     drawn = [(TASKS[name], items) for name, items in fact_tasks("train", rounds, seed).items()]
@@ -111,8 +102,8 @@ def lessons(rounds: int = 1, seed: int = 0) -> dict[str, list[tuple[str, str]]]:
 def read_items(source: str | Path, name: str) -> list[dict[str, Any]]:
     """Every item of a task: "facts" (made from the embedded facts, test split), "hub", or a folder.
 
-    A folder holds <name>.jsonl, one JSON object a line, or the harness's <name>.pkl, a pickled list of dictionaries, of
-    which nothing but plain data is read. "hub" takes GLUE and MMLU from the model hub, classes in turn as in the
+    A folder holds <name>.jsonl, one JSON object a line; the harness's <name>.pkl is answered with how to convert it,
+    for a pickle may hold code. "hub" takes GLUE and MMLU from the model hub, classes in turn as in the
     harness's files. Raises ParameterError if there is no such task or file, or it is damaged.
     """
     wanted = task(name)
@@ -124,30 +115,26 @@ def read_items(source: str | Path, name: str) -> list[dict[str, Any]]:
     if not folder.is_dir():
         known = f"neither 'facts', nor 'hub', nor a folder with {wanted.file}.jsonl and the like"
         raise ParameterError(f"task data {str(source)!r} is {known}")
-    for kind, load in _KINDS.items():
-        if (file := folder / f"{wanted.file}.{kind}").is_file():
-            return _checked(wanted, file, load)
-    found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-    raise ParameterError(f"{folder} has no {wanted.file}.jsonl and no {wanted.file}.pkl; found {found}")
-
-
-_KINDS: dict[str, Callable[[bytes], Any]] = {
-    "jsonl": lambda raw: [json.loads(line) for line in raw.decode().split("\n") if line.strip()],
-    "pkl": lambda raw: _PlainData(io.BytesIO(raw)).load(),
-}
-
-
-def _checked(wanted: Task, file: Path, load: Callable[[bytes], Any]) -> list[dict[str, Any]]:
-    try:
-        items = load(file.read_bytes())
-    except (ValueError, pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
+    if (file := folder / f"{wanted.file}.jsonl").is_file():
+        return _checked(wanted, file)
+    if (pickled := file.with_suffix(".pkl")).is_file():
+        convert = "import json, pickle, sys; [print(json.dumps(item)) for item in pickle.load(sys.stdin.buffer)]"
         raise ParameterError(
-            f"{file} cannot be read ({error}); expected items of {wanted.name}, plain dictionaries with {wanted.form!r}"
-        ) from error
-    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
-        raise ParameterError(f"{file} holds no list of items; expected dictionaries with the fields of {wanted.form!r}")
-    for item in items:
-        wanted.prompt(item), wanted.label(item)
+            f"{pickled} is not read: opening a pickle can run what its author wants. If you trust it, convert it: "
+            f"python -c '{convert}' < {pickled} > {file}"
+        )
+    found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    raise ParameterError(f"{folder} has no {file.name}; found {found}")
+
+
+def _checked(wanted: Task, file: Path) -> list[dict[str, Any]]:
+    form = f"expected a line of JSON an item, with the fields of {wanted.form!r}"
+    with reading(file, "no task", form, ParameterError):
+        items = [parse_json(line) for line in file.read_bytes().decode().split("\n") if line.strip()]
+        for item in items:
+            wanted.prompt(item), wanted.label(item)
+    if not items:
+        raise ParameterError(f"{file} holds no items; {form}")
     return items
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -239,49 +238,6 @@ def test_a_record_is_read_back_as_it_was_written():
     )
     again = EditRecord.from_json(record.to_json())
     assert again == record and list(again.weights) == ["b", "a"] and "…" in record.to_json()
-
-
-def half(_, path, __=None):
-    Path(path).write_bytes(b"half")
-    raise KeyboardInterrupt
-
-
-def moved_then(to):
-    """A move that is interrupted when the finished folder is about to take its name."""
-    real = os.replace
-
-    def replace(source, target):
-        if target == to and Path(source).suffix == ".partial":
-            raise KeyboardInterrupt
-        return real(source, target)
-
-    return replace
-
-
-@pytest.mark.parametrize("act", ["save", "to_peft"])
-@pytest.mark.parametrize("when", ["factors", "record", "rename"])
-def test_an_interrupted_save_leaves_nothing_half_written_and_keeps_what_was(tmp_path, monkeypatch, act, when):
-    def write(seed):
-        return getattr(Edit((update("m", seed=seed),)), act)(tmp_path / "e")
-
-    def interrupted():
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            if when == "factors":
-                patch.setattr(metake.support.storage, "save_file", half)
-            elif when == "record":
-                patch.setattr(Path, "write_text", lambda self, *_, **__: half(_, self))
-            else:
-                patch.setattr(metake.support.storage.os, "replace", moved_then(tmp_path / "e"))
-            write(1)
-
-    interrupted()
-    assert not list(tmp_path.iterdir())
-    write(0)
-    before = contents(tmp_path)
-    interrupted()
-    assert contents(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["e"]
-    write(1)
-    assert contents(tmp_path) != before
 
 
 @pytest.mark.parametrize("act", ["save", "to_peft"])

@@ -174,26 +174,6 @@ def test_other_files_are_no_statistics(tmp_path):
             Statistics.load(tmp_path / name)
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_an_interrupted_save_leaves_nothing_and_keeps_what_was(text, empty_cache, monkeypatch, error):
-    lm = random_model("llama")
-
-    def half(tensors, path, meta):
-        path.write_bytes(b"half")
-        raise error
-
-    with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(metake.support.storage, "save_file", half)
-        statistics(lm, text, [1])
-    assert not contents(empty_cache)
-    first = statistics(lm, text, [1])
-    before = contents(empty_cache)
-    monkeypatch.setattr(metake.support.storage, "save_file", half)
-    with pytest.raises(error):
-        first.save(next((empty_cache / "statistics").iterdir()))
-    assert contents(empty_cache) == before
-
-
 def test_saved_and_loaded_they_are_equal(text, tmp_path):
     found = statistics(random_model("qwen3"), text, [1, 2], cache=False)
     found.save(tmp_path / "deep" / "s")

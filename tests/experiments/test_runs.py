@@ -221,17 +221,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, monkey
     assert one == other
 
 
-def test_batch_is_saved_whole_or_not_at_all(finished, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(OSError, match="No space"):
-            run(CONFIG, out)
-    assert list(contents(out)) == ["config.json"] and not list((out / "batches").iterdir())
-    run(CONFIG, out)
-    assert all(map(identical, open_run(out)[1], open_run(finished[0])[1]))
-
-
 def test_finished_run_computes_no_batch_again(copied, monkeypatch):
     before = contents(copied / "batches")
     asked = raise_at(monkeypatch, 1, AssertionError("a step was taken"))

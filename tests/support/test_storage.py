@@ -59,10 +59,19 @@ def test_atomic_path_keeps_the_old_folder_when_the_rename_fails(tmp_path, monkey
             raise PermissionError(source)
         rename(source, target)
 
+    monkeypatch.setattr(storage, "_exchange", lambda *_: False)  # as where a system cannot
     monkeypatch.setattr(storage.os, "replace", fails_once)
     with pytest.raises(PermissionError), storage.atomic_path(tmp_path / "name") as partial:
         write(partial, "new", folder=True)
     assert read(tmp_path / "name") == "old" and visible(tmp_path) == ["name"]
+    (tmp_path / "name").rename(tmp_path / f".name.{'0' * 12}.retired")  # killed between the two renames
+    monkeypatch.setattr(storage.os, "replace", rename)
+    with pytest.raises(ZeroDivisionError), storage.atomic_path(tmp_path / "name") as partial:
+        1 / 0  # noqa: B018
+    assert read(tmp_path / "name") == "old" and visible(tmp_path) == ["name"]
+    with storage.atomic_path(tmp_path / "name") as partial:
+        write(partial, "new", folder=True)
+    assert read(tmp_path / "name") == "new" and visible(tmp_path) == ["name"]
 
 
 def test_a_file_is_written_whole_and_as_given(tmp_path, monkeypatch):

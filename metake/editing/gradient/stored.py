@@ -14,7 +14,7 @@ from metake.editing.gradient.editor import GradientEditor
 from metake.editing.gradient.network import Network
 from metake.editing.gradient.rule import GradientRule
 from metake.support.errors import ParameterError, ProvenanceError
-from metake.support.storage import atomic_path, load_tensors, save_tensors
+from metake.support.storage import atomic_path, load_tensors, read_json, reading, save_tensors
 
 WEIGHTS, RECORD = "editor.safetensors", "record.json"
 
@@ -47,15 +47,12 @@ def read(folder: str | Path, device: Any = "cpu") -> GradientEditor:
     folder = Path(folder)
     if not (folder / RECORD).is_file():
         raise ProvenanceError(f"{folder} holds no trained editor; make one with: metake train METHOD --out {folder}")
-    try:
-        told = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    with reading(folder, "no trained editor", "train it again"):
+        told = read_json(folder / RECORD)
         rule = GradientRule(**{k: v for k, v in told["rule"].items() if k != "part"})
-        tensors = load_tensors(folder / WEIGHTS)[0]
-        networks = _networks(tensors, rule, told["training"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ProvenanceError(f"{folder} is damaged or no trained editor: {type(error).__name__}: {error}") from error
-    placed = tuple(tuple(network.to(device) for network in step) for step in networks)
-    return GradientEditor(tuple(told["modules"]), rule, placed, told, told["training"]["seed"])
+        networks = _networks(load_tensors(folder / WEIGHTS)[0], rule, told["training"])
+        placed = tuple(tuple(network.to(device) for network in step) for step in networks)
+        return GradientEditor(tuple(map(str, told["modules"])), rule, placed, told, int(told["training"]["seed"]))
 
 
 def _networks(tensors: Mapping[str, Tensor], rule: GradientRule, training: Mapping[str, Any]) -> list[list[Network]]:
@@ -119,18 +116,18 @@ def resumed(
     folder = Path(out) / "checkpoint" if out else None
     if folder is None or not (folder / RECORD).is_file():
         return []
-    try:
-        kept = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        tensors = load_tensors(folder / WEIGHTS)[0]
-    except (OSError, ValueError) as error:
-        raise ProvenanceError(f"{folder} is damaged ({error}); remove it to train from the beginning") from error
-    _refuse_others(kept["told"], _same(told), f"{out} holds a training")
-    for name, tensor in _tensors(made.networks):
-        tensor.copy_(tensors[name])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("adam."):
+    with reading(folder, "no checkpoint", "remove it to train from the beginning"):
+        kept, tensors = read_json(folder / RECORD), load_tensors(folder / WEIGHTS)[0]
+        _refuse_others(kept["told"], _same(told), f"{out} holds a training")
+        for name, tensor in _tensors(made.networks):
+            tensor.copy_(tensors[name])
+        own, state = [p for group in optimizer.param_groups for p in group["params"]], {}
+        for name in (name for name in tensors if name.startswith("adam.")):
             _, place, key = name.split(".", 2)
-            state.setdefault(int(place), {})[key] = tensor
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return kept["losses"]
+            state.setdefault(int(place), {})[key] = tensors[name]
+        for place, parts in state.items():
+            wanted = {"step": (), "exp_avg": own[place].shape, "exp_avg_sq": own[place].shape}
+            if {k: t.shape for k, t in parts.items() if t.is_floating_point()} != wanted:
+                raise ValueError("its moments do not fit the networks")
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        return list(kept["losses"])

@@ -8,6 +8,7 @@ slopes depend on the networks of those before; that path is left out, as publish
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,6 +31,7 @@ from metake.language.tokens import Row, prompted, rewriting_rows
 from metake.support.errors import NumericalError, ParameterError, near_misses
 from metake.support.machine import versions
 from metake.support.progress import progress
+from metake.support.storage import held
 
 OUTER = ("both", "prompt", "paraphrase")
 Pair = tuple[Tensor, Tensor]  # R and M
@@ -93,19 +95,20 @@ def train(
         )
     made = begin(lm, rule, tuple(modules), training)
     told = _told(lm, made, training, usable)
-    if out and (done := finished(out, told)):
+    with held(out, wait=False) if out else contextlib.nullcontext():
+        if out and (done := finished(out, told)):
+            return done
+        optimizer = _optimizer(made, training)
+        losses = resumed(out, told, made, optimizer)
+        with lm.scratch(made.modules):
+            for number in progress(range(len(losses), training.steps), "train"):
+                losses.append(_step(lm, made, training, usable, number, optimizer))
+                if out and ((number + 1) % training.every == 0 or number + 1 == training.steps):
+                    checkpoint(Path(out), told, made, optimizer, losses)
+        done = replace(made, trained=told | {"losses": losses})
+        if out:
+            save(done, out)
         return done
-    optimizer = _optimizer(made, training)
-    losses = resumed(out, told, made, optimizer)
-    with lm.scratch(made.modules):
-        for number in progress(range(len(losses), training.steps), "train"):
-            losses.append(_step(lm, made, training, usable, number, optimizer))
-            if out and ((number + 1) % training.every == 0 or number + 1 == training.steps):
-                checkpoint(Path(out), told, made, optimizer, losses)
-    done = replace(made, trained=told | {"losses": losses})
-    if out:
-        save(done, out)
-    return done
 
 
 def begin(lm: LanguageModel, rule: GradientRule, modules: tuple[str, ...], training: Training) -> GradientEditor:
