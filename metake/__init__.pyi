@@ -1,4 +1,4 @@
-from . import methods
+from . import methods, testing
 from .algebra.geometry import (
     InverseCovariance,
     Isotropic,
@@ -46,7 +46,7 @@ __all__ = [
     "Refinement", "RequestError", "Solution", "Statistics", "StatisticsError", "TargetRule", "Targets", "Training",
     "association", "attenuation", "batches", "chat", "condition", "counterfact", "counterfact_cases", "dataset",
     "diagnose", "evaluate", "facts", "feasible_interval", "gate", "in_prompt", "inverse_covariance", "load", "methods",
-    "null_space", "optimize_targets", "realization", "recall", "refine", "solve", "statistics", "train", "zsre",
-    "zsre_cases",
+    "null_space", "optimize_targets", "realization", "recall", "refine", "solve", "statistics", "testing", "train",
+    "zsre", "zsre_cases",
 ]  # fmt: skip
 __version__: str

@@ -8,10 +8,8 @@ import copy
 import hashlib
 import json
 import math
-import warnings
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -36,13 +34,14 @@ from metake import (
     statistics,
 )  # fmt: skip
 from metake.algebra.geometry import condition, null_space
-from metake.algebra.update import EditRecord, total
+from metake.algebra.update import total
 from metake.editing.keys import KeyReader
-from metake.editing.record import describe, digest_of
+from metake.editing.record import describe
 from metake.language.generation import context_templates
 from metake.language.model import LanguageModel
 from metake.language.tokens import continuation, encode
 from metake.support.machine import versions
+from metake.testing import CHECKS, Subject
 
 REQUESTS = [
     EditRequest("The capital of {} is", "France", "Rome", "a"),
@@ -64,21 +63,12 @@ def known(kind: str, dtype: torch.dtype = torch.float64) -> Statistics:
     return statistics(random_model(kind, dtype), layers=LAYERS, tokens=1200, cache=False)
 
 
-class Made(NamedTuple):
-    lm: LanguageModel
-    edit: Edit
-    before: dict[str, str]
-    after: dict[str, str]
-
-
 @cache
-def made(name: str, kind: str, dtype: torch.dtype = torch.float64) -> Made:
-    """An edit of a fresh model, with the model's fingerprints before and after it was computed."""
+def made(name: str, kind: str, dtype: torch.dtype = torch.float64) -> Subject:
+    """A method on a fresh model, with what it edits."""
     lm, brief = random_model(kind, dtype), {} if dtype == torch.float64 else {"contexts": ("{}",)}
-    before = fingerprint(lm.model)
     given = editor(name, lm, **brief)
-    edit = given.edit(lm, REQUESTS, known(kind, dtype) if given.layers else {})
-    return Made(lm, edit, before, fingerprint(lm.model))
+    return Subject(lm, given, known(kind, dtype) if given.layers else {}, REQUESTS)
 
 
 def solved(name: str, kind: str) -> Edit:
@@ -108,84 +98,49 @@ def rank(name: str, lm: LanguageModel, module: str) -> int:
     return RULES[name].steps * sum(len(answer) + (len(prompt) - 1 if every else 0) for prompt, answer in rows)
 
 
-def same(one: Edit, other: Edit) -> bool:
-    """Whether two edits have the same factors and dense parts, bit for bit."""
-    pairs = [
-        (getattr(a, part), getattr(b, part))
-        for a, b in zip(one.updates, other.updates, strict=True)
-        for part in ("left", "right", "dense")
-    ]
-    return one.modules == other.modules and all(
-        torch.equal(a, b) if a is not None and b is not None else a is b for a, b in pairs
-    )
-
-
-def logits(model, lm: LanguageModel) -> torch.Tensor:
-    return torch.stack([model(torch.tensor([encode(lm.tokenizer, r.text)])).logits[0, -1] for r in REQUESTS])
+@both
+@every
+@pytest.mark.parametrize("check", ["model untouched", "saved = loaded", "adapter = merged", "finite update", "record"])
+def test_every_method_keeps_the_contract_on_every_model(name, kind, check):
+    assert CHECKS[check](made(name, kind))
 
 
 @both
-@every
-def test_the_model_is_bit_identical_after_an_edit_was_computed(name, kind):
-    m = made(name, kind)
-    assert m.after == m.before
-    assert not any(x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in m.lm.model.modules())
-    assert not any(p.requires_grad or p.grad is not None for p in m.lm.model.parameters())
+@some
+@pytest.mark.parametrize("check", [
+    "tokens located", "edit takes", "deterministic", "other base refused", "zero requests", "interrupted"
+])
+def test_every_method_keeps_the_rest_of_the_contract(name, kind, check):
+    assert CHECKS[check](made(name, kind))
+
+
+@both
+def test_micro_batches_do_not_change_an_edit(name):
+    assert CHECKS["batch = micro-batch"](made(name, "llama"))
 
 
 @both
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_applied_changes_the_declared_weights_and_restores_them_exactly(name, kind, dtype):
-    lm, edit, before, _ = made(name, kind, dtype)
-    assert edit.modules == editor(name, lm).paths(lm) == tuple(edit.record.weights)
-    kept = {m: lm.weight(m).clone() for m in edit.modules}
-    plain = logits(lm.model, lm)
-    with edit.applied(lm) as same:
-        assert same is lm
-        changed = {n for n, h in fingerprint(lm.model).items() if h != before[n]}
-        assert changed == {f"{m}.weight" for m in edit.modules}
-        for update in edit.updates:
-            assert torch.equal(lm.weight(update.module), (kept[update.module].double() + update.delta).to(dtype))
-        assert not torch.equal(logits(lm.model, lm), plain)
-    assert fingerprint(lm.model) == before
-    with pytest.raises(ZeroDivisionError), edit.applied(lm):
-        1 / 0  # noqa: B018
-    assert fingerprint(lm.model) == before
+    assert CHECKS["exactly restored"](made(name, kind, dtype))
 
 
 @both
 @every
-def test_an_edit_is_thin_unless_declared_dense_and_finite_in_double_precision(name, kind):
-    lm, edit, *_ = made(name, kind)
-    for update in edit.updates:
-        d_out, d_in = lm.shape(update.module)
-        size = rank(name, lm, update.module) if thin(name) else 0
-        assert update.left.shape == (d_out, size) and update.right.shape == (size, d_in) and update.rank == size
-        assert update.left.dtype == update.right.dtype == update.delta.dtype == torch.float64
-        assert torch.isfinite(update.delta).all() and update.delta.any()
-        if thin(name):
-            assert update.dense is None and torch.linalg.matrix_rank(update.delta) <= size
-        else:
-            assert update.dense.shape == (d_out, d_in) and torch.linalg.matrix_rank(update.delta) > len(REQUESTS)
-
-
-@both
-@some
-def test_an_edit_depends_on_its_seed_only(name, kind):
-    torch.manual_seed(123)
-    lm = random_model(kind)
-    torch.manual_seed(321)
-    again = editor(name, lm).edit(lm, REQUESTS, known(kind))
-    assert same(again, made(name, kind).edit)
-    measured = {"seconds": {}, "peak_memory": 0}
-    assert replace(again.record, **measured) == replace(made(name, kind).edit.record, **measured)
+def test_an_edit_is_thin_unless_declared_dense(name, kind):
+    m = made(name, kind)
+    for update in m.edit.updates:
+        size = rank(name, m.lm, update.module)
+        assert (update.dense is None) == thin(name) and update.rank == (size if thin(name) else 0)
+        highest = torch.linalg.matrix_rank(update.delta)
+        assert highest <= size if thin(name) else highest > len(REQUESTS)
 
 
 @closed
 @some
 def test_another_seed_gives_other_contexts(name, kind):
-    lm, edit, *_ = made(name, kind)
+    lm, edit = made(name, kind).lm, made(name, kind).edit
     other = editor(name, lm, seed=SEED + 1).edit(lm, REQUESTS, known(kind))
     assert other.record.context_templates != edit.record.context_templates
     assert (other.updates[0].delta - edit.updates[0].delta).norm() > 1e-6 * edit.updates[0].delta.norm()
@@ -194,19 +149,18 @@ def test_another_seed_gives_other_contexts(name, kind):
 @both
 @every
 def test_the_record_says_everything(name, kind):
-    lm, edit, *_ = made(name, kind)
-    record, given = edit.record, editor(name, lm)
-    for f in fields(EditRecord):
-        assert getattr(record, f.name) or (f.name == "refinement" and name not in REFINED), f"{f.name} is empty"
-    assert record.base == {"id": f"random-{kind}", "dtype": "float64", "device": "cpu", "conv1d": kind == "gpt2"}
+    m = made(name, kind)
+    record, given = m.edit.record, m.editor
+    assert bool(record.refinement) == (name in REFINED) and record.base == {
+        "id": f"random-{kind}", "dtype": "float64", "device": "cpu", "conv1d": kind == "gpt2"
+    }
     digests = {
-        m: hashlib.sha256((w.T if kind == "gpt2" else w).numpy().tobytes()).hexdigest()
-        for m in edit.modules
-        for w in [lm.model.get_submodule(m).weight.detach()]
+        module: hashlib.sha256((w.T if kind == "gpt2" else w).numpy().tobytes()).hexdigest()
+        for module in m.edit.modules
+        for w in [m.lm.model.get_submodule(module).weight.detach()]
     }
     assert record.weights == digests
-    assert (record.requests, record.requests_digest) == (("a", "b", "c"), digest_of(REQUESTS))
-    assert record.recipe == json.loads(json.dumps(record.recipe)) and record.recipe.items() >= json.loads(
+    assert record.recipe.items() >= json.loads(
         json.dumps(describe(given.rule if name in RULES else given))
     ).items()
     assert record.statistics_digest == (given.digest if name in RULES else known(kind).digest)
@@ -219,7 +173,7 @@ def test_the_record_says_everything(name, kind):
 @closed
 @every
 def test_the_record_says_how_targets_were_made(name, kind):
-    lm, edit, *_ = made(name, kind)
+    lm, edit = made(name, kind).lm, made(name, kind).edit
     record, given = edit.record, editor(name, lm)
     assert record.recipe["layers"] == [1, 2] and record.recipe["target"]["steps"] == 3
     assert record.recipe["metric"]["part"] == type(given.metric).__name__ and (record.recipe["refine"] is None) == (
@@ -252,7 +206,7 @@ def test_the_record_tells_what_was_planned_and_what_is_realized(name, kind):
     """Norms of R and R B at each layer, and the spectrum of B: 1 where the write is exact,
     below where the metric resists.
     """
-    lm, edit, *_ = made(name, kind)
+    lm, edit = made(name, kind).lm, made(name, kind).edit
     given, first, noted = editor(name, lm), solved(name, kind).updates[0], edit.record.layers["1"]
     keys = (
         KeyReader(lm, REQUESTS, edit.record.context_templates, LAYERS[-1], flat=given.context_rule.flat)
@@ -277,47 +231,22 @@ def test_the_record_tells_what_was_planned_and_what_is_realized(name, kind):
         )
 
 
-@both
-@every
-def test_saved_and_loaded_it_is_equal(name, kind, tmp_path):
-    edit = made(name, kind).edit
-    again = Edit.load(edit.save(tmp_path / "e"))
-    assert again.record == edit.record and same(again, edit)
-
-
-@both
-@every
-def test_as_a_lora_adapter_it_gives_the_logits_of_the_edited_model(name, kind, tmp_path):
-    from peft import PeftModel
-
-    lm, edit, *_ = made(name, kind)
-    if thin(name):
-        assert edit.to_peft(tmp_path / "lora") == dict.fromkeys(edit.modules, 0.0)
-    else:
-        with pytest.raises(ParameterError, match="are dense, an adapter is thin: pass rank"):
-            edit.to_peft(tmp_path / "lora")
-        assert not (tmp_path / "lora").exists()
-        shares = [edit.to_peft(tmp_path / "lora", rank).values() for rank in (1, 8, min(lm.shape(edit.modules[0])))]
-        assert all(a > b > c for a, b, c in zip(*shares, strict=True)) and max(shares[-1]) < 1e-12
-    with warnings.catch_warnings():
-        # peft warns of missing or unexpected keys, and of a wrong fan_in_fan_out
-        warnings.simplefilter("error", UserWarning)
-        adapted = PeftModel.from_pretrained(copy.deepcopy(lm.model), tmp_path / "lora")
-    before, lora = logits(lm.model, lm), logits(adapted, lm)
-    with edit.applied(lm):
-        merged = logits(lm.model, lm)
-    assert (merged - before).abs().max() > 1e-4
-    torch.testing.assert_close(lora, merged, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(logits(adapted.merge_and_unload(), lm), merged, rtol=1e-10, atol=1e-10)
-    told = edit if thin(name) else edit.compress(min(lm.shape(edit.modules[0])))[0]  # says what compression dropped
-    assert json.loads((tmp_path / "lora" / "metake.json").read_text())["record"] == json.loads(told.record.to_json())
+@pytest.mark.parametrize("name", [name for name in EVERY if not thin(name)])
+@some
+def test_a_dense_edit_loses_less_as_an_adapter_of_higher_rank(name, kind, tmp_path):
+    m = made(name, kind)
+    with pytest.raises(ParameterError, match="are dense, an adapter is thin: pass rank"):
+        m.edit.to_peft(tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    ranks = (1, 8, min(m.lm.shape(m.edit.modules[0])))
+    shares = [m.edit.to_peft(tmp_path / "lora", rank).values() for rank in ranks]
+    assert all(a > b > c for a, b, c in zip(*shares, strict=True)) and max(shares[-1]) < 1e-12
 
 
 @both
 @some
-def test_another_base_is_refused(name, kind):
+def test_another_base_is_refused_by_name(name, kind):
     edit, other = made(name, kind).edit, random_model(kind, seed=1)
-    before = fingerprint(other.model)
     for act in (edit.apply, lambda lm: edit.applied(lm).__enter__()):
         with pytest.raises(
             ProvenanceError,
@@ -325,28 +254,15 @@ def test_another_base_is_refused(name, kind):
             rf"{edit.record.weights[edit.modules[0]][:12]}",
         ):
             act(other)
-    assert fingerprint(other.model) == before
     edit.apply(other, check=False)
-    with pytest.raises(ProvenanceError):
-        again = random_model(kind)
-        edit.apply(again)
-        edit.apply(again)  # the base of the second application is the edited model
 
 
 @both
 @some
-def test_zero_requests_change_nothing(name, kind):
-    lm, _, before, _ = made(name, kind)
-    given = editor(name, lm)
-    state = given.init(lm, known(kind))
-    edit, after = given.step(lm, [], state)
-    assert edit.modules == given.paths(lm)
-    assert all(u.rank == 0 and not u.delta.any() and u.delta.shape == lm.shape(u.module) for u in edit.updates)
-    assert (
-        after is state and edit.record.requests == () and edit.record.weights and given.finish(lm, after) is None
-    )
-    with edit.applied(lm):
-        assert fingerprint(lm.model) == before
+def test_zero_requests_cannot_be_exported(name, kind):
+    m = made(name, kind)
+    edit, after = m.editor.step(m.lm, [], m.editor.init(m.lm, m.statistics))
+    assert m.editor.finish(m.lm, after) is None
     with pytest.raises(ParameterError, match="zero requests"):
         edit.to_peft("nowhere")
 
@@ -394,7 +310,7 @@ def test_a_second_batch_remembers_the_first_if_the_method_does(name, kind):
 # What bad input gets
 
 torn = EditRequest("{}fore is a word", "There", "Rome", "torn")
-twin, rival = replace(REQUESTS[0], id="twin"), replace(REQUESTS[0], target="Berlin", id="rival")
+twin = replace(REQUESTS[0], id="twin")
 
 
 def poisoned(lm):
@@ -407,7 +323,6 @@ def poisoned(lm):
 BAD = {
     "subject inside a token": (RequestError, "ends inside the token", {"requests": [*REQUESTS, torn]}),
     "twice": (RequestError, "'twin' is a duplicate of request 'a'", {"requests": [*REQUESTS, twin]}),
-    "contradiction": (RequestError, "'rival' contradicts request 'a'", {"requests": [*REQUESTS, rival]}),
     "no statistics of a layer": (StatisticsError, "no key statistics of layer 3; found \\[1, 2\\]", {"layers": (1, 3)}),
     "other model's statistics": (
         StatisticsError, "dimension 20, the keys of 'random-.*' have .*another model",
@@ -419,7 +334,6 @@ BAD = {
     ),
     "loss not finite": (NumericalError, "not finite at step 0", {"model": poisoned}),
     "a failing solve": (ZeroDivisionError, "second layer", {"solve": ZeroDivisionError}),
-    "an interruption": (KeyboardInterrupt, "second layer", {"solve": KeyboardInterrupt}),
     "quantized weights": (
         ArchitectureError, "quantized",
         {

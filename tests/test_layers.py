@@ -16,8 +16,8 @@ from metake import METHODS
 
 ROOT = Path(metake.__file__).parent
 # Rooms in the order of imports: each may import itself and what stands before it. `report` never runs a model.
-ROOMS = "support data algebra language report scoring editing methods experiments metake commands".split()
-ENTRIES = 14  # of the package's own folder: what a newcomer sees
+ROOMS = "support data algebra language report scoring editing methods experiments testing metake commands".split()
+ENTRIES = 15  # of the package's own folder: what a newcomer sees
 # Lines of at most WIDTH: of a file; of a function's body and of a method's recipe, docstrings not counted.
 FILE, FUNCTION, METHOD, WIDTH = 320, 50, 8, 120
 MUTABLE = ("dict", "list", "set", "defaultdict", "Counter", "deque", "OrderedDict")

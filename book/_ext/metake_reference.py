@@ -48,6 +48,7 @@ GROUPS = {
     "Edits from gradients": ("GradientEditor", "GradientRule", "train", "Training"),
     "Measure": ("evaluate", "Evaluation", "recall", "diagnose"),
     "Architectures": ("ARCHITECTURES", "Architecture"),
+    "Methods and models of one's own": ("testing",),
     "Errors": (
         "MetakeError", "RequestError", "ArchitectureError", "StatisticsError", "ProvenanceError", "NumericalError",
         "ParameterError"
@@ -206,13 +207,14 @@ def entry(name: str) -> nodes.section:
     thing = getattr(mk, name)
     where = f"In `{thing.__module__.replace('.', '/')}.py`." if hasattr(thing, "__module__") else ""
     if inspect.ismodule(thing):
+        found = {f"`methods.{n}`": f for n, f in mk.METHODS.items()}
+        if thing is mk.testing:
+            found = {f"`{f.__name__}`": f for f in (thing.check_editor, thing.check_model)} | thing.CHECKS
         content = [
             *described(thing.__doc__),
-            table(
-                ["name", "what"], [[f"`methods.{n}`", " ".join(f.__doc__.split())] for n, f in mk.METHODS.items()],
-                [20, 80]
-            ),
-        ]
+            table(["name", "what"], [[n, " ".join(f.__doc__.partition("\n\n")[0].split())] for n, f in found.items()],
+                  [20, 80]),
+        ]  # fmt: skip
     elif isinstance(thing, dict):
         content = [paragraph("A dictionary of " + ", ".join(f"`{key}`" for key in thing) + ".")]
     else:

@@ -1,6 +1,7 @@
 """The command line: each sub-command parses, calls one library function, and prints what it gives.
 
-A user's mistake ends with exit code 2, an interruption with 130, and both with one line that says what to do next.
+A user's mistake ends with exit code 2, an interruption with 130, and both with one line that says what to do next; a
+failed check of a model with 1.
 A command imports what it needs when it runs: a help, a list and a mistyped word wait for no model's machinery.
 """
 
@@ -149,6 +150,19 @@ def _layers(args: argparse.Namespace) -> None:
     )))  # fmt: skip
 
 
+def _check(args: argparse.Namespace) -> int:
+    from metake.experiments.contract import check_model
+
+    found = check_model(args.model, args.method, args.dtype, args.device, args.text, args.text_tokens, args.seed)
+    print(found)
+    if args.json:
+        from metake.support.storage import write_file
+
+        write_file(args.json, found.to_json() + "\n")
+        _wrote(args.json)
+    return 0 if found.passed else 1
+
+
 def _fetch(args: argparse.Namespace) -> None:
     from metake.language import assets
 
@@ -234,6 +248,10 @@ COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
         "layers", _layers, options.layers_options,
         "which layers of a model to edit: try windows of them, and print a recipe to paste"
     ),
+    (
+        "check", _check, options.check_options,
+        "does a model keep the contract: edited, restored to the bit, saved, exported; exit code 1 if not"
+    ),
     ("stats", _stats, options.stats_options, "key statistics of a model: tokens, spectrum, rank of the null space"),
     ("fetch", _fetch, options.fetch_options, "download a real model once, checksum verified"),
     (
@@ -259,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 on success, 2 on a user's mistake, 130 if interrupted."""
+    """Run one command. Returns 0 on success, 1 if a check failed, 2 on a user's mistake, 130 if interrupted."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt to reach the hub
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
@@ -268,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(arguments)
         with _recipe(args), _repeatable(args):
-            args.call(args)
+            code = args.call(args) or 0
         sys.stdout.flush()
     except MetakeError as error:
         return _complain(f"error: {error}", 2)
@@ -286,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         goes_on = GO_ON.get(getattr(args, "command", ""), "")
         told = f"; the same command goes on after the last {goes_on}" if goes_on else ""
         return _complain(f"interrupted{told}", 130)
-    return 0
+    return code
 
 
 def _recipe(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:

@@ -224,6 +224,12 @@ def layers_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(method="alphaedit", seed=1)
 
 
+def check_options(parser: argparse.ArgumentParser) -> None:
+    recipe_options(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the table there too")
+    model_options(parser, positional=True)
+
+
 def fetch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m", help="default: %(default)s")
     parser.add_argument(

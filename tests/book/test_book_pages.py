@@ -21,6 +21,7 @@ from metake.commands import cli
 from metake.data.facts import facts
 from metake.editing import recipes
 from metake.editing.statistics import statistics
+from metake.experiments import contract
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
@@ -174,7 +175,7 @@ def test_a_method_and_a_model_are_added_as_the_page_says(monkeypatch):
     monkeypatch.setattr(mk, "facts", lambda limit: facts(limit=min(limit, 2)))
     monkeypatch.delitem(mk.ARCHITECTURES, "codegen", raising=False)
     blocks = re.findall(r"```python\n(.*?)```", (BOOK / "extend.md").read_text("utf-8"), re.DOTALL)
-    method, used, own, slopes, row, closest = blocks
+    method, used, own, slopes, row, closest, asked = blocks
     names: dict = {}
     exec(compile(method, "extend.md", "exec"), names)  # noqa: S102
     assert len(re.search(r"def sparse.*", method, re.DOTALL)[0].splitlines()) <= 8
@@ -197,6 +198,10 @@ def test_a_method_and_a_model_are_added_as_the_page_says(monkeypatch):
     del mk.ARCHITECTURES["codegen"]  # not by monkeypatch, which would put it back
     exec(compile(closest, "extend.md", "exec"), names)  # noqa: S102
     assert names["editor"].layers == (4, 5, 6)
+    monkeypatch.setattr(contract, "load", stand_in)
+    monkeypatch.setattr(contract, "ASKED", 1)
+    exec(compile(asked, "extend.md", "exec"), names)  # noqa: S102
+    assert len(names["report"].results) == len(mk.testing.CHECKS)
 
 
 def edit_layer(edit):

@@ -93,7 +93,8 @@ def test_every_public_name_is_what_its_module_has():
     homes, public = stub()
     assert sorted(public) == sorted(homes) == sorted(mk.__all__) == sorted(dir(mk))
     for name, home in homes.items():
-        assert getattr(mk, name) is (getattr(importlib.import_module(f"metake.{home}"), name) if home else methods)
+        module = importlib.import_module(f"metake.{home or name}")
+        assert getattr(mk, name) is (getattr(module, name) if home else module)
 
 
 def test_a_notebook_completes_the_public_names():
