@@ -27,7 +27,7 @@ SOURCES := $(shell find metake results -type f ! -name '*.pyc' ! -path 'results/
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book pages html test processors browser pdf zip notebooks record fetch clean distclean gpu gpu-import grid
+.PHONY: help setup book pages html test processors torture browser pdf zip notebooks record fetch clean distclean gpu gpu-import grid
 
 help:  ## this list
 	@echo "make <target>"
@@ -53,6 +53,9 @@ test: $(STAMP)  ## unit, contract and notebook tests
 
 processors: $(STAMP)  ## tests and pages under other instruction sets and orders of summation (ARGS="scalar -- notebooks --nbval")
 	$(BIN)/python tools/processors.py $(ARGS)
+
+torture: $(STAMP)  ## hours: 200 kills, 50,000 damaged files, sequences of actions, every mistake of tests/mutants.py (ARGS="--scale 0.1")
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tools/torture.py $(ARGS)
 
 browser: $(STAMP)  ## check every page of the built book in a headless Chromium (after `make html`)
 	METAKE_BROWSER=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser -n 2 --dist loadgroup
