@@ -43,7 +43,7 @@ from metake.experiments.export import served
 from metake.experiments.kept import kept
 from metake.experiments.runs import RunConfig, open_run
 from metake.language import assets
-from metake.scoring.tasks import read_items
+from metake.experiments.studies.items import read_items
 from metake.support import storage
 from metake.support.errors import MetakeError
 from metake.support.storage import save_tensors, write_file

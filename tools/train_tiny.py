@@ -30,8 +30,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import metake as mk
 from metake.data.facts import facts_records, prose, reference_texts, rendered_sentences
-from metake.scoring.answers import answer
-from metake.scoring.tasks import TASKS, lessons, measures, read_items
+from metake.experiments.studies.answers import answer
+from metake.experiments.studies.items import measures, read_items
+from metake.scoring.tasks import TASKS, lessons
 
 VOCABULARY, WIDTH, INNER, BLOCKS, HEADS, CONTEXT = 3072, 128, 768, 6, 4, 128
 SEED, STEPS, ROWS, LENGTH, RATE = 0, 3000, 32, 48, 2e-3

@@ -78,7 +78,7 @@ def record(
 
     counterfact, zsre: files of records (default: the embedded facts); text, tokens: of the key statistics; edits:
     cases of a run, and a tenth of a stream's;
-    tasks: data of the general-ability tasks (`tasks.read_items`), without which that recording is left out;
+    tasks: data of the general-ability tasks (`items.read_items`), without which that recording is left out;
     scale: of the named recordings, the numbers of `scales.SCALES` instead of these; out: a folder instead of results/,
     with what is finished of an unfinished one in `out`/work: several processes may then record side by side.
     """

@@ -17,8 +17,9 @@ from metake import report
 from metake.editing.statistics import statistics
 from metake.experiments import record
 from metake.experiments.studies import general_ability as page
-from metake.experiments.studies import revisions
-from metake.scoring import answers, tasks
+from metake.experiments.studies import answers, revisions
+from metake.experiments.studies import items as asking
+from metake.scoring import tasks
 from metake.support.errors import ParameterError
 
 SETTINGS = {
@@ -61,7 +62,7 @@ def test_a_point_is_what_the_edited_model_answers(records):
     items = [
         (t, i)
         for t in map(tasks.task, ("sst2", "mmlu"))
-        for i in tasks.asked(tasks.read_items("facts", t.file), t, 3, edited=[c.request.subject for c in stream])
+        for i in asking.asked(asking.read_items("facts", t.file), t, 3, edited=[c.request.subject for c in stream])
     ]
     with lm.scratch([lm.write_path(layer) for layer in editor.layers]):
         for batch in (stream[:2], stream[2:]):

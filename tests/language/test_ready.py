@@ -16,7 +16,7 @@ from metake.editing.hypergradient import Hypergradient
 from metake.editing.keys import KeyReader
 from metake.experiments.measured import edited_losses
 from metake.language.generation import sample
-from metake.scoring.answers import answer
+from metake.experiments.studies.answers import answer
 from metake.support.errors import ParameterError
 
 CASES = cases(("neighborhood", "There "))

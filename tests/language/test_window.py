@@ -10,9 +10,9 @@ from metake import EditRequest, RequestError
 from metake.data.requests import Cases, EditCase, Probe
 from metake.experiments.cases import OPENING, TOO_LONG, select
 from metake.language.capture import Places
+from metake.language.generation import _aligned, _written
 from metake.language.prefixes import Prefixed, Split
 from metake.language.tokens import encode, pad, prompted
-from metake.scoring.answers import _continue
 from metake.scoring.evaluation import evaluate, read
 
 WINDOW = 128
@@ -31,8 +31,8 @@ def test_rows_that_fit_alone_fit_together_whatever_they_share(kind):
     rows, cuts = [tokens(105), tokens(103, 1), tokens(WINDOW, 2)], [100, 3, 60]
     run = Prefixed(lm, rows, cuts)
     assert run.tail.mask.shape[1] > WINDOW
-    last = torch.tensor([len(row) - cut - 1 for row, cut in zip(rows, cuts, strict=True)])
-    found = run.logits(-1, Split(None, None), Places.of(torch.arange(3), last, run.tail.ids.shape[1]))
+    last = [len(row) - cut - 1 for row, cut in zip(rows, cuts, strict=True)]
+    found = run.logits(-1, Split(None, None), Places.of(range(3), last, run.tail.ids.shape[1], lm.device))
     for row, logits in zip(rows, found, strict=True):
         torch.testing.assert_close(logits, lm.model(torch.tensor([row])).logits[0, -1])
 
@@ -41,9 +41,14 @@ def test_rows_that_fit_alone_fit_together_whatever_they_share(kind):
 def test_rows_that_end_in_one_column_fit_together():
     lm = random_model("gpt2")
     rows = [tuple(tokens(120)), tuple(tokens(6, 1))]
-    together = _continue(lm, rows, 8)[0]
+
+    def written(*rows):
+        steps = _written(lm, _aligned(rows, lm.device), 8, lambda logits, _: logits.argmax(-1, keepdim=True))
+        return torch.cat([new for new, _ in steps], 1)
+
+    together = written(*rows)
     for row, new in zip(rows, together, strict=True):
-        assert torch.equal(_continue(lm, [row], 8)[0][0], new)
+        assert torch.equal(written(row)[0], new)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

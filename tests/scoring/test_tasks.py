@@ -28,9 +28,10 @@ from metake.experiments.studies.harness import harness
 from metake.language.model import load
 from metake.language.tokens import continuation, encode
 from metake.scoring import tasks
-from metake.scoring.answers import answer
+from metake.experiments.studies.answers import answer
 from metake.scoring.evaluation import read
-from metake.scoring.tasks import INVALID, RESERVED, TASKS, asked, measures, read_items, task
+from metake.experiments.studies.items import RESERVED, asked, measures, read_items
+from metake.scoring.tasks import INVALID, TASKS, task
 from metake.support.errors import ParameterError, RequestError
 
 ITEMS = {
@@ -342,7 +343,7 @@ def test_one_token_candidates_need_no_pass_of_their_own(monkeypatch):
     single = [w for w in words if w and len(lm.tokenizer(f"is {w}")["input_ids"]) == stem + 1][:3]
     assert len(single) == 3
     expected = [r.log_p for r in read(lm, [("The capital", c) for c in single])]
-    monkeypatch.setattr("metake.scoring.answers.read", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("metake.experiments.studies.answers.read", lambda *_: pytest.fail("read again"))
     [found] = answer(lm, [("The capital", single)])
     assert found.log_p == pytest.approx(expected, abs=1e-9)
 

@@ -23,7 +23,7 @@ from metake.editing.keys import KeyReader
 from metake.editing.outer import LastLayer
 from metake.language.generation import sample
 from metake.language.tokens import continued, pad
-from metake.scoring.answers import answer
+from metake.experiments.studies.answers import answer
 from metake.scoring.evaluation import read
 
 CONTEXTS = ("{}", "So it is. {}")

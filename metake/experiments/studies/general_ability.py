@@ -15,14 +15,15 @@ import pandas as pd
 
 from metake.experiments.cases import read_cases
 from metake.experiments.decision import all_of, any_of, for_and_against, interval, opposite, undecided
+from metake.experiments.studies.answers import LENGTH, answer
 from metake.experiments.studies.comparison import labelled
+from metake.experiments.studies.items import MEASURES, asked, measures, read_items
 from metake.experiments.studies.revisions import plan
 from metake.experiments.studies.streams import along
 from metake.language.model import LanguageModel, load
 from metake.report.studies.comparison import signed
 from metake.report.style import style
-from metake.scoring.answers import LENGTH, answer
-from metake.scoring.tasks import INVALID, MEASURES, READINGS, TASKS, Task, asked, measures, read_items, task
+from metake.scoring.tasks import INVALID, READINGS, TASKS, Task, task
 from metake.support.errors import ParameterError, near_misses
 
 KINDS = {"generated": "what the model writes", "probable": "the more probable of the answers to choose from"}
@@ -50,7 +51,7 @@ def general_ability(
 ) -> pd.DataFrame:
     """`tests` items of every task, asked before editing and after every `every` edits of one stream per method.
 
-    tasks: see `tasks.read_items`; names: which of them; reading: "corrected" or "parity", see `metake.scoring.tasks`;
+    tasks: see `items.read_items`; names: which of them; reading: "corrected" or "parity", see `metake.scoring.tasks`;
     data, seed: of the stream (`revisions.plan`); out: folder in which every point is kept, and not asked again; None:
     a temporary one.
 

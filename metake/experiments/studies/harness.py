@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from metake.language.model import LanguageModel
-from metake.scoring.tasks import TASKS, Task, asked, read_items, task
+from metake.experiments.studies.items import asked, read_items
+from metake.scoring.tasks import TASKS, Task, task
 from metake.support.errors import ParameterError
 
 
@@ -24,7 +25,7 @@ def harness(
 ) -> dict[str, float]:
     """Accuracy in percent per task, of `lm` as it is now, by `lm_eval.simple_evaluate` on local data alone.
 
-    Arguments: as in `tasks.read_items` and `tasks.asked`. Raises ParameterError if lm-eval is not installed.
+    Arguments: as in `items.read_items` and `items.asked`. Raises ParameterError if lm-eval is not installed.
     """
     try:
         from lm_eval import simple_evaluate
