@@ -156,9 +156,7 @@ def _check(args: argparse.Namespace) -> int:
     found = check_model(args.model, args.method, args.dtype, args.device, args.text, args.text_tokens, args.seed)
     print(found)
     if args.json:
-        from metake.support.storage import write_file
-
-        write_file(args.json, found.to_json() + "\n")
+        found.save(args.json)
         _wrote(args.json)
     return 0 if found.passed else 1
 
@@ -248,10 +246,7 @@ COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
         "layers", _layers, options.layers_options,
         "which layers of a model to edit: try windows of them, and print a recipe to paste"
     ),
-    (
-        "check", _check, options.check_options,
-        "does a model keep the contract: edited, restored to the bit, saved, exported; exit code 1 if not"
-    ),
+    ("check", _check, options.check_options, "does a model keep every promise of an edit; exit code 1 if not"),
     ("stats", _stats, options.stats_options, "key statistics of a model: tokens, spectrum, rank of the null space"),
     ("fetch", _fetch, options.fetch_options, "download a real model once, checksum verified"),
     (

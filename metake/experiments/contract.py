@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from metake import methods
@@ -20,6 +21,7 @@ from metake.experiments.subject import BrokenPromise, NotAsked, Subject
 from metake.language.model import LanguageModel, load
 from metake.support.errors import MetakeError, ParameterError
 from metake.support.progress import progress
+from metake.support.storage import write_file
 
 ASKED, KEYS = 4, 4  # facts that a check edits; tokens of text for each dimension of a key
 
@@ -48,6 +50,10 @@ class Report:
         return "\n".join(
             f"{r.verdict:<9}  {r.check:<{wide}}  {r.seconds:6.1f} s  {' '.join(r.reason.split())}" for r in self.results
         )
+
+    def save(self, file: str | Path) -> None:
+        """Write the table as JSON."""
+        write_file(file, self.to_json() + "\n")
 
     def to_json(self) -> str:
         return json.dumps({"passed": self.passed, "checks": [r._asdict() for r in self.results]}, indent=1)
