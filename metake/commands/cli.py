@@ -223,40 +223,22 @@ def _figure(args: argparse.Namespace) -> None:
 
 GO_ON = {"run": "finished batch", "record": "finished batch", "train": "checkpoint"}
 """After what an interrupted command goes on, if it is given again."""
-COMMANDS: tuple[tuple[str, Callable, Callable, str], ...] = (
-    ("methods", _methods, lambda parser: None, "list the methods: name, equation, source"),
-    ("edit", _edit, options.edit_options, "edit one fact and show what changed"),
-    ("run", _run, options.run_options, "edit many facts in sequential batches and evaluate them; resumable"),
-    ("train", _train, options.train_options, "train an editor of the gradient family; goes on where it stopped"),
-    ("eval", _eval, options.eval_options, "evaluate a run's saved edits again"),
-    ("export", _export, options.export_options, "write a run's total edit as a LoRA adapter, an edit or a whole model"),
-    (
-        "diagnose", _diagnose, options.diagnose_options,
-        "before editing: association, attenuation and feasible interval per request"
-    ),
-    (
-        "bench", _bench, options.bench_options,
-        "time the stages of one batch of edits; beside the literal path, if asked"
-    ),
-    (
-        "plan", _plan, options.plan_options,
-        "memory, operations and seconds of a run, before a model is loaded or even here"
-    ),
-    (
-        "layers", _layers, options.layers_options,
-        "which layers of a model to edit: try windows of them, and print a recipe to paste"
-    ),
-    ("check", _check, options.check_options, "does a model keep every promise of an edit; exit code 1 if not"),
-    ("stats", _stats, options.stats_options, "key statistics of a model: tokens, spectrum, rank of the null space"),
-    ("fetch", _fetch, options.fetch_options, "download a real model once, checksum verified"),
-    (
-        "figure", _figure, options.figure_options,
-        "run one page of the book with other parameters, into a folder of its own"
-    ),
-    (
-        "record", _record, options.record_options,
-        "make the recorded runs of a model that are missing; goes on where it stopped"
-    ),
+COMMANDS: tuple[tuple[str, Callable, str], ...] = (
+    ("methods", _methods, "list the methods: name, equation, source"),
+    ("edit", _edit, "edit one fact and show what changed"),
+    ("run", _run, "edit many facts in sequential batches and evaluate them; resumable"),
+    ("train", _train, "train an editor of the gradient family; goes on where it stopped"),
+    ("eval", _eval, "evaluate a run's saved edits again"),
+    ("export", _export, "write a run's total edit as a LoRA adapter, an edit or a whole model"),
+    ("diagnose", _diagnose, "before editing: association, attenuation and feasible interval per request"),
+    ("bench", _bench, "time the stages of one batch of edits; beside the literal path, if asked"),
+    ("plan", _plan, "memory, operations and seconds of a run, before a model is loaded or even here"),
+    ("layers", _layers, "which layers of a model to edit: try windows of them, and print a recipe to paste"),
+    ("check", _check, "does a model keep every promise of an edit; exit code 1 if not"),
+    ("stats", _stats, "key statistics of a model: tokens, spectrum, rank of the null space"),
+    ("fetch", _fetch, "download a real model once, checksum verified"),
+    ("figure", _figure, "run one page of the book with other parameters, into a folder of its own"),
+    ("record", _record, "make the recorded runs of a model that are missing; goes on where it stopped"),
 )
 
 
@@ -264,10 +246,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="metake", description="Knowledge editing in one formula: an edit is R·M.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"metake {mk.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for name, call, add_options, text in COMMANDS:
+    for name, call, text in COMMANDS:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        add_options(sub)
         sub.set_defaults(call=call)
+        if name != "methods":
+            getattr(options, f"{name}_options")(sub)
     return parser
 
 

@@ -105,6 +105,13 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     device_option(parser)
 
 
+def _counts(parser: argparse.ArgumentParser, **asked: tuple[int, str]) -> None:
+    """Whole numbers from 1 on, each with its default and what it is."""
+    for name, (default, what) in asked.items():
+        flag, told = f"--{name.replace('_', '-')}", f"{what}; default: %(default)s"
+        parser.add_argument(flag, type=_COUNT, default=default, metavar="N", help=told)
+
+
 def device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", help="where to compute, as torch names it, or auto: spread over all GPUs; default: the best at hand"
@@ -149,7 +156,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
         help="folder of the run; one that was begun with the same settings is gone on with"
     )
     data_options(parser, 100)
-    parser.add_argument("--batch", type=_COUNT, default=20, metavar="N", help="edits a batch; default: %(default)s")
+    _counts(parser, batch=(20, "edits a batch"))
     parser.add_argument("--generate", action="store_true", help="also fluency and consistency (slow)")
     chat_option(parser, "edit and evaluate")
     editor_option(parser)
@@ -250,14 +257,8 @@ def record_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", default="embedded", metavar="SOURCE", help="text of the key statistics; default: %(default)s"
     )
-    parser.add_argument(
-        "--text-tokens", type=_COUNT, default=100_000, metavar="N", help="of it at most; default: %(default)s"
-    )
-    parser.add_argument(
-        "--edits", type=_COUNT, default=100, metavar="N",
-        help="cases a run, a tenth of a stream's; default: %(default)s"
-    )
-    parser.add_argument("--batch", type=_COUNT, default=100, metavar="N", help="edits a batch; default: %(default)s")
+    edits, batch = (100, "cases a run, a tenth of a stream's"), (100, "edits a batch")
+    _counts(parser, text_tokens=(100_000, "of it at most"), edits=edits, batch=batch)
     parser.add_argument("--seeds", type=_SEED, nargs="+", default=[0], metavar="N", help="one run each; default: 0")
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="make these recordings again; default: those that are missing"
@@ -277,22 +278,14 @@ def record_options(parser: argparse.ArgumentParser) -> None:
 
 def bench_options(parser: argparse.ArgumentParser) -> None:
     data_options(parser, 100)
-    parser.add_argument(
-        "--steps", type=_COUNT, default=25, metavar="N",
-        help="of Stage I, none left out by an early stop; default: %(default)s"
+    _counts(
+        parser, steps=(25, "of Stage I, none left out by an early stop"),
+        rounds=(1, "repetitions, of which medians are told")
     )
-    parser.add_argument(
-        "--literal", type=_COUNT, nargs="?", const=4, default=0, metavar="K",
-        help="in a checkout: also time the literal path on K requests; default K: 4"
-    )
-    parser.add_argument(
-        "--random-weights", action="store_true",
-        help="a model of this name's size with random weights; nothing is downloaded"
-    )
-    parser.add_argument(
-        "--rounds", type=_COUNT, default=1, metavar="N",
-        help="repetitions, of which medians are told; default: %(default)s"
-    )
+    literal = "in a checkout: also time the literal path on K requests; default K: 4"
+    parser.add_argument("--literal", type=_COUNT, nargs="?", const=4, default=0, metavar="K", help=literal)
+    drawn = "a model of this name's size with random weights; nothing is downloaded"
+    parser.add_argument("--random-weights", action="store_true", help=drawn)
     parser.add_argument("--json", metavar="FILE", help="write the whole result there")
     recipe_options(parser)
     model_options(parser)
@@ -302,8 +295,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
 def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a size that is known (llama3-8b, gpt2-xl, …) or a folder with a config.json")
     parser.add_argument("--method", type=_method, default="metake", help="see: metake methods; default: %(default)s")
-    parser.add_argument("--edits", type=_COUNT, default=2000, metavar="N", help="of the run; default: %(default)s")
-    parser.add_argument("--batch", type=_COUNT, default=100, metavar="N", help="edits a batch; default: %(default)s")
+    _counts(parser, edits=(2000, "of the run"), batch=(100, "edits a batch"))
     parser.add_argument("--dtype", choices=DTYPES, default="float32", metavar="DTYPE", help="default: %(default)s")
     for name, what in (
         ("memory", "of the device in GB: micro-batches are halved until it suffices; default: the method's"),

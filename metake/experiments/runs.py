@@ -257,10 +257,8 @@ def _load_batch(folder: Path, batch: list[EditRequest], state: EditorState, devi
         ("key statistics", edit.record.statistics_digest, state.statistics_digest),
     ):
         if found != expected:
-            raise ProvenanceError(
-                f"{folder} holds the edit of other {what} than this run's; the data, text or model has changed: "
-                "choose another folder"
-            )
+            told = f"{folder} holds the edit of other {what} than this run's"
+            raise ProvenanceError(f"{told}; the data, text or model has changed: choose another folder")
     with reading(folder, "of another run", "remove it to compute it again"):
         keys = {int(k): t.to(device) for k, t in load_tensors(folder / "keys.safetensors")[0].items()}
         return edit, replace(state.after(edit, keys, len(batch)), contexts=edit.record.context_templates)
@@ -291,9 +289,8 @@ def open_run(folder: str | Path) -> tuple[RunConfig, SavedEdits]:
     config = RunConfig(**_read_config(folder))
     edits = SavedEdits((*sorted((folder / "batches").glob("[0-9]*")), *folder.glob("finish")))
     if not edits:
-        raise ParameterError(
-            f"{folder} has no finished batch yet; go on with: metake run --out {folder} and the same settings"
-        )
+        go_on = f"metake run --out {folder} and the same settings"
+        raise ParameterError(f"{folder} has no finished batch yet; go on with: {go_on}")
     return config, edits
 
 
