@@ -82,16 +82,15 @@ def _show(found: Evaluation) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from metake.experiments import processes
-    from metake.experiments.runs import RunConfig, run
+    from metake.experiments import processes, runs
 
     processes.begin()
-    config = RunConfig(
+    config = runs.RunConfig(
         args.model, args.method, args.data, args.edits, args.batch, args.seed, args.text, args.text_tokens, args.dtype,
         args.generate, _own_editor(args), recipe=args.recipe, layers=args.layers and sorted({*args.layers}),
         chat=args.chat
     )
-    result = run(config, args.out, args.device)
+    result = runs.run(config, args.out, args.device)
     if not processes.place()[0]:  # of several one tells
         _show(result)
         print(f"wrote {args.out}")

@@ -113,9 +113,7 @@ def _counts(parser: argparse.ArgumentParser, **asked: tuple[int, str]) -> None:
 
 
 def device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", help="where to compute, as torch names it, or auto: spread over all GPUs; default: the best at hand"
-    )
+    parser.add_argument("--device", help="as torch names it, or auto: spread over all GPUs; default: the best at hand")
 
 
 def data_options(parser: argparse.ArgumentParser, edits: int) -> None:
@@ -271,9 +269,7 @@ def record_options(parser: argparse.ArgumentParser) -> None:
         "--scale", choices=("paper", "tiny"), metavar="SCALE",
         help="take the numbers of the paper (or, small, of tiny) for the recordings of --only; default: those above"
     )
-    parser.add_argument(
-        "--out", metavar="DIR", help="write there, beside what is unfinished; default: results/, and runs/ for that"
-    )
+    parser.add_argument("--out", metavar="DIR", help="where to, also what is unfinished; default: results/ and runs/")
 
 
 def bench_options(parser: argparse.ArgumentParser) -> None:

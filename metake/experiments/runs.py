@@ -35,14 +35,14 @@ from metake.experiments.cases import PARTS, part_of, read_cases, select
 from metake.experiments.former import same_statistics
 from metake.experiments.made import of_model
 from metake.experiments.processes import divided, first, place, planned_together
-from metake.experiments.saved import SavedEdits
+from metake.experiments.saved import SavedEdits, save_batch
 from metake.language.chat import chat
 from metake.language.model import LanguageModel, load
 from metake.scoring.evaluation import CaseScore, Evaluation, evaluate, require_prompts
 from metake.support.errors import ParameterError, ProvenanceError, near_misses
 from metake.support.machine import peak_memory, versions
 from metake.support.progress import progress
-from metake.support.storage import atomic_path, held, load_tensors, read_json, reading, save_tensors, write_file
+from metake.support.storage import held, load_tensors, read_json, reading, write_file
 
 log = logging.getLogger("metake")
 
@@ -236,17 +236,11 @@ def _batch(
         planned = shared.plan(lm, editor, state, batch) if shared else planned_together(lm, editor, batch, state)
         edit, after = editor.step(lm, batch, state, planned=planned)
         if folder:
-            first(lambda: _save_batch(folder, edit, after))
+            first(lambda: save_batch(folder, edit, after.keys))
             if there := place()[1] > 1:
                 edit, after = _load_batch(folder, batch, state, lm.device)
     edit.apply(lm, check=there)  # else it was made on this very model
     return edit, after
-
-
-def _save_batch(folder: Path, edit: Edit, after: EditorState) -> None:
-    with atomic_path(folder) as temporary:
-        edit.save(temporary)
-        save_tensors({str(i): k for i, k in after.keys.items()}, temporary / "keys.safetensors")
 
 
 def _load_batch(folder: Path, batch: list[EditRequest], state: EditorState, device: Any) -> tuple[Edit, EditorState]:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from metake.algebra.update import Edit, EditRecord
+from metake.support.storage import atomic_path, save_tensors
+
+
+def save_batch(folder: Path, edit: Edit, keys: Mapping[int, Tensor]) -> None:
+    """One batch's edit, and the keys that the next ones must remember, whole or not at all."""
+    with atomic_path(folder) as temporary:
+        edit.save(temporary)
+        save_tensors({str(i): k for i, k in keys.items()}, temporary / "keys.safetensors")
 
 
 @dataclass(frozen=True)
