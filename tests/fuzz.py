@@ -42,8 +42,8 @@ from metake.experiments.cases import read_cases
 from metake.experiments.export import served
 from metake.experiments.kept import kept
 from metake.experiments.runs import RunConfig, open_run
-from metake.language import assets
 from metake.experiments.studies.items import read_items
+from metake.language import assets
 from metake.support import storage
 from metake.support.errors import MetakeError
 from metake.support.storage import save_tensors, write_file

@@ -322,7 +322,7 @@ def made(mutation: Mutation, root: Path):
         file.write_text(source, "utf-8")
 
 
-def tested(root: Path, *tests: str, seconds: int = 300) -> tuple[int, str]:
+def run_tests(root: Path, *tests: str, seconds: int = 300) -> tuple[int, str]:
     """pytest on tests of a copy, up to the first failure: its exit code, and what it said.
 
     In a copy of this process, which has torch loaded already: only what belongs to the project is imported again.

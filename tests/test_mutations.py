@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from mutants import MUTATIONS, PAGES, ROOT, checkout, compared, made, tested
+from mutants import MUTATIONS, PAGES, ROOT, checkout, compared, made, run_tests
 
 ROOMS = set("support data algebra language report scoring editing methods.py experiments commands".split())
 SAMPLE = MUTATIONS[3::12]
@@ -28,7 +28,7 @@ def test_there_are_mistakes_in_every_room_and_each_has_its_place_and_its_test():
 @pytest.mark.parametrize("mutation", SAMPLE, ids=lambda m: m.what)
 def test_a_mistake_fails_the_test_that_is_named(mutation, copied):
     with made(mutation, copied):
-        code, said = tested(copied, mutation.test)
+        code, said = run_tests(copied, mutation.test)
     assert code == 1 and re.search(r"^(FAILED|ERROR) ", said, re.MULTILINE), said[-3000:]
 
 

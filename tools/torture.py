@@ -86,7 +86,7 @@ def mutations(folder: Path, scale: float) -> str:
     chosen = mutants.MUTATIONS[:: max(1, round(1 / scale))]
     for mutation in chosen:
         with mutants.made(mutation, root):
-            code, said = mutants.tested(root, mutation.test)
+            code, said = mutants.run_tests(root, mutation.test)
         print(f"  {'noticed' if code == 1 else 'MISSED'}: {mutation.what}", flush=True)
         missed += [] if code == 1 else [mutation.what]
     for mutation in mutants.PAGES if scale >= 1 else ():

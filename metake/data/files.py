@@ -17,7 +17,6 @@ from typing import Any
 
 from metake.data.requests import Cases, EditCase, EditRequest, Probe, unspaced, whole_number
 from metake.support.errors import ParameterError, RequestError, near_misses
-from metake.support.storage import reading
 
 _JOINERS = ("\u200c", "\u200d")  # zero-width, inside words
 _QUESTIONS = ("?", "？", "؟")
@@ -280,6 +279,8 @@ def _common(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _load(path: str | Path) -> list:
+    from metake.support.storage import reading  # loads torch, for which a list of layouts does not wait
+
     wanted = "one JSON list of records, or one record a line, in UTF-8: pass the path of such a file"
     with reading(path, "cannot be read", f"expected {wanted}, or use facts() for the embedded set", RequestError):
         found = list(_values(Path(path).read_text(encoding="utf-8-sig")))

@@ -11,8 +11,8 @@ import metake as mk
 from metake.editing.hypergradient import Hypergradient
 from metake.editing.keys import KeyReader
 from metake.experiments.measured import edited_losses
-from metake.language.generation import sample
 from metake.experiments.studies.answers import answer
+from metake.language.generation import sample
 from metake.scoring.evaluation import read
 from metake.support.errors import NumericalError, StatisticsError
 

@@ -16,8 +16,8 @@ import metake as mk
 from metake import report
 from metake.editing.statistics import statistics
 from metake.experiments import record
-from metake.experiments.studies import general_ability as page
 from metake.experiments.studies import answers, revisions
+from metake.experiments.studies import general_ability as page
 from metake.experiments.studies import items as asking
 from metake.scoring import tasks
 from metake.support.errors import ParameterError

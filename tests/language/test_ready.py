@@ -15,8 +15,8 @@ from metake.editing.gradient.network import Network
 from metake.editing.hypergradient import Hypergradient
 from metake.editing.keys import KeyReader
 from metake.experiments.measured import edited_losses
-from metake.language.generation import sample
 from metake.experiments.studies.answers import answer
+from metake.language.generation import sample
 from metake.support.errors import ParameterError
 
 CASES = cases(("neighborhood", "There "))

@@ -20,9 +20,9 @@ import metake as mk
 from metake import EditRequest, RequestError
 from metake.data.requests import EditCase, Probe, told
 from metake.editing.gradient.training import outer_rows
+from metake.experiments.studies.answers import answer
 from metake.language.generation import sample
 from metake.language.tokens import Rows, continuation, encode, locate, prompted, rewriting_rows, seam
-from metake.experiments.studies.answers import answer
 from metake.scoring.evaluation import evaluate, read, recall
 
 CONTEXTS = ("{}", "The weather was fine. {}")

@@ -24,13 +24,13 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from metake.data import fact_tasks
 from metake.data.facts import facts_records, rendered_sentences
+from metake.experiments.studies.answers import answer
 from metake.experiments.studies.harness import harness
+from metake.experiments.studies.items import RESERVED, asked, measures, read_items
 from metake.language.model import load
 from metake.language.tokens import continuation, encode
 from metake.scoring import tasks
-from metake.experiments.studies.answers import answer
 from metake.scoring.evaluation import read
-from metake.experiments.studies.items import RESERVED, asked, measures, read_items
 from metake.scoring.tasks import INVALID, TASKS, task
 from metake.support.errors import ParameterError, RequestError
 

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import metake as mk
 from metake.editing.keys import KeyReader
 from metake.editing.outer import LastLayer
+from metake.experiments.studies.answers import answer
 from metake.language.generation import sample
 from metake.language.tokens import continued, pad
-from metake.experiments.studies.answers import answer
 from metake.scoring.evaluation import read
 
 CONTEXTS = ("{}", "So it is. {}")

@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from metake.language.model import LanguageModel
 from metake.experiments.studies.items import asked, read_items
+from metake.language.model import LanguageModel
 from metake.scoring.tasks import TASKS, Task, task
 from metake.support.errors import ParameterError
 
