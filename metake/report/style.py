@@ -32,6 +32,8 @@ METHOD_STYLE: dict[str, Style] = {
     "metake_v1": Style("#cd5ab9", "*", "--", "MetaKE v1"),
     "metake": Style("#c70a2c", "o", "-", "MetaKE"),
     "metake/whole": Style("#cb3c99", (5, 1, 0), "-", "MetaKE, whole look-ahead"),
+    "ft": Style("#6a8a96", (3, 0, 45), ":", "FT"),
+    "ft_l": Style("#3f9d9b", (4, 0, 0), "--", "FT-L"),
     "ultraedit": Style("#9a07e2", (5, 0, 36), "--", "UltraEdit"),
     "mend": Style("#5587d2", (3, 0, 15), ":", "MEND"),
     "malmen": Style("#c9117c", "H", "-.", "MALMEN"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import glob
 import hashlib
 import json
@@ -37,7 +38,10 @@ def held(path: str | os.PathLike, wait: bool = True) -> Iterator[None]:
     """
     path = Path(path)
     new = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, "stands below a file", str(path)) from error
     file = path.with_name(f".{path.name}.lock")
     lock = FileLock(file)
     try:
@@ -83,7 +87,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 def _restore(path: Path) -> None:
     """Clear away what unfinished writing left beside `path`, and give the old folder its name if none has it."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 12}.*"):
+    for left in path.parent.glob(f".*{glob.escape(path.name)}.{'?' * 12}.*"):
+        if not left.name.lstrip(".").startswith(path.name.lstrip(".") + "."):
+            continue  # another's, whose name ends alike; what is in the making within what is has one dot more
         if left.suffix == ".retired" and not path.exists():
             os.replace(left, path)
         elif left.suffix in (".partial", ".retired"):

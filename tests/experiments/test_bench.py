@@ -305,7 +305,7 @@ def test_mistakes_are_answered_in_one_line(words, capsys):
 def test_a_long_stream_keeps_its_history_thin_and_then_as_a_matrix():
     found = run_time.stream(edits=450, batch=150)
     assert list(found.edits) == [150, 300, 450] and list(found.history) == ["thin", "thin", "matrix"]
-    stages = found[["targets", "keys", "solve", "write"]]
+    stages = found[["digest", "targets", "keys", "solve", "write"]]
     assert (stages > 0).all(axis=None) and (stages.sum(axis=1) - found.edit).abs().max() < 1e-12
     rising = pd.DataFrame({"edits": range(100, 2100, 100), "edit": range(1, 21)})
     assert run_time.growth(rising) == 19 / 2 and run_time.growth(rising.assign(edit=3.0)) == 1

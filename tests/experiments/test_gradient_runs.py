@@ -7,7 +7,7 @@ import json
 import pytest
 
 from metake.editing import statistics
-from metake.experiments import runs
+from metake.experiments import saved
 from metake.experiments.runs import RunConfig, reevaluate, run
 from metake.support.errors import ParameterError
 
@@ -26,7 +26,7 @@ def scores(folder) -> list[str]:
 def test_a_run_goes_on_with_the_moments_that_live_on(tmp_path, monkeypatch):
     """Of an edit, all edits before it are remembered: resumed, they must be what they were."""
     whole = run(CONFIG, tmp_path / "whole")
-    right, calls = runs.save_tensors, []
+    right, calls = saved.save_tensors, []
 
     def interrupted(*given):
         calls.append(1)
@@ -34,11 +34,11 @@ def test_a_run_goes_on_with_the_moments_that_live_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return right(*given)
 
-    monkeypatch.setattr(runs, "save_tensors", interrupted)
+    monkeypatch.setattr(saved, "save_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(CONFIG, tmp_path / "parts")
     assert len(list((tmp_path / "parts" / "batches").glob("[0-9]*"))) == 1
-    monkeypatch.setattr(runs, "save_tensors", right)
+    monkeypatch.setattr(saved, "save_tensors", right)
     assert run(CONFIG, tmp_path / "parts").metrics == whole.metrics
     assert scores(tmp_path / "parts") == scores(tmp_path / "whole")
     for number in range(3):

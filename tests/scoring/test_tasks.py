@@ -26,7 +26,7 @@ from metake.data import fact_tasks
 from metake.data.facts import facts_records, rendered_sentences
 from metake.experiments.studies.answers import answer
 from metake.experiments.studies.harness import harness
-from metake.experiments.studies.items import RESERVED, asked, measures, read_items
+from metake.experiments.studies.items import MEASURES, RESERVED, asked, measures, read_items
 from metake.language.model import load
 from metake.language.tokens import continuation, encode
 from metake.scoring import tasks
@@ -121,7 +121,7 @@ def test_measures_of_a_draw_are_those_of_the_repeated_items():
     found = measures(labels, predictions, 2, counts)
     for i, count in enumerate(counts):
         again = measures(labels.repeat(count), predictions.repeat(count), 2)
-        assert all(found[k][i] == pytest.approx(again[k][0]) for k in tasks.MEASURES)
+        assert all(found[k][i] == pytest.approx(again[k][0]) for k in MEASURES)
 
 
 def test_the_first_items_are_kept_for_examples():
