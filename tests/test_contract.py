@@ -119,9 +119,12 @@ def test_micro_batches_do_not_change_an_edit(name):
     assert CHECKS["batch = micro-batch"](made(name, "llama"))
 
 
-@both
-@every
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name, kind, dtype", [
+    (name, kind, dtype)
+    for name in EVERY for kind in CONFIGS for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    # a narrower number is written alike by all methods and in all blocks: not every pair of them
+    if dtype == torch.float64 or kind in ("gpt2", "llama") or name in ("memit", "metake", "mend")
+], ids=str)  # fmt: skip
 def test_applied_changes_the_declared_weights_and_restores_them_exactly(name, kind, dtype):
     assert CHECKS["exactly restored"](made(name, kind, dtype))
 

@@ -61,7 +61,8 @@ def _kernel(arguments: list[str], env: dict[str, str], cwd: str | None, told: Co
     from ipykernel.kernelapp import IPKernelApp
 
     # the fork's own parent: a kernel ends with the process that it was begun for
-    IPKernelApp.launch_instance(argv=[*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
+    told = ["--log-level=ERROR", f"--IPKernelApp.parent_handle={os.getppid()}"]
+    IPKernelApp.launch_instance(argv=[*arguments, *told])
 
 
 def fork_kernels() -> None:
