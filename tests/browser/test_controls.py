@@ -135,7 +135,7 @@ def test_the_csv_of_a_table_has_what_the_table_shows(tab, address):
 def test_a_wide_table_scrolls_in_its_own_box_and_can_be_reached(tab, address):
     tab.set_viewport_size({"width": 375, "height": 800})
     opened(tab, address, COMPARISON)
-    box = tab.locator(".metake-scroll[tabindex]").first
+    box = tab.locator(".metake-scroll[tabindex]:not(details:not([open]) *)").first  # not one that is folded away
     box.focus()
     before = box.evaluate("(e) => e.scrollLeft")
     for _ in range(8):
@@ -260,8 +260,13 @@ def test_a_symbol_and_a_mark_under_the_pointer_say_what_they_are(tab, address):
     assert "in the code" in said and symbol.get_attribute("data-says") in said
     mark = tab.locator(".metake-figure svg *:has(> title)").first
     mark.scroll_into_view_if_needed()
-    mark.dispatch_event("pointermove", {"clientX": 300, "clientY": 300})
-    assert len(tab.locator("#metake-tip").inner_text()) > 3
+    tip = tab.locator("#metake-tip")
+    for _ in range(40):  # until the page's script listens
+        mark.dispatch_event("pointermove", {"clientX": 300, "clientY": 300})
+        if tip.count():
+            break
+        tab.wait_for_timeout(250)
+    assert len(tip.inner_text()) > 3
 
 
 def test_a_wide_table_fades_where_it_goes_on(tab, address):
