@@ -173,7 +173,7 @@ GRADIENT: dict[str, Callable[..., GradientEditor]] = {
 """The gradient family: edits from inputs and output gradients of linear maps, without targets and key statistics."""
 
 FINE_TUNING: dict[str, Callable[..., GradientEditor]] = {"ft": ft, "ft_l": ft_l}
-"""Baselines that need no editing: the weights are trained on the requests, as many steps as Stage I takes."""
+"""Baselines: the weights themselves are trained on the requests, at most as many steps as Stage I takes."""
 
 CHOSEN = {
     "step_size": 0.01, "optimizer": "adam", "anchor_norm": "relative", "prompts": "plain",

@@ -29,7 +29,7 @@ def _methods(_: argparse.Namespace) -> None:
     groups = {
         "Methods": listing.methods(),
         "Gradient family: no targets, no key statistics": listing.methods("GRADIENT"),
-        "Fine-tuning: baselines that edit nothing": listing.methods("FINE_TUNING"),
+        "Fine-tuning of the same weights: baselines": listing.methods("FINE_TUNING"),
         "MetaKE on the gates of other methods": {
             name: f"`metake` with `{base}` as its base" for name, base in listing.operators().items()
         },
