@@ -8,6 +8,8 @@ import copy
 import hashlib
 import json
 import math
+import os
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 
@@ -33,7 +35,7 @@ from metake import (
     StatisticsError,
     statistics,
 )  # fmt: skip
-from metake.algebra.geometry import condition, null_space
+from metake.algebra.geometry import condition, inverse_covariance, null_space
 from metake.algebra.update import total
 from metake.editing.keys import KeyReader
 from metake.editing.record import describe
@@ -52,10 +54,31 @@ LATER = [
     EditRequest("The mother tongue of {} is", "Beyoncé", "French", "d"),
     EditRequest("The capital of {} is", "Madrid", "Houston", "e"),
 ]
-every = pytest.mark.parametrize("kind", CONFIGS)
-some = pytest.mark.parametrize("kind", ["gpt2", "llama"])
+SOME = ("gpt2", "llama")  # one of each way to write a linear map
+OTHERS = [kind for kind in CONFIGS if kind not in SOME]
+some = pytest.mark.parametrize("kind", SOME)
 both = pytest.mark.parametrize("name", EVERY)  # families
 closed = pytest.mark.parametrize("name", METHODS)  # forms: an update from targets
+
+
+def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Every method on two architectures and, in turn, on two of the others: so each architecture has a third of the
+    methods, of both families. With METAKE_EVERY_PAIR (`make torture`) every method on every architecture.
+    """
+    turn = {name: {OTHERS[i % 6], OTHERS[(i + 1 + i // 6 % 5) % 6]} for i, name in enumerate(EVERY)}
+    all_ = "METAKE_EVERY_PAIR" in os.environ
+    return [(name, kind) for name in names for kind in CONFIGS if all_ or kind in SOME or kind in turn[name]]
+
+
+both_on_many = pytest.mark.parametrize("name, kind", pairs(EVERY))
+closed_on_many = pytest.mark.parametrize("name, kind", pairs(METHODS))
+
+
+def test_every_architecture_is_edited_by_methods_of_all_kinds():
+    for kind in CONFIGS:
+        found = {name for name, other in pairs(EVERY) if other == kind}
+        assert found & RULES.keys() and found & REFINED and len(found & METHODS.keys()) >= 4
+        assert {type(editor(name, None).metric) for name in found & METHODS.keys()} >= {null_space, inverse_covariance}
 
 
 @cache
@@ -98,8 +121,7 @@ def rank(name: str, lm: LanguageModel, module: str) -> int:
     return RULES[name].steps * sum(len(answer) + (len(prompt) - 1 if every else 0) for prompt, answer in rows)
 
 
-@both
-@every
+@both_on_many
 @pytest.mark.parametrize("check", ["model untouched", "saved = loaded", "adapter = merged", "finite update", "record"])
 def test_every_method_keeps_the_contract_on_every_model(name, kind, check):
     assert CHECKS[check](made(name, kind))
@@ -121,16 +143,15 @@ def test_micro_batches_do_not_change_an_edit(name):
 
 @pytest.mark.parametrize("name, kind, dtype", [
     (name, kind, dtype)
-    for name in EVERY for kind in CONFIGS for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    for name, kind in pairs(EVERY) for dtype in (torch.float64, torch.float32, torch.bfloat16)
     # a narrower number is written alike by all methods and in all blocks: not every pair of them
-    if dtype == torch.float64 or kind in ("gpt2", "llama") or name in ("memit", "metake", "mend")
+    if dtype == torch.float64 or kind in SOME or name in ("memit", "metake", "mend")
 ], ids=str)  # fmt: skip
 def test_applied_changes_the_declared_weights_and_restores_them_exactly(name, kind, dtype):
     assert CHECKS["exactly restored"](made(name, kind, dtype))
 
 
-@both
-@every
+@both_on_many
 def test_an_edit_is_thin_unless_declared_dense(name, kind):
     m = made(name, kind)
     for update in m.edit.updates:
@@ -149,8 +170,7 @@ def test_another_seed_gives_other_contexts(name, kind):
     assert (other.updates[0].delta - edit.updates[0].delta).norm() > 1e-6 * edit.updates[0].delta.norm()
 
 
-@both
-@every
+@both_on_many
 def test_the_record_says_everything(name, kind):
     m = made(name, kind)
     record, given = m.edit.record, m.editor
@@ -173,8 +193,7 @@ def test_the_record_says_everything(name, kind):
     assert all(map(math.isfinite, (loss for trace in record.trace.values() for loss in trace["nll"])))
 
 
-@closed
-@every
+@closed_on_many
 def test_the_record_says_how_targets_were_made(name, kind):
     lm, edit = made(name, kind).lm, made(name, kind).edit
     record, given = edit.record, editor(name, lm)
@@ -203,8 +222,7 @@ def test_the_record_says_how_targets_were_made(name, kind):
         assert record.refinement["after"] <= record.refinement["before"], "the best plan is kept"
 
 
-@closed
-@every
+@closed_on_many
 def test_the_record_tells_what_was_planned_and_what_is_realized(name, kind):
     """Norms of R and R B at each layer, and the spectrum of B: 1 where the write is exact,
     below where the metric resists.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Iterable
+from functools import cache
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -92,6 +93,7 @@ def prose() -> list[str]:
     return packaged("prose.txt").splitlines()
 
 
+@cache
 def _document() -> dict[str, Any]:
     return tomllib.loads(packaged("facts.toml"))
 

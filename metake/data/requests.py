@@ -7,7 +7,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from metake.support.errors import ParameterError, RequestError, near_misses
@@ -161,7 +161,8 @@ class Cases(list):
 
 def told(item: EditRequest | Probe) -> dict[str, Any]:
     """The fields of a request or probe as digests see them: an optional one only where it says something."""
-    return {name: value for name, value in asdict(item).items() if name not in _LATER or value != _LATER[name]}
+    values = {name: getattr(item, name) for name in item.__slots__}
+    return {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
 
 
 def require_text(*texts: Any, seam: str | None = None) -> None:

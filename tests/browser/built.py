@@ -50,3 +50,10 @@ def settled(page) -> None:
         "document.fonts.ready.then(() => new Promise((done) => requestAnimationFrame(() => "
         "requestAnimationFrame(() => done(true)))))"
     )
+
+
+def axe_script() -> Path:
+    """What asks a page whether everybody can use it."""
+    import axe_playwright_python
+
+    return Path(axe_playwright_python.__file__).parent / "axe.min.js"
