@@ -25,7 +25,8 @@ os.environ |= {
 LONGEST = (
     "test_contract", "test_gpu_hour", "test_hypergradient", "test_mutations", "test_crashes", "test_runs",
     "test_targets", "test_case_study", "test_pipeline", "test_bench", "test_tasks", "test_methods", "test_cli",
-    "test_study", "does_metake_hold", "editing_requirement", "dominance", "main_comparison", "open_readings", "sensitivity",
+    "test_study", "hidden_states", "gamma_beforehand", "does_metake_hold", "general_ability", "editing_requirement",
+    "dominance", "main_comparison", "open_readings", "sensitivity",
 )  # fmt: skip
 MARKUP = ("image/svg+xml", "text/html")  # the same numbers stand in text/plain
 NOT_COMPARED = ("stderr", *MARKUP, *(f"application/papermill.record/{kind}" for kind in (*MARKUP, "image/png")))

@@ -12,6 +12,8 @@ from models import CONFIGS, random_model
 
 from metake.language.tokens import shared_beginnings
 
+os.fsync = lambda _: None  # what tests write need not outlive a power cut; `faults` sees when it is asked for
+
 
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -72,6 +73,9 @@ def small_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>")
 
 
+_MADE: dict[str, tuple[LanguageModel, torch.Tensor]] = {}  # a copy takes a fifth of the time of making and checking
+
+
 def random_model(
     kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, bos: bool | None = None, spread: float = 0.12,
     depth: int = 4, **changes: Any
@@ -79,9 +83,15 @@ def random_model(
     """A fresh random model of `depth` blocks; weights wide enough that attention and predictions are far from
     uniform. changes: to its configuration.
     """
-    own = (CONFIGS | MORE)[kind] | {DEPTH.get(kind, "num_hidden_layers"): depth}
-    model = random_weights(kind, own | changes, dtype, seed, spread)
-    return LanguageModel(model, small_tokenizer(kind == "llama" if bos is None else bos), f"random-{kind}")
+    told = repr((kind, dtype, seed, bos, spread, depth, changes))
+    if told not in _MADE:
+        own = (CONFIGS | MORE)[kind] | {DEPTH.get(kind, "num_hidden_layers"): depth}
+        model = random_weights(kind, own | changes, dtype, seed, spread)
+        lm = LanguageModel(model, small_tokenizer(kind == "llama" if bos is None else bos), f"random-{kind}")
+        _MADE[told] = lm, torch.get_rng_state()
+    lm, state = _MADE[told]
+    torch.set_rng_state(state)  # what a test draws next is the same
+    return copy.deepcopy(lm, {id(lm.tokenizer): lm.tokenizer})
 
 
 def random_weights(
