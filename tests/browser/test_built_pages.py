@@ -55,16 +55,23 @@ class Visit:
     themes: list[str] = field(default_factory=list)
 
 
+@pytest.fixture(scope="session")
+def reader(chromium):
+    """One for all pages, as a reader's browser is: scripts that every page has are compiled once."""
+    context = chromium.new_context(reduced_motion="reduce")
+    context.set_default_timeout(60_000)
+    yield context
+    context.close()
+
+
 @pytest.fixture(scope="module", params=pages())
-def visit(request, chromium, address) -> Visit:
+def visit(request, reader, address) -> Visit:
     from playwright.sync_api import TimeoutError
 
     seen = Visit()
-    context = chromium.new_context(
-        viewport={"width": LAPTOP, "height": 900}, color_scheme="light", reduced_motion="reduce"
-    )
-    context.set_default_timeout(60_000)
-    page = context.new_page()
+    page = reader.new_page()
+    page.set_viewport_size({"width": LAPTOP, "height": 900})
+    page.emulate_media(color_scheme="light")
     page.on(
         "request",
         lambda r: (
@@ -93,7 +100,7 @@ def visit(request, chromium, address) -> Visit:
     page.set_viewport_size({"width": PHONE, "height": 800})
     page.wait_for_timeout(200)
     seen.wide[PHONE] = page.evaluate(WIDE)
-    context.close()
+    page.close()
     return seen
 
 
