@@ -5,6 +5,7 @@ what every editor promises.
 from __future__ import annotations
 
 import copy
+import json
 import random
 from dataclasses import replace
 from functools import cache
@@ -396,6 +397,11 @@ def test_a_trained_editor_is_saved_whole_and_belongs_to_its_model(name, tmp_path
         with pytest.raises(ProvenanceError, match="damaged"):
             stored.read(tmp_path / "made")
         (tmp_path / "made" / file).write_bytes(before[file])
+    record = json.loads(before["record.json"])
+    for modules in ([], {}, "", "ab", None):
+        (tmp_path / "made" / "record.json").write_text(json.dumps(record | {"modules": modules}))
+        with pytest.raises(ProvenanceError, match="names no linear maps"):
+            stored.read(tmp_path / "made")
     with pytest.raises(ProvenanceError, match="holds no trained editor"):
         stored.read(tmp_path)
 

@@ -51,6 +51,8 @@ def read(folder: str | Path, device: Any = "cpu") -> GradientEditor:
         told = read_json(folder / RECORD)
         rule = GradientRule(**{k: v for k, v in told["rule"].items() if k != "part"})
         networks = _networks(load_tensors(folder / WEIGHTS)[0], rule, told["training"])
+        if not (isinstance(told["modules"], list) and told["modules"] and all(networks)):
+            raise ValueError("it names no linear maps, or has no network for them")
         placed = tuple(tuple(network.to(device) for network in step) for step in networks)
         return GradientEditor(tuple(map(str, told["modules"])), rule, placed, told, int(told["training"]["seed"]))
 
