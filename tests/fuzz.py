@@ -366,10 +366,9 @@ def fuzz(folder: Path, count: int, seed: int, names: tuple[str, ...] = tuple(REA
             if not str(error).strip():
                 yield f"{name} {number}: an error without a word"
         except BaseException as error:
-            place = error.__traceback__
-            while place.tb_next and "/metake/" in place.tb_next.tb_frame.f_code.co_filename:
-                place = place.tb_next
-            where = f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
+            frames = traceback.extract_tb(error.__traceback__)
+            place = next((f for f in reversed(frames) if "/metake/" in f.filename), frames[-1])
+            where = f"{Path(place.filename).name}:{place.lineno}"
             yield f"{name} {number}, {file.name}: {type(error).__name__} at {where}: {str(error)[:200]!r}"
         signal.alarm(0)
         shutil.rmtree(own)

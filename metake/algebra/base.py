@@ -10,10 +10,11 @@ from torch import Tensor
 
 from metake.support.errors import ArchitectureError, ProvenanceError
 
+PROBES = 8
 TOLERANCE = 1e-6  # of a weight's norm: far above what another order of summation does, far below what an edit does
 
 
-def sketch(weight: Tensor, probes: int = 8) -> Tensor:
+def sketch(weight: Tensor, probes: int = PROBES) -> Tensor:
     """uᵢᵀ W vᵢ for fixed random signs u and v, W (d_out, d_in): of two weights it differs by about ‖W − W′‖ each."""
     draw = torch.Generator().manual_seed(0)
     left, right = (2.0 * torch.randint(2, (size, probes), generator=draw).double() - 1 for size in weight.shape)

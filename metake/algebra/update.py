@@ -124,9 +124,14 @@ class EditRecord:
             raise ProvenanceError(f"{found}; it was written by another version of metake")
         found, plain = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}), vars(cls())
         texts = (*dict(found.weights).values(), *found.requests, *found.context_templates)
+        sketches = found.base.get("sketches", {}).values()
+        numbers = [found.base.get("tolerance", 0.0), *(x for sketch in sketches for x in sketch)]
+        numbers += [*found.recipe.get("discarded", {}).values(), *found.seconds.values()]
         wrong = [name for name, value in vars(found).items() if not isinstance(value, type(plain[name]))]
-        if wrong or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"not what it should be: {', '.join(wrong) or 'weights, requests or context templates'}")
+        wrong += [f"{t!r:.40}" for t in texts if not isinstance(t, str)]
+        wrong += [f"{n!r:.40}" for n in numbers if not isinstance(n, (int, float))]
+        if wrong or any(len(sketch) != base.PROBES for sketch in sketches):
+            raise ValueError(f"not what it should be: {', '.join(wrong) or 'the sketch of a weight'}")
         return found
 
     @classmethod

@@ -240,6 +240,19 @@ def test_a_record_is_read_back_as_it_was_written():
     assert again == record and list(again.weights) == ["b", "a"] and "…" in record.to_json()
 
 
+@pytest.mark.parametrize("changed", [
+    {"recipe": {"discarded": {"m": "x"}}}, {"recipe": {"discarded": [1]}}, {"seconds": {"solve": "x"}},
+    {"seconds": []}, {"base": {"tolerance": "x"}}, {"base": {"sketches": {"m": ["x"] * 8}}},
+    {"base": {"sketches": {"m": [1.0]}}}, {"base": {"sketches": [[1.0] * 8]}}, {"weights": {"m": 1}}, {"requests": [1]},
+], ids=str)  # fmt: skip
+def test_a_record_that_cannot_be_computed_with_is_refused_where_it_is_read(tmp_path, changed):
+    folder = Edit((update("m"),), EditRecord(weights={"m": "a"})).save(tmp_path / "e")
+    record = json.loads((folder / "record.json").read_text())
+    (folder / "record.json").write_text(json.dumps(record | changed))
+    with pytest.raises(ProvenanceError, match="is damaged or no saved edit"):
+        Edit.load(folder)
+
+
 @pytest.mark.parametrize("act", ["save", "to_peft"])
 @pytest.mark.parametrize("name", ["notes.txt", "adapter_config.json", "config.json"])
 def test_a_strangers_folder_or_file_is_never_replaced(tmp_path, act, name):

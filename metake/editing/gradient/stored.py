@@ -129,7 +129,7 @@ def resumed(
             state.setdefault(int(place), {})[key] = tensors[name]
         for place, parts in state.items():
             wanted = {"step": (), "exp_avg": own[place].shape, "exp_avg_sq": own[place].shape}
-            if {k: t.shape for k, t in parts.items() if t.is_floating_point()} != wanted:
+            if {k: t.shape for k, t in parts.items() if t.is_floating_point()} != wanted or not parts["step"] >= 1:
                 raise ValueError("its moments do not fit the networks")
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         return list(kept["losses"])
