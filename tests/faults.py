@@ -13,6 +13,7 @@ import random
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,6 +127,8 @@ def forked(act: Callable[[], None], after: float | None = None) -> int:
         try:
             act()
             code = 0
+        except BaseException:
+            traceback.print_exc()  # os._exit tells nobody
         finally:
             os._exit(code)
     if after is not None:

@@ -67,6 +67,7 @@ def fuzz(folder: Path, scale: float) -> str:
     def act() -> None:
         found.write_text("\n".join(fuzzed.fuzz(folder / "files", count, seed)))
 
+    found.touch()
     code = forked(act)
     assert code == 0 and not found.read_text(), f"seed {seed}, ended with {code}:\n{found.read_text()}"
     return f"{count:,} damaged files of {len(fuzzed.READERS)} kinds"
