@@ -242,10 +242,10 @@ def _command(name: str) -> str:
     )
 
 
-def results_file(name: str, folder: Path | None = None) -> Path:
+def results_file(name: str, folder: str | Path | None = None) -> Path:
     """In the project at hand, or, for a page run from elsewhere, in the checkout that this package runs from."""
     if folder:
-        return folder / f"{artifact_name(name)}.jsonl"
+        return Path(folder) / f"{artifact_name(name)}.jsonl"
     root, checkout = project_root(), Path(__file__).parents[2]
     root = root if (root / "_config.yml").is_file() or not (checkout / "_config.yml").is_file() else checkout
     return root / "results" / f"{artifact_name(name)}.jsonl"
