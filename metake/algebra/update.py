@@ -123,7 +123,7 @@ class EditRecord:
             found = f"edit record has unknown fields {sorted(unknown)}"
             raise ProvenanceError(f"{found}; it was written by another version of metake")
         found, plain = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}), vars(cls())
-        texts = (*dict(found.weights).values(), *found.requests, *found.context_templates)
+        texts = (*dict(found.weights).values(), *found.requests, *found.context_templates, found.base.get("id", ""))
         sketches = found.base.get("sketches", {}).values()
         numbers = [found.base.get("tolerance", 0.0), *(x for sketch in sketches for x in sketch)]
         numbers += [*found.recipe.get("discarded", {}).values(), *found.seconds.values()]
@@ -243,7 +243,7 @@ class Edit:
             tensors[f"base_model.model.{u.module}.lora_B.weight"] = torch.nn.functional.pad(u.left, (0, pad))
         config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": findable(self.record.base["id"]) if self.record.base else None, "r": size,
+            "base_model_name_or_path": findable(self.record.base["id"]) if "id" in self.record.base else None, "r": size,
             "lora_alpha": size, "target_modules": list(edit.modules),
             "fan_in_fan_out": bool(self.record.base.get("conv1d", False)), "bias": "none", "inference_mode": True,
         }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import zlib
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from metake.data.facts import facts
@@ -33,7 +33,7 @@ def read_cases(data: str) -> Cases:
     return dataset(data)
 
 
-@cache
+@lru_cache(len(EMBEDDED))
 def _embedded(data: str) -> Cases:
     return EMBEDDED[data]()
 

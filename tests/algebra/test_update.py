@@ -244,6 +244,7 @@ def test_a_record_is_read_back_as_it_was_written():
     {"recipe": {"discarded": {"m": "x"}}}, {"recipe": {"discarded": [1]}}, {"seconds": {"solve": "x"}},
     {"seconds": []}, {"base": {"tolerance": "x"}}, {"base": {"sketches": {"m": ["x"] * 8}}},
     {"base": {"sketches": {"m": [1.0]}}}, {"base": {"sketches": [[1.0] * 8]}}, {"weights": {"m": 1}}, {"requests": [1]},
+    {"base": {"id": 7}},
 ], ids=str)  # fmt: skip
 def test_a_record_that_cannot_be_computed_with_is_refused_where_it_is_read(tmp_path, changed):
     folder = Edit((update("m"),), EditRecord(weights={"m": "a"})).save(tmp_path / "e")
