@@ -243,8 +243,8 @@ class Edit:
             tensors[f"base_model.model.{u.module}.lora_B.weight"] = torch.nn.functional.pad(u.left, (0, pad))
         config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": findable(self.record.base["id"]) if "id" in self.record.base else None, "r": size,
-            "lora_alpha": size, "target_modules": list(edit.modules),
+            "base_model_name_or_path": findable(self.record.base["id"]) if "id" in self.record.base else None,
+            "r": size, "lora_alpha": size, "target_modules": list(edit.modules),
             "fan_in_fan_out": bool(self.record.base.get("conv1d", False)), "bias": "none", "inference_mode": True,
         }  # fmt: skip
         provenance = json.dumps({"discarded_energy": lost, "record": asdict(edit.record)}, indent=1, ensure_ascii=False)
