@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import struct
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache

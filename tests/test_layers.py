@@ -98,8 +98,8 @@ def flaws(source: str, module: str) -> Iterator[str]:
                     yield f"function {node.name} of {length(node)} lines"
                 if any(mutable(d) for d in (*node.args.defaults, *node.args.kw_defaults)):
                     yield f"mutable default of {node.name}"
-                decorators = {ast.unparse(d).split(".")[-1] for d in node.decorator_list}  # lru_cache(3) is bounded
-                if decorators & {"cache", "lru_cache", "lru_cache()", "lru_cache(None)"} and ast.unparse(node.args):
+                decorators = {ast.unparse(d).partition("(")[0].split(".")[-1] for d in node.decorator_list}
+                if decorators & {"cache", "lru_cache"} and ast.unparse(node.args):
                     yield f"a cache that grows: {node.name}"
             case ast.ClassDef() if any(isinstance(n, ast.Assign) and mutable(n.value) for n in node.body):
                 yield f"mutable state of class {node.name}"

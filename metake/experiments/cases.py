@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import zlib
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 from metake.data.facts import facts
@@ -16,7 +16,11 @@ from metake.language.model import LanguageModel
 from metake.language.tokens import encode, in_context, locate, prompted
 from metake.support.errors import ParameterError, RequestError, near_misses
 
-EMBEDDED = {"facts": facts, "facts-zsre": partial(facts, format="zsre"), "facts-portability": portable_facts}
+# each is made once a process: a quarter of a second that every run would spend again
+EMBEDDED = {
+    "facts": cache(facts), "facts-zsre": cache(partial(facts, format="zsre")),
+    "facts-portability": cache(portable_facts)
+}
 PARTS = ("all", "choosing", "testing")
 OPENING = 16  # tokens that a context template may take before a prompt: the methods' have ten, and a full stop
 TOO_LONG = "longer than the model's window"
@@ -26,16 +30,11 @@ def read_cases(data: str) -> Cases:
     """Cases by name or path: the embedded facts in either format, or those whose edits have consequences in the set
     (`portable`), or a file whose layout its records tell."""
     if data in EMBEDDED:
-        return _embedded(data)[:]
+        return EMBEDDED[data]()[:]
     if not Path(data).is_file():
         names = near_misses(data, EMBEDDED, "data set")
         raise ParameterError(f"{names} Or the path of a CounterFact or ZsRE file, or another of metake.dataset.")
     return dataset(data)
-
-
-@lru_cache(len(EMBEDDED))
-def _embedded(data: str) -> Cases:
-    return EMBEDDED[data]()
 
 
 def part_of(cases: Cases, part: str) -> Cases:
