@@ -6,6 +6,7 @@
 fails the build.
 * Figures and tables of the notebooks get numbers, data and commands, pages their stamp: furniture.py, stamp.py.
 * What stands around a page (overview, reading paths, what would flip a verdict, symbols): pages.py; {value}: value.py.
+* ```{edit-in-the-page}``` is the page on which a reader edits the model: edit_page.py.
 * MathJax comes from an installed package and Thebe is left out: a reader's browser asks nothing of the network.
 * A few roles and names in the finished pages are repaired, for readers who listen to them.
 """
@@ -17,6 +18,7 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
+import edit_page
 import furniture
 import pages
 import typeset
@@ -263,7 +265,7 @@ def repair(app, error):
 def setup(app):
     app.add_directive("verdicts", Verdicts)
     app.add_directive("finding", Finding)
-    for part in (furniture, pages, value):
+    for part in (edit_page, furniture, pages, value):
         part.setup(app)
     app.add_config_value("metake_repository", "", "html", types=[str])
     app.connect("config-inited", numbers, priority=100)

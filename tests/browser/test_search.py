@@ -26,6 +26,7 @@ QUESTIONS = {
     "list of methods": {"book/methods"},
     "reconstructed formulas": {"book/notation"},
     "t-SNE": {"notebooks/hidden_states"},
+    "edit in the browser": {"book/edit_in_the_page"},
     "run a notebook": {"book/reproduce"},
 }
 FIND = """async (question) => {
