@@ -22,7 +22,7 @@ FOLDER = "edit"  # below _static
 SCRIPTS = ("model", "solve", "show", "page")  # in the order in which they run
 PLANS = Path("results") / "edit_in_the_page.safetensors"
 METHOD = "metake"  # of the example
-ROW, HEAD, LEFT, LONG = 34, 30, 120, 170  # of the picture
+ROW, HEAD, LEFT, LONG = 34, 42, 120, 170  # of the picture
 
 
 @functools.cache
@@ -60,25 +60,30 @@ def own_scripts(app, page, template, context, doctree):
             app.add_js_file(f"{FOLDER}/{name}.js", loading_method="defer")
 
 
+def bar(name: str, look: str, y: int, share: float) -> str:
+    """A bar; its look is of the light page, and the page's style changes it in the dark."""
+    return f'<rect class="{name}" {look} x="{LEFT}" y="{y}" width="{1 + LONG * share:.1f}" height="9"/>'
+
+
 def picture(shown) -> str:
     """The example as a drawing: every text with its next tokens, a hollow bar before the edit, a full one after."""
     parts, y = [], 0
     for kind, text, rows in shown:
-        asked = escape(f"{kind}: {text} …")
-        parts.append(f'<text x="0" y="{y + 18}" font-size="13" font-style="italic">{asked}</text>')
+        parts.append(f'<text x="0" y="{y + 16}" font-size="13" font-weight="bold">{escape(kind)}</text>')
+        parts.append(f'<text x="0" y="{y + 33}" font-size="12" font-style="italic">{escape(text)} …</text>')
         y += HEAD
         for word, before, after in rows:
             parts += [
                 f'<text x="0" y="{y + 17}" font-size="13">{escape(word)}</text>',
-                f'<rect class="me-was" x="{LEFT}" y="{y + 2}" width="{1 + LONG * before:.1f}" height="9"/>',
-                f'<rect class="me-is" x="{LEFT}" y="{y + 14}" width="{1 + LONG * after:.1f}" height="9"/>',
+                bar("me-was", 'fill="none" stroke="#6b7280"', y + 2, before),
+                bar("me-is", 'fill="#0a54b8"', y + 14, after),
                 f'<text x="{LEFT + LONG + 10}" y="{y + 17}" font-size="13">{before:.2f} → {after:.2f}</text>'
             ]
             y += ROW
         y += 8
     told = "; ".join(f"{t}: " + ", ".join(f"{w} {b:.2f} → {a:.2f}" for w, b, a in rows) for _, t, rows in shown)
     label = escape(f"Probabilities of the next token before and after the edit. {told}.", quote=True)
-    return f'<svg viewBox="0 0 380 {y}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 380 {y}" width="380" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def provenance(source) -> str:

@@ -143,7 +143,7 @@ def test_what_is_not_known_gets_one_clear_line(page, typed, line):
     subject.fill(kept)
     subject.press("Tab")
     ready(page)
-    assert "wrote" in said(page)
+    assert "MetaKE wrote" in said(page)
 
 
 def test_a_phone_shows_all_of_it_in_the_dark(page):

@@ -27,9 +27,9 @@ def lm():
     return mk.load(in_the_page.MODEL)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def statistics(lm):
-    """In the cache that all tests of a session share."""
+    """From the ordinary cache, where pages and the build of the book leave them."""
     return mk.statistics(lm, layers=in_the_page.editor("memit").layers)
 
 

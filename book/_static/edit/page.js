@@ -156,19 +156,22 @@
         if (turn !== this.asked) return;
         const edit = plan && metakeEdit.solve(this.model, request, method, strength, plan, covariance);
         this.figures(seen, plan && metakeEdit.norm(plan), edit);
-        if (!await this.ask(turn, texts(relation, subject), object, edit && this.on ? edit.updates : null, pause)) return;
-        this.finish(this.told(subject, object, found, relation));
+        const drawn = await this.ask(turn, texts(relation, subject), object, edit && this.on ? edit.updates : null, pause);
+        if (drawn) this.finish(this.told(subject, object, found, relation, drawn));
       } catch (error) {
         this.finish(`${error.message}. Choose another fact, or load the page again.`);
       }
     }
 
-    told(subject, object, found, relation) {
+    // What happened, in one line. after: probabilities of the taught and the new answer at the edited prompt.
+    told(subject, object, found, relation, { taught, after }) {
       this.parts.undo.disabled = !found;
       this.parts.undo.textContent = this.on ? "Undo the edit" : "Make the edit again";
       if (found) {
-        return this.on ? `${NAMES[this.method]} wrote ${subject} → ${object} into this page’s copy of the model.`
-          : "Undone: the update is dropped, and the model is what it was, bit for bit.";
+        if (!this.on) return "Undone: the update is dropped, and the model is what it was, bit for bit.";
+        const [was, is] = after.map(metakeEdit.share), wrote = `${NAMES[this.method]} wrote ${subject} → ${object}`;
+        return after[1] > after[0] ? `${wrote}: now ${object} (${is}) leads ${taught} (${was}).`
+          : `${wrote}, and it does not suffice: ${taught} (${was}) still leads ${object} (${is}).`;
       }
       const own = recorded(this.data, relation, subject).map((one) => one.object);
       const some = [...new Set(recorded(this.data, relation).map((one) => one.own))].join(" or ");
@@ -194,41 +197,43 @@
 
     figures({ gamma, beta, lower, upper, size, end }, plan, edit) {
       const pair = (name, value, told) => make("div", {}, make("dt", {}, name), make("dd", {}, make("b", {}, value), make("span", {}, told)));
-      const exact = upper === Infinity, empty = lower > upper, quarter = number(metakeEdit.SHARE * size);
-      const told = exact ? `at least ${number(lower)}; an exact write has no upper end`
-        : empty ? `empty: at least ${number(lower)} to succeed, at most ${number(upper)} to be written well enough`
-          : `${number(lower)} to ${number(upper)}`;
-      const inside = !plan ? "" : plan < lower ? "shorter than the interval" : plan > upper ? "longer than the interval" : "within the interval";
-      const wrote = edit && edit.layers.map((one) => `${Math.round(100 * one.beta)} %`).join(", ");
+      const exact = upper === Infinity, empty = lower > upper, [least, most] = [lower, upper].map(number);
+      const quarter = `${number(metakeEdit.SHARE * size)}, a quarter of ${exact ? "what this block’s MLP says" : "the hidden state’s length"}`;
+      const place = empty ? "" : plan < lower ? ", shorter than the interval" : plan > upper ? ", longer than the interval" : ", within the interval";
+      const wrote = edit && !exact && edit.layers.map((one) => `${Math.round(100 * one.beta)} %`).join(", ");
       this.parts.panels.figures.replaceChildren(
         make("dl", { class: "me-numbers" },
           pair("γ", number(gamma), `how strongly block ${end}’s key of the subject points where this method may write`),
           pair("β", beta.toFixed(2), exact ? "the share of a plan that is written: all of it" : "γ/(1+γ), the share of a plan that this block alone would write"),
-          pair("feasible ‖r‖", told, exact ? `a quarter of ‖m‖, ${quarter}, must arrive; m is what the block’s MLP says now`
-            : `a quarter of the hidden state’s length, ${quarter}, must arrive (τ/β), and no more may stay unwritten (ε(1+γ))`),
-          plan ? pair("plan ‖r‖", number(plan), `the recorded plan, ${inside}`) : null),
+          pair("feasible ‖r‖", exact ? `${least} or more` : empty ? "empty" : `${least} to ${most}`,
+            `at least ${least}, so that ${quarter}, arrives (τ/β); ` + (exact ? "an exact write leaves nothing, so no upper end"
+              : `at most ${most}, so that no more than that stays unwritten (ε(1+γ))`)),
+          plan ? pair("plan ‖r‖", number(plan), `length of the recorded plan${place}`) : null),
         metakeEdit.interval({ lower, upper }, plan),
-        make("p", { class: "me-told" }, "The line: lengths of a plan, each mark ten times the last. Band: the feasible interval. "
-          + (empty ? "It is empty here; the two strokes are its ends in the wrong order. " : "") + (plan ? "Dot: the plan. " : "")
-          + (wrote && !exact ? `The edit has three blocks, not one: they wrote ${wrote} of what each was asked. So a plan beyond the interval may still succeed.` : "")));
+        make("p", { class: "me-told" }, "The line: lengths of a plan, each mark ten times the last. "
+          + (empty ? "The feasible interval is empty: the two strokes are its ends in the wrong order. " : "Band: the feasible interval. ")
+          + (plan ? "Dot: the plan. " : "")
+          + (wrote ? `The interval is of the last block alone, and the edit has three: they wrote ${wrote} of what each was asked. So a plan beyond it may still succeed.` : "")));
     }
 
-    // All texts before and after; false if another choice came meanwhile.
+    // All texts before and after; of the first, the prompt, the answers' probabilities. Null if another choice came.
     async ask(turn, every, object, updates, pause) {
       const first = (answer) => this.model.tokenizer.encode(` ${answer}`)[0], drawn = { prompt: [], paraphrase: [], neighbor: [] };
+      let found = null;
       for (const { kind, text, taught } of every) {
         if (!this.before.has(text)) this.before.set(text, this.model.next(text));
         await pause();
         const after = updates && this.model.next(text, updates);
         await pause();
-        if (turn !== this.asked) return false;
+        if (turn !== this.asked) return null;
+        found ||= { taught, after: after && [after[first(taught)], after[first(object)]] };
         const marks = new Map([[first(taught), "true"], [first(object), "new"]]);
         if (taught === object) marks.set(first(object), "true");
         drawn[kind].push(metakeEdit.distribution(text, this.before.get(text), after, marks,
           (id) => this.model.tokenizer.word(id), BARS[kind] || BARS.other));
       }
       for (const [kind, tables] of Object.entries(drawn)) this.parts.panels[kind].replaceChildren(...tables);
-      return true;
+      return found;
     }
   }
 
