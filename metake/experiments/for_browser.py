@@ -135,7 +135,7 @@ def answers(
     for turn, (method, strength) in enumerate(ASKED):
         own = editor(method, strength, plans.source["contexts"])
         state, layer = own.init(lm, statistics), own.layers[-1]
-        places = [(turn + i) % len(plans.requests) for i in range(each)]
+        places = [(turn * each + i) % len(plans.requests) for i in range(each)]
         requests = [plans.requests[place] for place in places]
         before = diagnose(lm, requests, own, state)
         for i, (place, request, seen) in enumerate(zip(places, requests, before, strict=True)):

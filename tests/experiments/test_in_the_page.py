@@ -57,7 +57,7 @@ def test_the_grid_asks_for_new_answers_that_can_be_told_apart(lm, plans):
     grid = in_the_page.pairs(lm.tokenizer)
     assert len({r.id for r in grid}) == len(grid) == 18 * in_the_page.SUBJECTS * in_the_page.OBJECTS
     assert len({r.id.split("|")[0] for r in grid[:18]}) == 18, "it goes round the relations"
-    assert plans.requests == tuple(grid[: len(plans.requests)]) and len(plans.requests) >= 6
+    assert plans.requests == tuple(grid[: len(plans.requests)]) and len(plans.requests) >= 24
     truth = {(r["subject"], r["prompt"]): r["target_true"]["str"] for r in rewrites()}
     for request in grid:
         both = request.target, truth[request.subject, request.prompt]
