@@ -88,9 +88,9 @@ def papermill(page: str, parameters: str = "") -> str:
     )
 
 
-def command(page: str, recording: str | None) -> str:
+def command(root: Path, page: str, recording: str | None) -> str:
     """What makes one figure or table of a page again: of a recorded one, first the recording."""
-    return "\n".join([*([stamp.record_command(recording)] if recording else []), papermill(page)])
+    return "\n".join([*([stamp.record_command(root, recording)] if recording else []), papermill(page)])
 
 
 def cells(document):
@@ -132,6 +132,9 @@ class Furniture(SphinxTransform):
         found = LABEL.search(html)
         return self.recordings[-1] if found and found[1] == "recorded" and self.recordings else None
 
+    def again(self, html):
+        return command(Path(self.env.srcdir), self.page, self.recording(html))
+
     def table(self, html, folded=False):
         title = CAPTION.search(html)
         words = re.sub(r"[^a-z0-9]+", "-", plain(title[1]).lower() if title else "").strip("-").split("-")[:6]
@@ -142,7 +145,7 @@ class Furniture(SphinxTransform):
             "", html=html, title=plain(title[1]) if title else "", page=self.page, ids=[name], names=[name],
             folded=folded
         )
-        node += again("", text=command(self.page, self.recording(html)))
+        node += again("", text=self.again(html))
         self.document.note_explicit_target(node, node)
         return node
 
@@ -168,7 +171,7 @@ class Furniture(SphinxTransform):
                 refwarn=True, reftarget=f"/figures/{file.name}"
             )
         shorten(next(figure.findall(nodes.caption), None))
-        figure += nodes.legend("", more("", links, again("", text=command(self.page, self.recording(html)))))
+        figure += nodes.legend("", more("", links, again("", text=self.again(html))))
 
     def unrecorded(self):
         """What is not recorded yet says so once, and takes no number."""

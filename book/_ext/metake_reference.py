@@ -19,6 +19,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import stamp
 import yaml
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -393,7 +394,6 @@ def recordings(root: Path) -> list[dict]:
     return found
 
 
-GPU_COMMAND = "make gpu; make gpu-import FOLDER=runs/gpu"
 NEEDED = ("model", "model_origin", "dataset", "date", "commit", "device", "dtype", "minutes", "versions")
 SIZE = ("edits", "batch", "seeds", "seed", "requests")
 
@@ -410,20 +410,6 @@ def recording_row(run: dict) -> list[str]:
         f"{run['minutes']:g}",
         f"{run['device']}, {run['dtype']}", f"{run['date']}", f"`{commit(run)}`"
     ]
-
-
-def command(run: dict) -> str:
-    """What makes a recording again, as far as its header tells; sizes are the defaults of `metake record`."""
-    if run["name"].startswith("gpu_"):
-        return GPU_COMMAND
-    files = [text.split()[0] for text in run["dataset"].split(", ")]
-    given = dict(zip(("--counterfact", "--zsre"), files, strict=False)) | {
-        "--text": run.get("statistics", "embedded").split(",")[0]
-    }
-    options = "".join(
-        f" {option} {file}" for option, file in given.items() if file not in ("facts", "facts-zsre", "embedded")
-    )
-    return f"metake record --only {run['name'].split('-', 1)[0]} --model {run['model']}{options}"
 
 
 def commit(run: dict) -> str:
@@ -445,11 +431,33 @@ class Recordings(SphinxDirective):
             *origins.values(), "Records, by file and digest: " + "; ".join(sorted(data)) + ".",
             "Versions: " + "; ".join(sorted(versions)) + "."
         ]
-        again = code("\n".join(dict.fromkeys(map(command, found))), "bash")
+        again = code("\n".join(dict.fromkeys(stamp.remade(run["name"], run) for run in found)), "bash")
         return [
             table(head, [recording_row(run) for run in found], [14, 14, 26, 10, 14, 12, 12]), *map(paragraph, notes),
             paragraph("Each of them again, with files of these digests:"), again
         ]
+
+
+class Records(SphinxDirective):
+    """Of every recording: its data files with how many of their records in which order, and its own digest."""
+
+    def run(self) -> list[nodes.Node]:
+        root = root_of(self)
+        depends(self, root / "results" / "records.json", *(root / "results").glob("*.jsonl"))
+        kept = json.loads((root / "results" / "records.json").read_text("utf-8"))
+        if differ := set(kept["recordings"]) ^ {run["name"] for run in recordings(root)}:
+            raise ExtensionError(f"results/records.json and results/ differ in {sorted(differ)}; run tools/records.py")
+        rows = [
+            [f"`{name}`", "; ".join(map(records_of, one["records"].items())) or "–", f"`{one['sha256'][:12]}`"]
+            for name, one in kept["recordings"].items()
+        ]
+        return [table(["recording", "records, by file", "SHA-256"], rows, [26, 54, 20])]
+
+
+def records_of(used: tuple[str, list]) -> str:
+    """"counterfact.json: the first 100 of list dispersion-smollm2-135m"."""
+    file, (order, count) = used
+    return f"{file}: the first {count} of list `{order.split()[0]}`"
 
 
 class Provenance(SphinxDirective):
@@ -569,7 +577,7 @@ def root_of(directive: SphinxDirective) -> Path:
 
 def setup(app):
     for name, directive in (
-        ("api", Api), ("commands", Commands), ("recipes", Recipes), ("recordings", Recordings),
+        ("api", Api), ("commands", Commands), ("recipes", Recipes), ("recordings", Recordings), ("records", Records),
         ("provenance", Provenance), ("drawing", Drawing)
     ):
         app.add_directive(name, directive)

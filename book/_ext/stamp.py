@@ -19,6 +19,11 @@ PACKAGES = ("metake", "torch", "transformers", "numpy", "pandas", "matplotlib", 
 EMBEDDED = {"file of model tiny": "metake/data/tiny/model.safetensors", "embedded facts": "metake/data/facts.toml"}
 # two things of one model have a digest each: its file, and the weight that a recording checks it by
 DIGESTED = {"model_digest": "digest of the model's last MLP weight"}
+GPU = "make gpu; make gpu-import FOLDER=runs/gpu"
+# recordings whose sizes follow --edits, and --batch; the others have their own
+BATCHED = ("comparison", "operators", "hidden_states", "gamma")
+SIZED = (*BATCHED, "ablation", "realized", "kl_strength", "sensitivity", "streams", "streams_zsre")
+USUAL = 100  # what `metake record` takes of both, if it is not told
 UNKNOWN = "not known: not built in a git checkout"
 
 
@@ -60,12 +65,32 @@ def is_word(text: str) -> bool:
     return False
 
 
-def record_command(name: str) -> str:
-    """What makes the recording `name` (part-model) again. The data files that it needs are named in its provenance."""
-    part, _, model = name.partition("-")
+def record_command(root: Path, name: str) -> str:
+    """What makes the recording `name` (part-model) again: as its own header says, or as it would be made first."""
+    file, (part, _, model) = root / "results" / f"{name}.jsonl", name.partition("-")
+    if not file.is_file():
+        return GPU if part.startswith("gpu_") else f".venv/bin/metake record --only {part} --model {model}"
+    with file.open(encoding="utf-8") as lines:
+        return remade(name, json.loads(next(lines))["provenance"])
+
+
+def remade(name: str, origin: dict) -> str:
+    """The command with the data files, the text and the sizes that a recording's provenance names."""
+    part = name.partition("-")[0]
     if part.startswith("gpu_"):
-        return "make gpu; make gpu-import FOLDER=runs/gpu"
-    return f".venv/bin/metake record --only {part}" + f" --model {model}" * bool(model)
+        return GPU
+    files = [told.split()[0] for told in origin["dataset"].split(", ")]
+    given = dict(zip(("--counterfact", "--zsre"), files, strict=False))
+    given["--text"] = origin.get("statistics", "embedded").split(",")[0]
+    given = {option: file for option, file in given.items() if file not in ("facts", "facts-zsre", "embedded")}
+    if tasks := origin.get("tasks"):
+        given["--tasks"] = tasks.split()[0]
+    if part in SIZED:
+        edits = origin.get("edits", origin.get("requests")) // (10 if part.startswith("streams") else 1)
+        given |= {"--edits": edits} if edits != USUAL else {}
+        given |= {"--batch": origin["batch"]} if part in BATCHED and origin["batch"] != USUAL else {}
+    options = "".join(f" {option} {value}" for option, value in given.items())
+    return f".venv/bin/metake record --only {part} --model {origin['model']}{options}"
 
 
 @functools.cache
@@ -150,7 +175,7 @@ def stamp(root: Path, page: str, recordings) -> list[nodes.Node]:
     for name in recordings:
         if origin := recording(root, name):
             body += entries(f"Recorded: results/{name}.jsonl", origin)
-            body.append(nodes.paragraph("", f"Made by: {record_command(name)}"))
+            body.append(nodes.paragraph("", f"Made by: {record_command(root, name)}"))
     return [
         nodes.raw("", f'<details class="metake-provenance"><summary>{short}</summary>', format="html"), *body,
         nodes.raw("", "</details>", format="html")

@@ -284,10 +284,8 @@ def test_the_compute_page_reads_the_recordings_and_refuses_damaged_ones(referenc
         "name": "bench-m", "model": "m", "dataset": "counterfact.json sha256:1, facts-zsre sha256:2",
         "statistics": "a.txt, 9 tokens"
     }
-    assert (
-        reference.command(there[0])
-        == "metake record --only bench --model m --counterfact counterfact.json --text a.txt"
-    )
+    again = ".venv/bin/metake record --only bench --model m --counterfact counterfact.json --text a.txt"
+    assert reference.stamp.remade("bench-m", there[0]) == again
     (tmp_path / "results").mkdir()
     with pytest.raises(ExtensionError, match="no recorded run"):
         reference.recordings(tmp_path)
