@@ -5,6 +5,7 @@
 * ```{verdicts}``` draws results/verdicts/*.json as a table; a page of a checked part without one, or with a stale one,
 fails the build.
 * Figures and tables of the notebooks get numbers, data and commands, pages their stamp: furniture.py, stamp.py.
+* What needs the public repository (buttons, archive, DOI): public.py.
 * What stands around a page (overview, reading paths, what would flip a verdict, symbols): pages.py; {value}: value.py.
 * ```{edit-in-the-page}``` is the page on which a reader edits the model: edit_page.py.
 * MathJax comes from an installed package and Thebe is left out: a reader's browser asks nothing of the network.
@@ -21,6 +22,7 @@ from pathlib import Path
 import edit_page
 import furniture
 import pages
+import public
 import typeset
 import value
 import yaml
@@ -68,21 +70,6 @@ def numbers(app, config):
     file = Path(app.srcdir) / "results" / "numbers.json"
     if file.exists():
         config.myst_substitutions = {**json.loads(file.read_text("utf-8")), **config.myst_substitutions}
-
-
-def launch(app, config):
-    """Buttons that open a page in Binder or Colab, and links to its source: only where `metake_repository` names a
-    public repository.
-    """
-    if config.metake_repository:
-        config.html_theme_options |= {
-            "repository_url": config.metake_repository, "repository_branch": "main", "path_to_docs": "",
-            "use_repository_button": True, "use_issues_button": True,
-            "launch_buttons": {
-                "notebook_interface": "jupyterlab", "binderhub_url": "https://mybinder.org",
-                "colab_url": "https://colab.research.google.com"
-            }
-        }
 
 
 def checked_pages(root: Path) -> dict[str, str]:
@@ -265,11 +252,9 @@ def repair(app, error):
 def setup(app):
     app.add_directive("verdicts", Verdicts)
     app.add_directive("finding", Finding)
-    for part in (edit_page, furniture, pages, value):
+    for part in (edit_page, furniture, pages, public, value):
         part.setup(app)
-    app.add_config_value("metake_repository", "", "html", types=[str])
     app.connect("config-inited", numbers, priority=100)
-    app.connect("config-inited", launch, priority=100)
     app.connect("builder-inited", mathjax)
     app.connect("html-page-context", local_scripts, priority=900)
     app.connect("build-finished", repair)
