@@ -16,6 +16,9 @@ from docutils import nodes
 from sphinx.util.docutils import SphinxRole
 
 
+ENDS = ("low", "high")
+
+
 class NotThere(Exception):
     """A value that the tables do not have, or not once."""
 
@@ -61,6 +64,9 @@ def minus(number: str) -> str:
 def cell(table: list[list[str]], chosen: str, column: str, where: str) -> str:
     """The one cell of a column whose row has the given cells."""
     head, *rows = table
+    # an interval stands in the cell of its value: "0.09 [-0.15, 0.18]"
+    base, _, end = column.rpartition(" ")
+    column, end = (base, end) if column not in head and base in head and end in ENDS else (column, None)
     wanted = dict(pair.split("=", 1) for pair in re.split(r",\s*(?=[^,=]+=)", chosen))
     if unknown := {column, *wanted} - set(head):
         raise NotThere(f"the table {where} has no column {sorted(unknown)}; it has {head}")
@@ -69,7 +75,12 @@ def cell(table: list[list[str]], chosen: str, column: str, where: str) -> str:
     ]
     if len(cells) != 1:
         raise NotThere(f"the table {where} has {len(cells)} rows with {chosen}")
-    return cells[0]
+    value, _, rest = cells[0].partition(" [")
+    if end is None:
+        return value if rest.endswith("]") else cells[0]
+    if not rest.endswith("]"):
+        raise NotThere(f"the column {column!r} of the table {where} has no {end!r}: {cells[0]!r}")
+    return rest.removesuffix("]").split(", ")[ENDS.index(end)]
 
 
 class Value(SphinxRole):

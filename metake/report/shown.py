@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -83,17 +84,25 @@ def _number(value: float, form: str) -> str:
     return format(value + 0.0, form)
 
 
+def ranged(value: str, low: str, high: str) -> str:
+    """A value with the ends of its interval, if it has one."""
+    return value if low == high == "–" else f"{value} [{low}, {high}]"
+
+
 def is_numeric(column: pd.Series) -> bool:
     return pd.api.types.is_numeric_dtype(column.infer_objects()) and not pd.api.types.is_bool_dtype(column)
 
 
 def plain(frame: pd.DataFrame, digits: int, two_digits: Sequence[str] = ()) -> str:
     """A frame as aligned text, numbers to the right; a long one is cut, and says so."""
+    return aligned(frame, [rough(own) if name in two_digits else texts(own, digits) for name, own in frame.items()])
+
+
+def aligned(frame: pd.DataFrame, said: Sequence[Sequence[str]]) -> str:
     columns = []
-    for i, name in enumerate(frame.columns):
-        own = frame.iloc[:, i]
-        cells = [str(name).replace("_", " "), *(rough(own) if name in two_digits else texts(own, digits))[:LINES]]
-        width, right = max(map(len, cells)), is_numeric(frame.iloc[:, i])
+    for (name, own), told in zip(frame.items(), said, strict=True):
+        cells = [str(name).replace("_", " "), *told[:LINES]]
+        width, right = max(map(len, cells)), is_numeric(own)
         columns.append([c.rjust(width) if right else c.ljust(width) for c in cells])
     lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
     return "\n".join(lines + [f"… and {len(frame) - LINES} more rows"] * (len(frame) > LINES))
@@ -120,14 +129,16 @@ def badge(label: str, provenance: Mapping[str, Any] | None = None) -> str:
 
 def table(
     frame: pd.DataFrame, caption: str = "", digits: int = 2, label: str | None = None,
-    source: pd.DataFrame | None = None, two_digits: Sequence[str] = ()
+    source: pd.DataFrame | None = None, two_digits: Sequence[str] = (), without: Sequence[str] = (),
+    ranges: Mapping[str, tuple[str, str]] = MappingProxyType({})
 ) -> Shown:
     """A frame as an accessible table: caption, scopes, no empty header cell, aligned numbers.
 
     A column `label` (recomputed, recorded, reported) becomes badges; if all are equal, one in the caption.
     Without it the caption carries the label of `source`, the records that the frame was computed from (default:
     the frame itself), or the given one; "" for none.
-    A named index becomes columns. digits: decimals; two_digits: columns that have no more significant ones.
+    A named index becomes columns. digits: decimals; two_digits: columns that have no more significant ones; without:
+    columns that are not shown; ranges: column → those of its lower and upper end, which are told in its own cells.
     """
     origin = (frame if source is None else source).attrs
     if label is None and "label" in frame and frame["label"].nunique() == 1:
@@ -140,7 +151,11 @@ def table(
         [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in frame.columns], axis=1
     )
     frame = in_rows(frame)
-    said = [rough(frame[c]) if c in two_digits else texts(frame[c], digits) for c in frame]
+    told = {c: rough(frame[c]) if c in two_digits else texts(frame[c], digits) for c in frame}
+    for c, ends in ranges.items():
+        told[c] = [ranged(*cells) for cells in zip(told[c], *(told.pop(end) for end in ends), strict=True)]
+    frame = frame[[c for c in frame if c in told and c not in without]]
+    said = [told[c] for c in frame]
     kinds = [
         "num" if is_numeric(frame[c]) else "text long" if max(map(len, own), default=0) > LONG else "text"
         for c, own in zip(frame, said, strict=True)
@@ -149,27 +164,28 @@ def table(
         [badge(v) for v in frame[c]] if c == "label" else [escape(t) for t in own]
         for c, own in zip(frame, said, strict=True)
     ]
-    rows = ""
-    for row in zip(*cells, strict=True):
-        first = "td" if kinds[0] == "num" else 'th scope="row"'
-        opened = [first, *["td"] * (len(row) - 1)]
-        rows += (
-            "<tr>"
-            + "".join(
-                f'<{tag} class="{kind}">{cell}</{tag[:2]}>' for tag, kind, cell in zip(opened, kinds, row, strict=True)
-            )
-            + "</tr>"
-        )
-    head = "".join(
-        f'<th scope="col" class="{kind}">{escape(c.replace("_", " "))}</th>'
-        for c, kind in zip(frame, kinds, strict=True)
-    )
+    head, rows = markup([c.replace("_", " ") for c in frame], kinds, cells)
     title = f"<caption>{escape(caption)} {mark}</caption>" if caption or mark else ""
-    text = [f"{caption} [{LABELS[label]}]".strip() if label else caption, plain(frame, digits, two_digits)]
+    text = [f"{caption} [{LABELS[label]}]".strip() if label else caption, aligned(frame, said)]
     return Shown(
         f'<table class="dataframe metake-table">{title}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>',
         "\n".join(filter(None, text)),
     )
+
+
+def markup(names: Sequence[str], kinds: Sequence[str], cells: Sequence[Sequence[str]]) -> tuple[str, str]:
+    """Head and rows of a table, of columns; the first one names its row, unless it is a number."""
+    head = "".join(
+        f'<th scope="col" class="{kind}">{escape(name)}</th>' for name, kind in zip(names, kinds, strict=True)
+    )
+    first = "td" if kinds[0] == "num" else 'th scope="row"'
+    tags, rows = [first, *["td"] * (len(kinds) - 1)], ""
+    for row in zip(*cells, strict=True):
+        shown = (
+            f'<{tag} class="{kind}">{cell}</{tag[:2]}>' for tag, kind, cell in zip(tags, kinds, row, strict=True)
+        )
+        rows += f"<tr>{''.join(shown)}</tr>"
+    return head, rows
 
 
 def in_rows(frame: pd.DataFrame) -> pd.DataFrame:

@@ -107,6 +107,32 @@ def test_a_table_sorts_its_methods_within_what_stands_left_of_them():
     assert "_" not in report.table(named).text and "_" not in report.table(named).html.replace("_blank", "")
 
 
+def test_an_interval_stands_in_the_cell_of_its_value():
+    frame = pd.DataFrame({
+        "method": ["metake", "memit"], "share": [0.094, 2.0], "low": [-0.15, None], "high": [0.3, None], "n": [1, 2],
+    })  # fmt: skip
+    shown = report.table(frame, "Shares", ranges={"share": ("low", "high")}, without=["n"], label="")
+    assert shown.text == "Shares\nmethod               share\nMEMIT                 2.00\nMetaKE  0.09 [-0.15, 0.30]"
+    assert shown.html.count('<th scope="col"') == 2 and '<td class="num">0.09 [-0.15, 0.30]</td>' in shown.html
+
+
+def test_prose_reads_the_ends_of_an_interval():
+    value = importlib.import_module("value")
+    rows = [["method", "share"], ["MetaKE", "0.09 [-0.15, 0.30]"], ["MEMIT", "2.00"]]
+    asked = partial(value.cell, rows, "method=MetaKE", where="here")
+    assert [asked(column=column) for column in ("share", "share low", "share high")] == ["0.09", "-0.15", "0.30"]
+    for chosen, column in (("method=MEMIT", "share low"), ("method=MetaKE", "share middle"), ("method=MetaKE", "low")):
+        with pytest.raises(value.NotThere):
+            value.cell(rows, chosen, column, "here")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_table_is_wider_than_can_be_read(path):
+    for html in outputs(path, "text/html"):
+        if html.startswith("<table"):
+            assert html.count('<th scope="col"') <= 10, re.search(r"<caption>(.{60})", html)[1]
+
+
 def test_no_drawing_is_wider_than_its_column(tmp_path, monkeypatch):
     monkeypatch.setenv("METAKE_FIGURES", str(tmp_path))
     titles = "A title that is much longer than the panel that it stands over"
