@@ -2,6 +2,8 @@
 and the judgment can fall either way.
 """
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +18,7 @@ from metake.experiments import record, runs
 from metake.experiments.cases import read_cases
 from metake.experiments.studies import comparison, finished, hidden_states
 from metake.language.tokens import locate
+from metake.report.studies import hidden_states as drawing
 from metake.support.errors import ParameterError, ProvenanceError
 
 METHODS = ("alphaedit", "metake")
@@ -279,8 +282,15 @@ def test_drawings_hold_their_numbers(run, project):
     assert f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" in str(
         report.table(hidden_states.side_by_side(hidden_states.ratios(found)))
     )
+    assert re.search(r"mean shift, edited facts, \S+ times as long", maps.svg["light"])
     with pytest.raises(ParameterError, match="no column moved"):
         report.state_maps(points.drop(columns="moved"))
+
+
+def test_mean_shifts_are_magnified_alike_and_stay_on_the_map():
+    shifts = pd.DataFrame({"x": [0.3, 0.0], "y": [0.4, -0.01]})
+    assert drawing._magnified(shifts, 100.0) == 50 and drawing._magnified(shifts, 1.0) == 1
+    assert drawing._magnified(10 * shifts, 100.0) == 5
 
 
 def test_the_recording_reads_the_comparisons_runs(monkeypatch, project, run):

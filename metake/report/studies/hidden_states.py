@@ -9,19 +9,21 @@ import numpy as np
 import pandas as pd
 from scipy.stats import gaussian_kde
 
-from metake.report.figure import Figure
+from metake.report.figure import INK, Figure
 from metake.report.plots import _log_axis, _require, _soft
 from metake.report.studies.comparison import _grid, _number
 from metake.report.style import Style, in_order, style
 
 EDITED = "edited"
+BROAD = {True: 2.2, False: 1.0}  # points: arrows of edited facts and of the others
 DRAWN = 60  # facts of a group in a panel, evenly by place; all count
 
 
 def state_maps(points: pd.DataFrame, model: str | None = None, name: str = "hidden_states") -> Figure:
     """One map for all methods, a panel each: where states lay before the edits, and where they lie after.
 
-    points: dataset (one), method ("pre-edit": before), group, id, x, y, moved. Lines join a fact's two states;
+    points: dataset (one), method ("pre-edit": before), group, id, x, y, moved. Lines join a fact's two states; arrows
+    say by how much the mean of a group's has moved on the map, magnified alike in all panels;
     the curves at the upper and right edge are the densities along each axis, before (gray) and after.
     """
     _require(points, "dataset", "method", "group", "id", "x", "y", "moved")
@@ -53,18 +55,36 @@ def state_maps(points: pd.DataFrame, model: str | None = None, name: str = "hidd
 def _draw_maps(axes: Any, points: pd.DataFrame, methods: list[str]) -> None:
     before = points[points.method == "pre-edit"].set_index("id")
     kept = [i for _, group in before.groupby("group", sort=False) for i in group.index[:: -(-len(group) // DRAWN)]]
+    shifts = points.groupby(["method", "group"])[["x", "y"]].mean()
+    shifts = (shifts - shifts.loc["pre-edit"]).drop("pre-edit")
+    longer = _magnified(shifts, before[["x", "y"]].max(axis=None) - before[["x", "y"]].min(axis=None))
     for place, method in zip(axes.flat, methods, strict=False):
         after = points[points.method == method].set_index("id").loc[before.index]
         _draw_map(place, before, after, kept, style(method))
+        begin = before[["x", "y"]].mean()
+        for group, shift in shifts.loc[method].iterrows():
+            look = {"arrowstyle": "-|>", "mutation_scale": 6, "shrinkA": 0, "shrinkB": 0, "color": INK["light"]}
+            look["linewidth"] = BROAD[group == EDITED]
+            place.annotate("", begin + longer * shift, begin, arrowprops=look, zorder=6)
     for place in axes.flat[len(methods) :]:
         place.set_axis_off()
     line, marks = mpl.lines.Line2D, {"linestyle": "", "color": _soft(0.8)}
+    told, ink = f", {longer:g} times as long", {"color": INK["light"], "marker": ">", "markevery": [-1]}
     signs = [
         line([], [], color=style("pre-edit").color, marker="x", markersize=5, linestyle="", label="before"),
         line([], [], marker="s", markersize=6, label="after, edited fact", **marks),
         line([], [], marker="o", markersize=3.5, label="after, held-out fact", **marks),
+        line([], [], linewidth=BROAD[True], label=f"mean shift, edited facts{told}", **ink),
+        line([], [], linewidth=BROAD[False], label=f"mean shift, held-out facts{told}", **ink),
     ]
-    axes[0, 0].figure.legend(handles=signs, loc="outside lower center", ncols=3)
+    axes[0, 0].figure.legend(handles=signs, loc="outside lower center", ncols=2)
+
+
+def _magnified(shifts: pd.DataFrame, span: float) -> float:
+    """How much longer than they are shifts are drawn: 1, 2, 5, 10, … times, the longest under half the map."""
+    room = 0.45 * span / max(np.hypot(shifts.x, shifts.y).max(), 1e-9 * span)
+    power = 10 ** np.floor(np.log10(max(room, 1)))
+    return float(max(factor * power for factor in (1, 2, 5) if factor * power <= max(room, 1)))
 
 
 def _draw_map(axes: Any, before: pd.DataFrame, after: pd.DataFrame, kept: list[str], look: Style) -> None:
