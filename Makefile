@@ -76,6 +76,7 @@ notebooks: $(STAMP)  ## run the notebooks again and keep the new outputs, figure
 
 record: $(STAMP)  ## record the experiments on a real model into results/ (MODEL=smollm2-135m ARGS=...)
 	$(BIN)/metake record --model "$(MODEL)" $(ARGS)
+	$(BIN)/python tools/records.py
 
 fetch: $(STAMP)  ## download the real model, check it, convert it (MODEL=smollm2-135m)
 	$(BIN)/metake fetch "$(MODEL)"
@@ -89,6 +90,7 @@ gpu:  ## the first hour on a GPU in one folder, with PYTHON as it is (OUT=runs/g
 
 gpu-import: $(STAMP)  ## what `make gpu` wrote on another machine, into results/ (FOLDER=runs/gpu)
 	$(BIN)/python tools/gpu.py --take "$(or $(FOLDER),$(OUT))"
+	$(BIN)/python tools/records.py
 
 clean:  ## remove what was built
 	rm -rf $(BUILD) build metake.egg-info .pytest_cache .hypothesis

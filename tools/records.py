@@ -29,9 +29,11 @@ def used(file: Path) -> dict[str, list[str]]:
     head, *rows = map(json.loads, file.read_text("utf-8").splitlines())
     columns, found = head["columns"], {}
     named = next((columns.index(name) for name in NAMES if name in columns), None)
+    if named is None:
+        return {}
     files = [told.split()[0] for told in head["provenance"]["dataset"].split(", ")]
     place = columns.index("dataset") if "dataset" in columns else None
-    for row in rows if named is not None else ():
+    for row in rows:
         data = files[0] if place is None else files[DATA.index(row[place])]
         if row[named] is not None:  # a row of a mean has none
             found.setdefault(data, {})[row[named]] = None
