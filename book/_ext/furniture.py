@@ -21,7 +21,9 @@ LABEL = re.compile(r'class="label label-(\w+)"')
 CAPTION = re.compile(r"<caption>(.*?)</caption>", re.S)
 TABLE = re.compile(r'<table class="[^"]*metake-table[^"]*">.*?</table>', re.S)
 SHORT = re.compile(r'(<t[hd][^>]* class="text)"(>[^<]{1,22}</)')  # cells that are not worth a line break
+INTERVAL = re.compile(r'(class="num">[^<\[]*)(\[[^\]<]*\])')  # breaks from its value, not within
 BREAKS_NOT = r'\1 short"\2'
+WHOLE = r'\1<span class="no-break">\2</span>'
 FOLDED = "tag_folded"  # a cell's tag, as myst-nb makes a class of it
 STAMP = '<details class="metake-provenance"'
 OPENED = '<details class="metake-more"><summary>Data and command</summary>'
@@ -260,7 +262,7 @@ def visit_table(self, node):
         lambda found: f'<caption><span class="metake-caption">{number}{found[1]}{permalink}</span></caption>', html,
         count=1
     )
-    html = f'<div class="metake-scroll">{SHORT.sub(BREAKS_NOT, html)}</div>'
+    html = f'<div class="metake-scroll">{SHORT.sub(BREAKS_NOT, INTERVAL.sub(WHOLE, html))}</div>'
     if node["folded"]:
         html = f'<details class="metake-folded"><summary>The same numbers as a table</summary>{html}</details>'
     file = Path(self.builder.outdir) / "_downloads" / "tables" / f"{name}.csv"
