@@ -20,6 +20,7 @@ from metake.experiments.borrowed import borrowing
 from metake.experiments.made import provenance, settings
 from metake.experiments.speed.run_time import PLAIN, run_time
 from metake.experiments.studies.ablation import ablation
+from metake.experiments.studies.asked import names
 from metake.experiments.studies.case_study import case_study
 from metake.experiments.studies.choosing import descending
 from metake.experiments.studies.comparison import PRIMARY, comparison
@@ -36,6 +37,7 @@ from metake.experiments.studies.realized_residual import realized_residual
 from metake.experiments.studies.sensitivity import sensitivity
 from metake.experiments.studies.step_more import RECORDED, step_more
 from metake.experiments.studies.streams import streams
+from metake.experiments.studies.teacher_forcing import teacher_forcing
 from metake.experiments.studies.trained_editors import COMPARED as COMPARED_EDITORS
 from metake.experiments.studies.trained_editors import trained_editors
 from metake.experiments.studies.training_choices import outer_prompts, penalty
@@ -44,17 +46,19 @@ from metake.methods import METHODS, named
 from metake.support.errors import ParameterError, near_misses
 
 # hours on a real model's CPU: only if `only` names them
-LONG = ("streams", "streams_zsre", "sequences", "penalty", "outer_prompts", "step_more", "trained_editors")
+LONG = ("streams", "streams_zsre", "sequences", "asking", "penalty", "outer_prompts", "step_more", "trained_editors")
 GROWS = "sequences"  # hours a seed: each is added to what is recorded
 HELD_OUT = ("alphaedit", "metake", "metake/literal", "metake/whole")
 TASKED = "general_ability"  # only if there is task data
 STUDIED = ("memit", "alphaedit", "metake", "sphere", "blue", "rect", "prune", "pmet", "rome")
+FREELY = ("in_prompt", "in_prompt/beside", *HELD_OUT, "memit", "ft", "ft_l")  # what costs least comes first
 STREAMED = ("alphaedit", "metake", "memit", "blue", "sphere", "memit_seq", "prune", "rect")
 # not hidden_states: its maps place the states of all methods together
 OF_METHODS = (
-    "comparison", "sequences", "gamma", "bench", "case_study", "general_ability", "streams", "streams_zsre", "realized",
-    "kl_strength", "trained_editors"
+    "comparison", "sequences", "asking", "gamma", "bench", "case_study", "general_ability", "streams", "streams_zsre",
+    "realized", "kl_strength", "trained_editors"
 )
+BESIDE_TELLING = ("asking",)  # which know the fact in the prompt as a method
 COMPARED = STREAMED[:5]  # MetaKE and whom the paper compares it with: on a real model the others would be hours more
 
 
@@ -120,7 +124,8 @@ def _check_methods(methods: Sequence[str] | None, only: Sequence[str] | None) ->
     """Raises ParameterError for methods that nobody knows, or of recordings that do not compare methods."""
     if not methods:
         return
-    if unknown := [name for name in methods if name not in (known := named())]:
+    known = names() if only and {*only} <= {*BESIDE_TELLING} else named()
+    if unknown := [name for name in methods if name not in known]:
         raise ParameterError(near_misses(unknown[0], known, "method"))
     if wrong := [name for name in only or ("every recording",) if name not in OF_METHODS]:
         raise ParameterError(
@@ -145,6 +150,8 @@ def _parts(
         "sequences": partial(
             comparison, **sequences | {"edits": 2 * batch}, methods=own or HELD_OUT, part="testing"
         ),
+        # those same runs and the baselines, asked freely too: what is edited already is only asked
+        "asking": partial(teacher_forcing, **sequences | {"edits": 2 * batch}, methods=own or FREELY, part="testing"),
         "operators": partial(operators, **sequences),
         "hidden_states": partial(
             hidden_states, **common, data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0], out=runs

@@ -96,15 +96,17 @@ def cases_of(config: RunConfig, lm: LanguageModel) -> Cases:
 
 def edit_sequence(
     lm: LanguageModel, editor: Editor, requests: Sequence[EditRequest], given: Mapping[int, KeyStatistics], size: int,
-    folder: Path | None = None
+    folder: Path | None = None, shared: Unedited | None = None
 ) -> Iterator[tuple[Edit, EditorState]]:
     """Edit in consecutive batches, each applied to `lm` before the next is computed; yields after each application.
 
-    folder: keeps every batch's edit, which another call with the same words reads instead of making it again.
+    folder: keeps every batch's edit, which another call with the same words reads instead of making it again; shared:
+    of sequences that start from the same model with the same batch.
     """
     state = editor.init(lm, given)
     for number, batch in enumerate(batches(requests, size)):
-        edit, state = _batch(lm, editor, batch, state, folder and folder / f"{number:04d}")
+        own = None if number else shared
+        edit, state = _batch(lm, editor, batch, state, folder and folder / f"{number:04d}", own)
         yield edit, state
 
 

@@ -24,6 +24,7 @@ from metake.report.shown import Verdict, provenance, table, verdict
 from metake.report.studies.ability import ability_curves
 from metake.report.studies.claims import claim_panels
 from metake.report.studies.comparison import comparison_dots, comparison_table, forest, tradeoff
+from metake.report.studies.forcing import forced_and_free
 from metake.report.studies.frontier import frontier_curves
 from metake.report.studies.gamma import gamma_auroc, gamma_calibration
 from metake.report.studies.generations import generations, target_shares
@@ -45,7 +46,7 @@ __all__ = [
     "ball_and_ellipsoid", "before_after", "beta_plane", "beta_to_drag", "claim_panels", "comparison_dots",
     "comparison_table",
     "coupling_step", "descent", "dispersion",
-    "feasible_plans", "figures_dir", "forest", "frontier_curves",
+    "feasible_plans", "figures_dir", "forced_and_free", "forest", "frontier_curves",
     "gamma_auroc", "gamma_calibration", "generations", "if_recorded",
     "kl_curves", "last_layer", "merge_recorded", "of_others", "option_effects", "paper", "project_root", "provenance",
     "proxy_certificates",

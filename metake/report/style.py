@@ -34,6 +34,8 @@ METHOD_STYLE: dict[str, Style] = {
     "metake/whole": Style("#cb3c99", (5, 1, 0), "-", "MetaKE, whole look-ahead"),
     "ft": Style("#3090f0", (3, 0, 45), ":", "FT"),
     "ft_l": Style("#9c60fc", (4, 0, 0), "--", "FT-L"),
+    "in_prompt": Style("#973e9f", (7, 1, 0), ":", "In the prompt"),
+    "in_prompt/beside": Style("#748564", (9, 1, 0), ":", "In the prompt, of two"),
     "ultraedit": Style("#9a07e2", (5, 0, 36), "--", "UltraEdit"),
     "mend": Style("#5587d2", (3, 0, 15), ":", "MEND"),
     "malmen": Style("#c9117c", "H", "-.", "MALMEN"),

@@ -273,8 +273,9 @@ def test_methods_are_told_apart_by_every_eye(vision):
 
 def test_every_method_has_a_look_and_its_place():
     from metake import methods
+    from metake.experiments.studies.asked import IN_PROMPT
 
-    assert methods.named().keys() | {"pre-edit"} == report.METHOD_STYLE.keys()
+    assert methods.named().keys() | {"pre-edit", *IN_PROMPT} == report.METHOD_STYLE.keys()
     first, *others = report.METHOD_STYLE
     assert first == "pre-edit" and set(others[: len(methods.METHODS)]) == set(methods.METHODS), (
         "the methods first, then what derives from them"

@@ -16,6 +16,7 @@ from metake.experiments.runs import RunConfig, Unedited, holds, open_run, run
 from metake.support.errors import ParameterError, near_misses
 
 PRIMARY = ("memit", "alphaedit", "metake")
+FREE = ("efficacy_exact", "efficacy_contained", "generalization_exact", "generalization_contained")
 METRICS = ("efficacy", "generalization", "specificity", "specificity_pre_edit", "fluency", "consistency")
 
 
@@ -50,21 +51,35 @@ def comparison(
                 # of every method: the model before any edit, and the plans of those that plan alike
                 unedited = shared.setdefault((name, seed), Unedited())
                 for place, method in enumerate(methods):
-                    folder = Path(out or scratch) / f"{Path(source).stem}-{method.replace('/', '-')}-{seed}"
                     sampled = generate and "zsre" not in Path(source).stem
                     config = RunConfig(
                         model, method, source, edits, batch, seed, text, text_tokens, generate=sampled, part=part
                     )
-                    if not (holds(folder, config) and (folder / "summary.json").is_file()):
-                        run(config, folder, shared=unedited)
-                    summaries.append(
-                        {"dataset": name, "method": method, "seed": seed, "folder": folder.name}
-                        | json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-                    )
+                    folder = made(config, Path(out or scratch), unedited)
+                    summaries.append(told(name, config, folder))
                     rows += run_rows(folder, name, method, seed, before=not place)
     frame = pd.DataFrame(rows)
     frame.attrs["runs"] = summaries
     return frame
+
+
+def place(folder: Path, config: RunConfig) -> Path:
+    """Where a run of several stands."""
+    return folder / f"{Path(config.data).stem}-{config.method.replace('/', '-')}-{config.seed}"
+
+
+def made(config: RunConfig, folder: Path, unedited: Unedited) -> Path:
+    """The folder of a run among several in `folder`; it is carried out unless it is finished."""
+    if not (holds(own := place(folder, config), config) and (own / "summary.json").is_file()):
+        run(config, own, shared=unedited)
+    return own
+
+
+def told(dataset: str, config: RunConfig, folder: Path) -> dict[str, Any]:
+    """What a finished run says of itself, and whose it is."""
+    return {"dataset": dataset, "method": config.method, "seed": config.seed, "folder": folder.name} | json.loads(
+        (folder / "summary.json").read_text(encoding="utf-8")
+    )
 
 
 def run_rows(folder: Path, dataset: str, method: str, seed: int, before: bool) -> list[dict[str, Any]]:
@@ -97,7 +112,7 @@ def case_rows(file: Path) -> list[dict]:
 
 def summarize(records: pd.DataFrame) -> pd.DataFrame:
     """Percent per data set and method: mean over a seed's cases, then mean and sample standard deviation over seeds."""
-    metrics = [m for m in METRICS if m in records and records[m].notna().any()]
+    metrics = [m for m in (*METRICS, *FREE) if m in records and records[m].notna().any()]
     by_seed = 100 * records.groupby(["dataset", "method", "seed"], sort=False)[metrics].mean()
     grouped = by_seed.groupby(["dataset", "method"], sort=False)
     mean, deviation = grouped.mean(), grouped.std()
@@ -126,7 +141,7 @@ def paired_differences(
 
     A case that several seeds drew counts once, with its mean: to draw it as if it were two would be too sure.
 
-    metrics: columns of the records; those of `METRICS`, shares, in percentage points, others as they are.
+    metrics: columns of the records; those of `METRICS` and `FREE`, shares, in percentage points, others as they are.
     Raises ParameterError if one of the two is not among the records' methods.
     """
     for name in (one, other):
@@ -136,7 +151,7 @@ def paired_differences(
     for dataset, group in records.groupby("dataset", sort=False):
         for metric in metrics:
             sides = [group[group.method == m].set_index(["seed", "id"])[metric] for m in (one, other)]
-            paired = (100 if metric in METRICS else 1) * (sides[0] - sides[1]).dropna()
+            paired = (100 if metric in (*METRICS, *FREE) else 1) * (sides[0] - sides[1]).dropna()
             difference = paired.groupby("id", sort=False).mean().to_numpy()  # one that several seeds drew counts once
             means = generator.choice(difference, (draws, len(difference))).mean(1)
             low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
@@ -176,17 +191,18 @@ def over(records: pd.DataFrame, base: str = "alphaedit", **bootstrap: Any) -> pd
 def setting(records: pd.DataFrame) -> pd.DataFrame:
     """What was measured, and how, in one row per question: from the runs, or from a recording's provenance."""
     runs, told = records.attrs.get("runs"), records.attrs.get("provenance", {})
-    first = runs[0]["config"] if runs else told
+    first = runs[0]["config"] if runs else told or records.attrs["asked"]
     edits, batch = first["edits"], min(first["batch"], first["edits"])
     batches = "in one batch"
     if batch < edits:
         batches = f"in {-(-edits // batch)} consecutive batches of {batch}; the weights accumulate"
     tokens = "all" if first.get("text_tokens") is None else f"{first['text_tokens']:,}"
-    if runs:
-        statistics = f"{Path(first['text']).name}, {tokens} tokens"
-        data = ", ".join(dict.fromkeys(f"{r['dataset']}: {r['data']['source']}" for r in runs))
-    else:
+    if told:
         statistics, data = told["statistics"], told["dataset"]
+    else:
+        statistics = f"{Path(first['text']).name}, {tokens} tokens"
+        sources = [(r["dataset"], r["data"]["source"]) for r in runs] if runs else first["data"].items()
+        data = ", ".join(dict.fromkeys(f"{name}: {source}" for name, source in sources))
     seeds = sorted(records.seed.unique())
     rows = {
         "model": first["model"],
@@ -200,8 +216,8 @@ def setting(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def claimed(differences: pd.DataFrame) -> pd.DataFrame:
-    """The rows that the paper's claim is about: efficacy and generalization."""
-    return differences[differences.metric.isin(["efficacy", "generalization"])]
+    """The rows that the paper's claim is about: efficacy and generalization, forced or free."""
+    return differences[differences.metric.str.startswith(("efficacy", "generalization"))]
 
 
 def decide(differences: pd.DataFrame) -> Decision:
@@ -215,7 +231,7 @@ def judge(differences: pd.DataFrame) -> dict[str, Any]:
     """The paper's claim, efficacy and generalization above AlphaEdit's: holds if an interval lies above zero and none
     below; does not hold if one lies below; inconclusive if all include zero."""
     parts = [
-        f"{r.metric} {r.dataset} {with_interval(r.difference, r.low, r.high)}"
+        f"{r.metric.replace('_', ' ')} {r.dataset} {with_interval(r.difference, r.low, r.high)}"
         for r in claimed(differences).itertuples()
     ]
     return decide(differences).quiet().verdict("MetaKE − AlphaEdit in points: " + "; ".join(parts))
