@@ -86,7 +86,7 @@ def _edited(lm: LanguageModel, cases: Sequence[EditCase], edits: SavedEdits, ask
         edit.apply(lm)
         last = number + 1 == len(edits)
         if asks and (last or number + 1 < count and (number + 1) % -(-count // POINTS) == 0):
-            for age, own in _by_age(_only(cases, "efficacy"), made, min(number, count - 1)).items():
+            for age, own in by_age(_only(cases, "efficacy"), made, min(number, count - 1)).items():
                 scores.setdefault(age, []).append(evaluate(lm, own, free=True))
     if asks and len(scores) < 2:
         raise ParameterError("retention needs an edit after which another batch was edited; this run has one batch")
@@ -95,7 +95,7 @@ def _edited(lm: LanguageModel, cases: Sequence[EditCase], edits: SavedEdits, ask
         yield from ({"ask": RETENTION} | row for row in _rows(age, every, EFFICACY.__contains__))
 
 
-def _by_age(cases: Iterable[EditCase], made: dict[str, int], now: int) -> dict[int, list[EditCase]]:
+def by_age(cases: Iterable[EditCase], made: dict[str, int], now: int) -> dict[int, list[EditCase]]:
     """The cases of which all is edited by now, by the batches since."""
     ages: dict[int, list[EditCase]] = {}
     for case in cases:
@@ -124,26 +124,42 @@ def _portability(lm: LanguageModel, cases: Sequence[EditCase], seed: int) -> Ite
             yield row | {"metric": row["metric"].replace(stem, "portability")}
 
 
-def _before(lm: LanguageModel, cases: Sequence[EditCase]) -> Iterator[dict[str, Any]]:
-    """What the unedited model makes of the questions whose answer before the edit is known: their rival."""
+def rivals(cases: Iterable[EditCase]) -> list[EditCase]:
+    """What follows from the cases' edits, asked for the answers that were right before, where they are known."""
+    own = _only(cases, "portability")
     probes = [
         tuple(replace(p, target=p.rival, rival=None, aliases=(), sort="") for p in case.probes if p.rival)
-        for case in _only(cases, "portability")
+        for case in own
     ]
-    if known := [case._replace(probes=own) for case, own in zip(cases, probes, strict=True) if own]:
+    return [case._replace(probes=mine) for case, mine in zip(own, probes, strict=True) if mine]
+
+
+def _before(lm: LanguageModel, cases: Sequence[EditCase]) -> Iterator[dict[str, Any]]:
+    """What the unedited model makes of the questions whose answer before the edit is known: their rival."""
+    if known := rivals(cases):
         yield from _rows("before", evaluate(lm, known, free=True), lambda name: True)
 
 
 def _prefix(lm: LanguageModel, cases: Sequence[EditCase], seed: int) -> Iterator[dict[str, Any]]:
+    for tokens, asked in after_text(lm, cases, seed):
+        yield from _rows(tokens, evaluate(lm, asked, free=True), EFFICACY.__contains__)
+
+
+def after_text(
+    lm: LanguageModel, cases: Sequence[EditCase], seed: int, prefixes: Sequence[int] = PREFIXES,
+    tell: Callable[[list[EditCase]], Sequence[EditCase]] = list
+) -> Iterator[tuple[int, list[EditCase]]]:
+    """The edited prompts after so many tokens of unrelated text, those that fit the model's window; tell: what stands
+    before the text, if anything, such as the facts (`in_prompt`)."""
     own = _only(cases, "efficacy")
-    for tokens in PREFIXES:
-        asked = [case.after(unrelated(lm, tokens, f"{seed}/{case.request.id}")) for case in own]
+    for tokens in prefixes:
+        asked = tell([case.after(unrelated(lm, tokens, f"{seed}/{case.request.id}")) for case in own])
         fits = [c for c in asked if all(len(encode(lm.tokenizer, p.prompt)) + FREE <= lm.window for p in c.probes)]
         if len(fits) < len(asked):
             told = "%d of %d cases do not fit the model's window of %d tokens after a prefix of %d: they are left out"
             logging.getLogger("metake").warning(told, len(asked) - len(fits), len(asked), lm.window, tokens)
         if fits:
-            yield from _rows(tokens, evaluate(lm, fits, free=True), EFFICACY.__contains__)
+            yield tokens, fits
 
 
 def unrelated(lm: LanguageModel, tokens: int, seed: str) -> str:

@@ -21,6 +21,7 @@ from metake.experiments.made import provenance, settings
 from metake.experiments.speed.run_time import PLAIN, run_time
 from metake.experiments.studies.ablation import ablation
 from metake.experiments.studies.asked import names
+from metake.experiments.studies.carries import carries
 from metake.experiments.studies.case_study import case_study
 from metake.experiments.studies.choosing import descending
 from metake.experiments.studies.comparison import PRIMARY, comparison
@@ -46,7 +47,10 @@ from metake.methods import METHODS, named
 from metake.support.errors import ParameterError, near_misses
 
 # hours on a real model's CPU: only if `only` names them
-LONG = ("streams", "streams_zsre", "sequences", "asking", "penalty", "outer_prompts", "step_more", "trained_editors")
+LONG = (
+    "streams", "streams_zsre", "sequences", "asking", "portability", "penalty", "outer_prompts", "step_more",
+    "trained_editors"
+)
 GROWS = "sequences"  # hours a seed: each is added to what is recorded
 HELD_OUT = ("alphaedit", "metake", "metake/literal", "metake/whole")
 TASKED = "general_ability"  # only if there is task data
@@ -55,10 +59,10 @@ FREELY = ("in_prompt", "in_prompt/beside", *HELD_OUT, "memit", "ft", "ft_l")  # 
 STREAMED = ("alphaedit", "metake", "memit", "blue", "sphere", "memit_seq", "prune", "rect")
 # not hidden_states: its maps place the states of all methods together
 OF_METHODS = (
-    "comparison", "sequences", "asking", "gamma", "bench", "case_study", "general_ability", "streams", "streams_zsre",
-    "realized", "kl_strength", "trained_editors"
+    "comparison", "sequences", "asking", "portability", "gamma", "bench", "case_study", "general_ability",
+    "streams", "streams_zsre", "realized", "kl_strength", "trained_editors"
 )
-BESIDE_TELLING = ("asking",)  # which know the fact in the prompt as a method
+BESIDE_TELLING = ("asking", "portability")  # which know the fact in the prompt as a method
 COMPARED = STREAMED[:5]  # MetaKE and whom the paper compares it with: on a real model the others would be hours more
 
 
@@ -152,6 +156,10 @@ def _parts(
         ),
         # those same runs and the baselines, asked freely too: what is edited already is only asked
         "asking": partial(teacher_forcing, **sequences | {"edits": 2 * batch}, methods=own or FREELY, part="testing"),
+        # of the embedded facts, in one batch: those that have consequences are 55
+        "portability": partial(
+            carries, **common, methods=own or FREELY, edits=50, batch=50, seed=seeds[0], out=runs / "portability"
+        ),
         "operators": partial(operators, **sequences),
         "hidden_states": partial(
             hidden_states, **common, data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0], out=runs
