@@ -100,13 +100,11 @@ def edit_sequence(
 ) -> Iterator[tuple[Edit, EditorState]]:
     """Edit in consecutive batches, each applied to `lm` before the next is computed; yields after each application.
 
-    folder: keeps every batch's edit, which another call with the same words reads instead of making it again; shared:
-    of sequences that start from the same model with the same batch.
+    folder: keeps every batch's edit, which another call with the same words reads instead; shared: as `run` has it.
     """
     state = editor.init(lm, given)
     for number, batch in enumerate(batches(requests, size)):
-        own = None if number else shared
-        edit, state = _batch(lm, editor, batch, state, folder and folder / f"{number:04d}", own)
+        edit, state = _batch(lm, editor, batch, state, folder and folder / f"{number:04d}", None if number else shared)
         yield edit, state
 
 
