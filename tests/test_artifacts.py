@@ -51,7 +51,7 @@ def test_the_numbers_are_the_same(opened):
 
 
 def test_a_finished_run_goes_on_without_computing_anything(opened, monkeypatch):
-    for place, name in ((key_statistics, "_stream"), (Editor, "step")):
+    for place, name in ((key_statistics, "stream"), (Editor, "step")):
         monkeypatch.setattr(place, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     before = {p: p.read_bytes() for p in Path("run/batches").rglob("*") if p.is_file()}
     expected = json.loads(Path("numbers.json").read_text("utf-8"))["metrics"]

@@ -142,7 +142,13 @@ def statistics(
         if missing := [i for i in layers if i not in kept]:
             rows = token_rows(lm, found or documents(text), tokens, context, seed, file)
             size = min(8192, lm.room(1, gradients=False))
-            made |= halving(lambda size: _stream(lm, rows, missing, size), size, lm.fitted)
+            made |= halving(lambda size: stream(lm, rows, missing, size), size, lm.fitted)
+            least, count = min(made[i].dim for i in missing), made[missing[0]].count
+            if count < least:
+                raise StatisticsError(
+                    f"{count} tokens of text cannot span {least} key dimensions; give a text of at least {least} "
+                    "tokens, better ten times as many"
+                )
             name = text if text == "embedded" else Path(text).name
             source = {"text": name, "tokens": sum(map(len, rows)), "model": lm.name}
             for i in missing if cache else ():
@@ -193,8 +199,9 @@ def _pieces(tokenizer: Any, texts: Iterable[str], limit: int, pieces: bool) -> I
         log.warning("%d of %d tokens are left out, which lie behind the first %d of their lines", lost, count, limit)
 
 
-@torch.no_grad()
-def _stream(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int], size: int) -> dict[int, KeyStatistics]:
+@LanguageModel.entry()
+def stream(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int], size: int) -> dict[int, KeyStatistics]:
+    """Statistics of the keys that rows of tokens give at `layers`, `size` tokens at a time; all finite."""
     sums = {i: KeyStatistics.empty(lm.shape(lm.write_path(i))[1], lm.device) for i in layers}
     for group in progress(lm.groups([len(r) for r in rows], size), "statistics"):
         batch = pad([rows[i] for i in group], lm.device)
@@ -210,12 +217,6 @@ def _stream(lm: LanguageModel, rows: list[tuple[int, ...]], layers: list[int], s
                     f"keys of layer {i} of {lm.name!r} ({lm.dtype}) are not finite; look for NaN in its weights up to "
                     "there, or load it in a wider dtype. No statistics were kept"
                 )
-    least, count = min(s.dim for s in sums.values()), sums[layers[0]].count
-    if count < least:
-        raise StatisticsError(
-            f"{count} tokens of text cannot span {least} key dimensions; give a text of at least {least} tokens, "
-            "better ten times as many"
-        )
     return {i: one.to("cpu") for i, one in sums.items()}  # where they wait until a method asks for their layer
 
 

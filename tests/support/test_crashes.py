@@ -114,7 +114,7 @@ def test_of_two_runs_in_one_folder_one_is_refused_in_a_line(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("what", ["statistics", "fetch"])
 def test_of_two_that_need_the_same_one_waits_and_reads_it(what, tmp_path, monkeypatch):
-    place, name = {"statistics": (key_statistics, "_stream"), "fetch": (assets, "_seal")}[what]
+    place, name = {"statistics": (key_statistics, "stream"), "fetch": (assets, "_seal")}[what]
     monkeypatch.setattr(place, name, noted(tmp_path / "done", getattr(place, name)))
     scenario, folder = SCENARIOS[what], tmp_path / "cache"
     _, _, after = operations(scenario, tmp_path / "alone")
