@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from crashes import MODULE, edit, model
 from safetensors import safe_open
@@ -144,6 +145,19 @@ def _use_statistics(folder: Path) -> None:
     assert all(one.covariance.shape == (one.dim, one.dim) for one in found.values())
 
 
+def _published(folder: Path) -> list[Path]:
+    moment = torch.eye(128).numpy()
+    told = {"mom2.constructor": "util.runningstats.SecondMoment()", "mom2.count": 200, "mom2.mom2": moment}
+    np.savez(folder / f"{MODULE}_float32_mom2_100.npz", sample_size=100, **told)
+    return [folder / f"{MODULE}_float32_mom2_100.npz"]
+
+
+def _use_published(folder: Path) -> None:
+    found = key_statistics.statistics(model(), str(folder), [1])[1]
+    assert found.covariance.shape == (128, 128) and found.count >= 128
+    found.null_rank(0.5)
+
+
 def _eigenvectors(folder: Path) -> list[Path]:
     _statistics(folder)
     key_statistics._OnDisk(Statistics.load(folder / "s.safetensors")[1], folder / "s.eigh")._eigh  # noqa: B018
@@ -247,6 +261,7 @@ READERS = {
     "text": _written("a.txt", TEXT, lambda file: documents(str(file))),
     "edit": Reader(_edit, _use_edit), "run": Reader(_run, _use_run),
     "statistics": Reader(_statistics, _use_statistics), "eigenvectors": Reader(_eigenvectors, _use_eigenvectors),
+    "published statistics": Reader(_published, _use_published),
     "adapter": _written("adapter_config.json", ADAPTER, lambda file: served(file.parent)),
     "trained editor": Reader(_trained, _use_trained), "checkpoint": Reader(_checkpoint, _use_checkpoint),
     "recording": Reader(_recorded, _use_recorded),

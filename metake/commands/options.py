@@ -48,10 +48,13 @@ def model_options(parser: argparse.ArgumentParser, positional: bool = False, met
         )
     parser.add_argument(
         "--text", default="embedded", metavar="SOURCE",
-        help="text of the key statistics: embedded, embedded+tasks, a text file, or hub:owner/name[:config]; "
-        "default: %(default)s"
+        help="text of the key statistics: embedded, embedded+tasks, a text file, or hub:owner/name[:config]; or a "
+        "folder of .npz files that the code of ROME, MEMIT or AlphaEdit has written; default: %(default)s"
     )
-    parser.add_argument("--text-tokens", type=_COUNT, metavar="N", help="use at most N tokens of it; default: all")
+    parser.add_argument(
+        "--text-tokens", type=_tokens, metavar="N", default="enough",
+        help="use at most N tokens of it, or all; default: 50 for each dimension of a key, of the embedded text all"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, metavar="DTYPE",
         help="float64, float32, bfloat16 or float16; default: float32, float64 for tiny"
@@ -110,6 +113,11 @@ def _counts(parser: argparse.ArgumentParser, **asked: tuple[int, str]) -> None:
     for name, (default, what) in asked.items():
         flag, told = f"--{name.replace('_', '-')}", f"{what}; default: %(default)s"
         parser.add_argument(flag, type=_COUNT, default=default, metavar="N", help=told)
+
+
+def _tokens(text: str) -> int | str | None:
+    """A number of tokens; None for all of them; "enough", which is not resolved before the model is there."""
+    return {"all": None, "enough": text}[text] if text in ("all", "enough") else _COUNT(text)
 
 
 def device_option(parser: argparse.ArgumentParser) -> None:
@@ -233,6 +241,7 @@ def check_options(parser: argparse.ArgumentParser) -> None:
     recipe_options(parser)
     parser.add_argument("--json", metavar="FILE", help="write the table there too")
     model_options(parser, positional=True)
+    parser.set_defaults(text_tokens=None)  # its promises need a few alone
 
 
 def fetch_options(parser: argparse.ArgumentParser) -> None:

@@ -39,6 +39,7 @@ from metake.experiments.studies.sensitivity import sensitivity
 from metake.experiments.studies.step_more import RECORDED, step_more
 from metake.experiments.studies.streams import streams
 from metake.experiments.studies.teacher_forcing import teacher_forcing
+from metake.experiments.studies.text_needed import text_needed
 from metake.experiments.studies.trained_editors import COMPARED as COMPARED_EDITORS
 from metake.experiments.studies.trained_editors import trained_editors
 from metake.experiments.studies.training_choices import outer_prompts, penalty
@@ -147,6 +148,9 @@ def _parts(
     one_stream = common | {"methods": own or (STREAMED if common["model"] == "tiny" else COMPARED), "seed": seeds[0]}
     return {
         "quickstart": partial(quickstart, **common),
+        "text": partial(
+            text_needed, **common, data=data["CounterFact"], edits=min(edits, 30), seed=seeds[0], out=runs / "text"
+        ),
         "dispersion": partial(association_dispersion, **common, requests=700, data=data),
         # without fluency and consistency: sampling costs several times the edits on a CPU
         "comparison": partial(comparison, **sequences, methods=own or list(METHODS)),

@@ -34,6 +34,7 @@ from metake.report.studies.readings import reading_dots
 from metake.report.studies.realized import realized_curves
 from metake.report.studies.streams import stream_curves
 from metake.report.studies.sweeps import kl_curves, sensitivity_curves
+from metake.report.studies.text import text_curves
 from metake.report.style import METHOD_STYLE, Style, style
 from metake.report.theory.bilevel_theory import coupling_step, descent, last_layer
 from metake.report.theory.family import agreement, option_effects
@@ -53,5 +54,5 @@ __all__ = [
     "proxy_cosines", "proxy_descent", "reading_dots", "real_plans", "realized_curves", "recorded", "recorded_or",
     "refined_minus_base", "sensitivity_curves", "source", "stage_bars", "state_distances", "state_maps",
     "stream_curves", "style", "suppression", "table",
-    "target_shares", "tradeoff", "verdict", "write_joined", "write_recorded",
+    "target_shares", "text_curves", "tradeoff", "verdict", "write_joined", "write_recorded",
 ]  # fmt: skip

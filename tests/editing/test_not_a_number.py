@@ -8,10 +8,10 @@ from models import cases, random_model
 from same import fingerprint
 
 import metake as mk
-from metake.editing.hypergradient import Hypergradient
 from metake.editing.keys import KeyReader
 from metake.experiments.measured import edited_losses
 from metake.experiments.studies.answers import answer
+from metake.experiments.theory.hypergradient import Hypergradient
 from metake.language.generation import sample
 from metake.scoring.evaluation import read
 from metake.support.errors import NumericalError, StatisticsError

@@ -14,10 +14,10 @@ from reference import double_inside  # noqa: F401 (a fixture)
 
 import metake as mk
 from metake.editing.editor import Editor
-from metake.editing.hypergradient import Hypergradient
 from metake.editing.outer import Refinement
 from metake.editing.targets import TargetRule, optimize_targets
 from metake.experiments.runs import RunConfig, reevaluate, run
+from metake.experiments.theory.hypergradient import Hypergradient
 from metake.language.generation import sample
 
 pytestmark = MARKS

@@ -12,10 +12,10 @@ from torch import nn
 
 import metake as mk
 from metake.editing.gradient.network import Network
-from metake.editing.hypergradient import Hypergradient
 from metake.editing.keys import KeyReader
 from metake.experiments.measured import edited_losses
 from metake.experiments.studies.answers import answer
+from metake.experiments.theory.hypergradient import Hypergradient
 from metake.language.generation import sample
 from metake.support.errors import ParameterError
 

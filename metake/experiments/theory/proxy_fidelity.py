@@ -17,7 +17,6 @@ from metake import methods
 from metake.data.requests import EditRequest
 from metake.editing.bilevel import refine
 from metake.editing.editor import Editor
-from metake.editing.hypergradient import Fidelity, Hypergradient
 from metake.editing.record import describe, digest_of
 from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
@@ -26,6 +25,7 @@ from metake.experiments.cases import read_cases, select
 from metake.experiments.decision import all_of, interval, opposite
 from metake.experiments.kept import kept
 from metake.experiments.theory.comparisons import LONG, agreed, least
+from metake.experiments.theory.hypergradient import Fidelity, Hypergradient
 from metake.experiments.theory.proxy_theorem import frame
 from metake.language.model import LanguageModel, load
 from metake.support.progress import progress

@@ -7,10 +7,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from metake.editing.hypergradient import Fidelity, fidelity
 from metake.experiments.decision import Decision, all_of
 from metake.experiments.theory.adversary import ascend
 from metake.experiments.theory.comparisons import LONG, least
+from metake.experiments.theory.hypergradient import Fidelity, fidelity
 
 DIMS = (2, 3, 8, 32)
 

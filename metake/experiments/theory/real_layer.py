@@ -12,12 +12,12 @@ from metake.algebra.solve import gate
 from metake.data.facts import facts
 from metake.data.requests import EditRequest
 from metake.editing.editor import Editor
-from metake.editing.hypergradient import Hypergradient
 from metake.editing.keys import KeyReader
 from metake.editing.outer import LastLayer, OuterObjective, Refinement
 from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
+from metake.experiments.theory.hypergradient import Hypergradient
 from metake.language.model import LanguageModel, load
 
 

@@ -21,11 +21,11 @@ from metake.editing import downstream
 from metake.editing.bilevel import refine
 from metake.editing.downstream import Downstream
 from metake.editing.editor import Editor, root, whole
-from metake.editing.hypergradient import Fidelity, Hypergradient, fidelity
 from metake.editing.outer import LastLayer, Refinement
 from metake.editing.targets import TargetRule, Targets, optimize_targets
 from metake.experiments.theory import proxy_fidelity as page
 from metake.experiments.theory import proxy_theorem as theorem
+from metake.experiments.theory.hypergradient import Fidelity, Hypergradient, fidelity
 from metake.language.model import LanguageModel
 from metake.methods import OPERATORS, blue, pmet, rect, rome
 from metake.support.errors import NumericalError, ParameterError
