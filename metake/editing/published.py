@@ -60,9 +60,9 @@ def _moment(file: Path, width: int) -> KeyStatistics:
     if moment.shape != (width, width) or count < width:
         raise ValueError(f"{count} keys, moments of {moment.shape}; expected at least {width} keys of {width} numbers")
     wide = torch.from_numpy(moment.astype(np.float64))
-    scale = wide.diagonal().clamp_min(0).sqrt()  # |Σ k_i k_j| is no more than the product of two of them
-    if not wide.isfinite().all() or not ((wide - wide.T).abs() <= 1e-3 * scale[:, None] * scale + 1e-30).all():
-        raise ValueError("its moments are not finite, or not symmetric")
+    scale = wide.diagonal().sqrt()  # |Σ k_i k_j| is no more than the product of two of them
+    if not ((wide - wide.T).abs() <= 1e-3 * scale[:, None] * scale).all():  # nor if one is not a number
+        raise ValueError("its moments are negative, not finite, or not symmetric")
     return KeyStatistics((wide + wide.T) / 2, int(count))
 
 

@@ -56,7 +56,7 @@ ROTTEN = {
     "another width": ({"moment": np.eye(64, dtype=np.float32)}, r"moments of \(64, 64\); expected at least 128 keys"),
     "too few keys": ({"count": 100}, "100 keys, moments"),
     "not symmetric": ({"moment": np.triu(np.ones((128, 128), np.float32))}, "not symmetric"),
-    "a negative variance": ({"moment": -np.eye(128, dtype=np.float32)}, "not symmetric|not finite"),
+    "a negative variance": ({"moment": -np.eye(128, dtype=np.float32)}, "negative"),
     "not finite": ({"moment": np.full((128, 128), np.nan, np.float32)}, "not finite"),
     "whole numbers": ({"moment": np.eye(128, dtype=np.int64)}, "int64"),
     "several counts": ({"count": np.array([300, 300])}, "its count is"),
