@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from metake.commands import listing
-from metake.commands.arguments import assignment, number
+from metake.commands.arguments import assignment, number, tokens
 from metake.support.errors import ParameterError, near_misses
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")  # as `load` takes them; importing its table would load torch
@@ -52,7 +52,7 @@ def model_options(parser: argparse.ArgumentParser, positional: bool = False, met
         "folder of .npz files that the code of ROME, MEMIT or AlphaEdit has written; default: %(default)s"
     )
     parser.add_argument(
-        "--text-tokens", type=_tokens, metavar="N", default="enough",
+        "--text-tokens", type=tokens, metavar="N", default="enough",
         help="use at most N tokens of it, or all; default: 50 for each dimension of a key, of the embedded text all"
     )
     parser.add_argument(
@@ -113,11 +113,6 @@ def _counts(parser: argparse.ArgumentParser, **asked: tuple[int, str]) -> None:
     for name, (default, what) in asked.items():
         flag, told = f"--{name.replace('_', '-')}", f"{what}; default: %(default)s"
         parser.add_argument(flag, type=_COUNT, default=default, metavar="N", help=told)
-
-
-def _tokens(text: str) -> int | str | None:
-    """A number of tokens; None for all of them; "enough", which is not resolved before the model is there."""
-    return {"all": None, "enough": text}[text] if text in ("all", "enough") else _COUNT(text)
 
 
 def device_option(parser: argparse.ArgumentParser) -> None:

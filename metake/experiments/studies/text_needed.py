@@ -18,7 +18,7 @@ from metake.algebra.geometry import InverseCovariance, KeyStatistics, NullSpace
 from metake.editing.editor import Editor
 from metake.editing.keys import KeyReader
 from metake.editing.record import describe
-from metake.editing.statistics import PER_DIMENSION, Statistics, stream, token_rows
+from metake.editing.statistics import PER_DIMENSION, Statistics, statistics, stream, token_rows
 from metake.editing.texts import documents
 from metake.experiments.cases import read_cases, select
 from metake.experiments.decision import Decision, all_of, interval, opposite, undecided, with_interval
@@ -59,29 +59,30 @@ def text_needed(
     turned       angle between Q k and Q_all k, the direction that a request writes to, its mean over requests, degrees
     One per request ("id"): the scores as shares, and log p of the target, nats; "refused": these statistics were
     refused as singular and nothing was written.
-    Cost: one pass over the text; a solve and an evaluation for each amount and method, Stage I once.
+    Cost: a pass over the beginning, beside the statistics of all of the text, which are cached; a solve and an
+    evaluation for each amount and method, Stage I once.
     """
     lm = load(model)
     editors = {name: methods.method(name, model) for name in METHODS}
     layers = sorted({layer for editor in editors.values() for layer in editor.layers})
-    rows = token_rows(lm, documents(text), text_tokens, pieces=Path(text).is_file())
-    width, total = lm.shape(lm.write_path(layers[0]))[1], sum(map(len, rows))
+    whole = statistics(lm, text, layers, text_tokens)
+    width, total = whole[layers[0]].dim, whole[layers[0]].count
     wanted = [m for m in sorted(multiples) if m * width <= total / 2]
     if not wanted:
         raise ParameterError(
             f"{total} tokens of text are less than twice {min(multiples)} for each of {width} dimensions of a key: "
             "there is nothing to compare; give more text"
         )
-    batch = Batch.of(lm, Statistics({}), select(lm, read_cases(data), edits, seed))
-    grown = list(growing(lm, rows, layers, [m * width for m in wanted], out))
-    whole = _Whole(lm, batch, editors, grown[-1])
-    found = []
-    for multiple, given in zip([*wanted, round(total / width)], grown, strict=True):
-        told = _told(lm, batch, editors, whole, text, total, given)
-        for row in kept(out, told, lambda given=given: whole.rows(given)):
+    rows = token_rows(lm, documents(text), wanted[-1] * width, pieces=Path(text).is_file())
+    batch = Batch.of(lm, whole, select(lm, read_cases(data), edits, seed))
+    beside = _Whole(lm, batch, editors)
+    amounts, found = [*wanted, round(total / width)], []
+    for multiple, given in zip(amounts, (*growing(lm, rows, layers, [m * width for m in wanted], out), whole)):
+        told = _told(lm, batch, editors, beside, text, given)
+        for row in kept(out, told, lambda given=given: beside.rows(given)):
             found.append({"multiple": multiple, "tokens": given[layers[0]].count} | row)
     frame = pd.DataFrame(found)
-    frame.attrs["settings"] = {"edits": edits, "batch": edits, "seeds": [seed], "text_tokens": total}
+    frame.attrs["settings"] = {"edits": edits, "batch": edits, "seeds": [seed]}
     return frame
 
 
@@ -89,11 +90,11 @@ def growing(
     lm: LanguageModel, rows: Sequence[tuple[int, ...]], layers: Sequence[int], amounts: Iterable[int],
     out: str | Path | None = None
 ) -> Iterator[dict[int, KeyStatistics]]:
-    """Key statistics of the first rows that have each amount of tokens, or a few more, and at last of all rows."""
+    """Key statistics of the first rows that have each amount of tokens, or a few more."""
     ends = np.cumsum([len(row) for row in rows])
     places = [int(np.searchsorted(ends, amount)) + 1 for amount in amounts]
     begun: dict[int, KeyStatistics] = {}
-    for first, end in zip([0, *places], [*places, len(rows)], strict=True):
+    for first, end in zip([0, *places[:-1]], places, strict=True):
         more = _stretch(lm, list(rows[first:end]), list(layers), out)
         begun = {
             i: KeyStatistics(begun[i].moment + one.moment, begun[i].count + one.count) if begun else one
@@ -119,12 +120,10 @@ def _stretch(
 class _Whole:
     """What every amount is held beside: the requests, their plans and keys, and the metrics of all of the text."""
 
-    def __init__(
-        self, lm: LanguageModel, batch: Batch, editors: dict[str, Editor], given: dict[int, KeyStatistics]
-    ):
-        self.lm, self.batch, self.given = lm, batch, given
-        first = next(iter(editors.values()))
-        contexts = first.init(lm, Statistics(given)).contexts
+    def __init__(self, lm: LanguageModel, batch: Batch, editors: dict[str, Editor]):
+        self.lm, self.batch, given = lm, batch, batch.statistics
+        self.given, first = given, next(iter(editors.values()))
+        contexts = first.init(lm, given).contexts
         self.editors = {name: replace(editor, contexts=contexts) for name, editor in editors.items()}
         reader = KeyReader(lm, batch.requests, contexts, first.layers[-1])
         self.keys = {layer: reader.read(layer).keys for layer in sorted(given)}
@@ -181,14 +180,14 @@ EMPTY = dict.fromkeys(
 
 
 def _told(
-    lm: LanguageModel, batch: Batch, editors: dict[str, Editor], whole: _Whole, text: str, total: int,
+    lm: LanguageModel, batch: Batch, editors: dict[str, Editor], whole: _Whole, text: str,
     given: dict[int, KeyStatistics]
 ) -> tuple[Any, ...]:
     """All that the rows of one amount depend on."""
     contexts = next(iter(whole.editors.values())).contexts
     counts = sorted((i, one.count) for i, one in given.items())
     told = [describe(editor) for editor in editors.values()]
-    return told, contexts, Path(text).name, total, counts, lm.base(), batch.cases.digest
+    return told, contexts, Path(text).name, whole.given.digest, counts, lm.base(), batch.cases.digest
 
 
 def _basis(metric: NullSpace, given: KeyStatistics) -> Tensor:
