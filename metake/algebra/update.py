@@ -45,6 +45,14 @@ class LayerUpdate:
         return thin if self.dense is None else thin + self.dense
 
     @property
+    def norm(self) -> float:
+        """‖Δ‖_F; of a thin update √tr(RᵀR MMᵀ) by the Gram matrices of its factors: Δ itself is not formed."""
+        (d_out, rank), d_in = self.left.shape, self.right.shape[1]
+        if self.dense is not None or rank * (d_out + d_in) > d_out * d_in:
+            return self.delta.norm().item()
+        return ((self.left.T @ self.left) * (self.right @ self.right.T)).sum().clamp_min(0).sqrt().item()
+
+    @property
     def rank(self) -> int:
         """Upper bound of the rank of the thin part: its inner dimension."""
         return self.left.shape[1]

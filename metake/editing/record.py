@@ -82,10 +82,15 @@ def norms(
     return {
         "planned": torch.cat([layer.residuals for layer in solved]).norm().item(),
         "realized": torch.cat([layer.solution.realized for layer in solved]).norm().item(),
-        "relative_update": update.delta.norm().item() / lm.weight(update.module).double().norm().item(),
+        "relative_update": relative(lm, update),
         "spectrum_min": shares.min().item(),
         "spectrum_max": shares.max().item(),
     }
+
+
+def relative(lm: LanguageModel, update: LayerUpdate) -> float:
+    """‖Δ‖/‖W‖ by Frobenius, W the weight as it is now; no copy of it is made in a wider dtype."""
+    return update.norm / torch.linalg.vector_norm(lm.weight(update.module), dtype=torch.float64).item()
 
 
 def describe(value: Any) -> Any:

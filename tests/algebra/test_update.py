@@ -74,6 +74,17 @@ def test_compression_is_exact_at_full_rank_and_the_best_below(dense, shape):
         given.compress(0)
 
 
+@pytest.mark.parametrize(
+    ("rank", "dense", "thin"), [(4, False, True), (0, False, True), (25, False, False), (4, True, False)]
+)
+def test_the_norm_of_a_thin_update_needs_no_matrix_of_its_size(rank, dense, thin, monkeypatch):
+    one = update(rank=rank, dense=dense)
+    expected = one.delta.norm().item()
+    if thin:
+        monkeypatch.setattr(LayerUpdate, "delta", property(lambda self: pytest.fail("Δ was formed")))
+    assert one.norm == pytest.approx(expected, rel=1e-12) and type(one.norm) is float
+
+
 def test_nothing_compresses_to_nothing():
     none, lost = update(rank=0).compress(3)
     assert (none.rank, lost) == (0, 0.0) and not none.delta.any() and none.delta.shape == (32, 48)

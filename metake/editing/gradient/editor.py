@@ -21,7 +21,7 @@ from metake.data.requests import EditRequest, check_batch
 from metake.editing.gradient.network import Moments, Network, shapes
 from metake.editing.gradient.rule import Corrected, Descent, GradientRule, factors
 from metake.editing.gradient.slopes import Passes, Slopes
-from metake.editing.record import Clock, SolvedLayer, describe, digest_of, norms
+from metake.editing.record import Clock, SolvedLayer, describe, digest_of, norms, relative
 from metake.editing.state import EditorState
 from metake.language.model import LanguageModel
 from metake.language.tokens import rewriting_rows
@@ -150,7 +150,7 @@ class GradientEditor:
             statistics_digest=state.statistics_digest, context_templates=PLAIN, seed=self.seed, versions=versions(),
             layers={
                 path: norms(lm, u, solved[path])
-                or {"relative_update": u.delta.norm().item() / lm.weight(path).double().norm().item()}
+                or {"relative_update": relative(lm, u)}
                 for path, u in sums.items()
             },
             trace={r.id: {"nll": [step[i] / share[i] for step in losses]} for i, r in enumerate(requests)},
