@@ -147,6 +147,7 @@ def _use_statistics(folder: Path) -> None:
 
 def _published(folder: Path) -> list[Path]:
     moment = torch.eye(128).numpy()
+    folder.mkdir(parents=True, exist_ok=True)
     told = {"mom2.constructor": "util.runningstats.SecondMoment()", "mom2.count": 200, "mom2.mom2": moment}
     np.savez(folder / f"{MODULE}_float32_mom2_100.npz", sample_size=100, **told)
     return [folder / f"{MODULE}_float32_mom2_100.npz"]
