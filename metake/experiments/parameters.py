@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Collection, MutableMapping, Sequence
+from dataclasses import MISSING, fields
 from types import ModuleType
 from typing import Any
 
@@ -44,6 +45,19 @@ def accept(
     logging.getLogger("metake.editing").setLevel(logging.ERROR)  # a page's tables say what a warning would
     os.environ["METAKE_RUN"] = hashlib.sha256(repr(sorted(given.items())).encode()).hexdigest()[:8]
     return given
+
+
+def require_kinds(config: Any, **optional: tuple[type, ...]) -> None:
+    """Raises ParameterError for a field of a dataclass whose value is of another type than its default; optional: the
+    types of fields whose default is None. Lists hold whole numbers.
+    """
+    for field in fields(config):
+        value, usual = getattr(config, field.name), field.default
+        usual = field.default_factory() if usual is MISSING else usual
+        kinds = (*optional[field.name], type(None)) if field.name in optional else (type(usual),)
+        listed = not isinstance(value, list | tuple) or all(type(item) is int for item in value)
+        if not isinstance(value, kinds) or not listed:
+            raise ParameterError(f"{field.name} is {value!r:.40}; expected {' or '.join(k.__name__ for k in kinds)}")
 
 
 def own_word(name: str, known: Collection[str]) -> str:

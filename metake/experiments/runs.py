@@ -35,6 +35,7 @@ from metake.experiments.borrowed import borrowed, borrowing
 from metake.experiments.cases import PARTS, part_of, read_cases, select
 from metake.experiments.former import same_statistics
 from metake.experiments.made import of_model
+from metake.experiments.parameters import require_kinds
 from metake.experiments.processes import divided, first, place, planned_together
 from metake.experiments.saved import SavedEdits, save_batch
 from metake.language.chat import chat
@@ -69,6 +70,7 @@ class RunConfig:
     chat: bool = False  # ask by the tokenizer's chat template
 
     def __post_init__(self) -> None:
+        require_kinds(self, text_tokens=(int, str), dtype=(str,), recipe=(str,), layers=(list, tuple))
         if not (self.recipe or self.layers):
             for name, own in borrowing(self.model).items():
                 object.__setattr__(self, name, own)
