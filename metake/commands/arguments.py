@@ -69,8 +69,3 @@ def assignment(text: str) -> tuple[str, str]:
     if not (equals and name.strip() and value.strip()):
         raise argparse.ArgumentTypeError(f"expected name=value, found {text!r}")
     return name.strip(), value.strip()
-
-
-def tokens(text: str) -> int | str | None:
-    """A number of tokens; None for all of them; "enough", which is not resolved before the model is there."""
-    return {"all": None, "enough": text}[text] if text in ("all", "enough") else number(int, 1)(text)

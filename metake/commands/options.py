@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from metake.commands import listing
-from metake.commands.arguments import assignment, number, tokens
+from metake.commands.arguments import assignment, number
 from metake.support.errors import ParameterError, near_misses
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")  # as `load` takes them; importing its table would load torch
@@ -51,10 +51,7 @@ def model_options(parser: argparse.ArgumentParser, positional: bool = False, met
         help="text of the key statistics: embedded, embedded+tasks, a text file, or hub:owner/name[:config]; or a "
         "folder of .npz files that the code of ROME, MEMIT or AlphaEdit has written; default: %(default)s"
     )
-    parser.add_argument(
-        "--text-tokens", type=tokens, metavar="N", default="enough",
-        help="use at most N tokens of it, or all; default: 50 for each dimension of a key, of the embedded text all"
-    )
+    parser.add_argument("--text-tokens", type=_COUNT, metavar="N", help="use at most N tokens of it; default: all")
     parser.add_argument(
         "--dtype", choices=DTYPES, metavar="DTYPE",
         help="float64, float32, bfloat16 or float16; default: float32, float64 for tiny"
@@ -236,7 +233,6 @@ def check_options(parser: argparse.ArgumentParser) -> None:
     recipe_options(parser)
     parser.add_argument("--json", metavar="FILE", help="write the table there too")
     model_options(parser, positional=True)
-    parser.set_defaults(text_tokens=None)  # its promises need a few alone
 
 
 def fetch_options(parser: argparse.ArgumentParser) -> None:

@@ -34,7 +34,6 @@ from metake.support.storage import atomic_path, held, load_tensors, reading, rem
 log = logging.getLogger("metake")
 PLAIN = (bool, int, float, str, list, dict)
 LONG = 256  # tokens: a line that holds more than a paragraph
-ENOUGH, PER_DIMENSION = "enough", 50
 
 
 class Statistics(dict[int, KeyStatistics]):
@@ -112,7 +111,7 @@ class _OnDisk(KeyStatistics):
 
 @LanguageModel.entry()
 def statistics(
-    lm: LanguageModel, text: str = "embedded", layers: Sequence[int] | None = None, tokens: int | str | None = ENOUGH,
+    lm: LanguageModel, text: str = "embedded", layers: Sequence[int] | None = None, tokens: int | None = None,
     context: int = 256, seed: int = 1, cache: bool = True
 ) -> Statistics:
     """Key statistics of `lm` at the edited layers, over a text; read from the cache if the same was computed before.
@@ -120,11 +119,11 @@ def statistics(
     C_l = E[k kᵀ] over all tokens of the documents              (MEMIT's C₀: uncentred, special tokens included)
 
     text: see `documents`, or what others computed: see `published`; layers: default those of the model's recipe, ()
-    gives none; tokens: at most so many ("enough": see `enough`; None: all of them), from documents shuffled by `seed`
-    and cut to `context` tokens; if that would lose most of a file, the rest of its long lines follows in further
-    pieces. Raises StatisticsError if the text is too short to say anything about d_in directions, NumericalError if a
-    key is not finite. Cost: a forward pass over the text up to the last layer that is not cached; one `eigh` each, for
-    methods that project.
+    gives none; tokens: at most so many (default: all of them), from documents shuffled by `seed` and cut to `context`
+    tokens; if that would lose most of a file, the rest of its long lines follows in further pieces. Raises
+    StatisticsError if the text is too short to say anything about d_in directions, NumericalError if a key is not
+    finite. Cost: a forward pass over the text up to the last layer that is not cached; one `eigh` each, for methods
+    that project.
     """
     layers = sorted({*(layers if layers is not None else recipe(lm.name).layers)})
     if not layers:  # of a method that needs none, nothing is read
@@ -132,14 +131,13 @@ def statistics(
     for layer in layers:
         lm.write_path(layer)  # refuses one that does not exist
     if is_published(text):
-        if isinstance(tokens, int):
+        if tokens is not None:
             raise ParameterError(f"{text} was computed by others, of all their text: leave tokens={tokens} out")
         theirs = published(lm, text, layers)
         digests = _digests(lm, [assets.sha256_file(file) for file, _ in theirs.values()], layers)
         made, count = {i: one for i, (_, one) in theirs.items()}, max(one.count for _, one in theirs.values())
         source = {"text": "/".join(Path(text).absolute().parts[-3:]), "tokens": count, "model": lm.name}
         return Statistics(made, _whole(digests), source)
-    tokens = enough(lm, text) if tokens == ENOUGH else tokens
     file = text.partition("+")[0] != "embedded" and Path(text).is_file()
     found = [] if file else documents(text)
     content = assets.sha256_file(text) if file else hashlib.sha256(repr(found).encode()).hexdigest()
@@ -168,15 +166,6 @@ def statistics(
     if cache:
         made = {i: _OnDisk(one, paths[i].with_suffix(".eigh")) for i, one in made.items()}
     return Statistics({i: made[i] for i in layers}, _whole(digests), source)
-
-
-def enough(lm: LanguageModel, text: str) -> int | None:
-    """Tokens that `statistics` takes of a text by default: PER_DIMENSION for each dimension of a key; of the embedded
-    texts all (None).
-
-    On the page "How much text does the gate need?" edits by MEMIT and AlphaEdit no longer change from there on.
-    """
-    return None if text.partition("+")[0] == "embedded" else PER_DIMENSION * lm.shape(lm.write_path(0))[1]
 
 
 def _whole(digests: dict[int, str]) -> str:

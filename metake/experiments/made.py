@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 
 from metake import report
-from metake.editing.statistics import ENOUGH, enough
 from metake.experiments.borrowed import borrowing
 from metake.experiments.cases import read_cases
 from metake.language.model import LanguageModel, load
@@ -62,9 +61,8 @@ def provenance(model: str, data: dict[str, str], text: str, tokens: int | None) 
     return of_model(load(model), data, text, tokens)
 
 
-def of_model(lm: LanguageModel, data: Mapping[str, str], text: str, tokens: int | str | None) -> dict[str, Any]:
+def of_model(lm: LanguageModel, data: Mapping[str, str], text: str, tokens: int | None) -> dict[str, Any]:
     """Where records of a model come from: itself, its data, its key statistics, and what `made` tells."""
-    tokens = enough(lm, text) if tokens == ENOUGH else tokens
     digests = {name: f"{Path(source).name} sha256:{read_cases(source).digest[:16]}" for name, source in data.items()}
     return {
         "model": lm.name, "model_origin": lm.origin, "model_digest": lm.digest(lm.write_path(lm.depth - 1)),

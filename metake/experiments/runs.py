@@ -29,7 +29,7 @@ from metake.editing.editor import Editor
 from metake.editing.gradient.editor import GradientEditor
 from metake.editing.record import digest_of
 from metake.editing.state import EditorState
-from metake.editing.statistics import ENOUGH, statistics
+from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
 from metake.experiments.borrowed import borrowed, borrowing
 from metake.experiments.cases import PARTS, part_of, read_cases, select
@@ -60,7 +60,7 @@ class RunConfig:
     batch: int = 20
     seed: int = 0
     text: str = "embedded"
-    text_tokens: int | str | None = None  # None: all, "enough": as `statistics` says
+    text_tokens: int | None = None
     dtype: str | None = None
     generate: bool = False
     changes: dict[str, Any] = field(default_factory=dict)  # parts of the editor to replace
@@ -70,12 +70,10 @@ class RunConfig:
     chat: bool = False  # ask by the tokenizer's chat template
 
     def __post_init__(self) -> None:
-        require_kinds(self, text_tokens=(int, str), dtype=(str,), recipe=(str,), layers=(list, tuple))
+        require_kinds(self, text_tokens=(int,), dtype=(str,), recipe=(str,), layers=(list, tuple))
         if not (self.recipe or self.layers):
             for name, own in borrowing(self.model).items():
                 object.__setattr__(self, name, own)
-        if self.text_tokens == ENOUGH and self.text.partition("+")[0] == "embedded":
-            object.__setattr__(self, "text_tokens", None)  # which is the same, and what earlier runs were called
         if self.part not in PARTS:
             raise ParameterError(near_misses(self.part, PARTS, "part of the subjects"))
         for name, kind in get_type_hints(RunConfig).items():

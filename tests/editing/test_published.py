@@ -12,9 +12,6 @@ import torch
 from models import random_model
 
 from metake import ParameterError, StatisticsError, statistics
-from metake.editing.statistics import ENOUGH, PER_DIMENSION, enough
-from metake.experiments.former import same_statistics
-from metake.experiments.runs import RunConfig
 
 KEYS = torch.randn(300, 128, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 SECOND = "util.runningstats.SecondMoment()"
@@ -103,23 +100,3 @@ def test_a_layer_needs_one_file_of_its_own_name(model, tmp_path):
         statistics(model, str(tmp_path / "empty"), layers=[1])
     with pytest.raises(ParameterError, match="leave tokens=50 out"):
         statistics(model, str(tmp_path), layers=[1], tokens=50)
-
-
-# How much of a text is taken by default
-
-
-def test_of_a_file_so_much_for_each_dimension_of_the_embedded_text_all(model, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"The capital of land {i} was moved to Rome or Berlin by day {i}." for i in range(400)))
-    most = PER_DIMENSION * 128
-    assert enough(model, str(text)) == most and enough(model, "embedded") is enough(model, "embedded+tasks") is None
-    found = statistics(model, str(text), [1], cache=False)
-    assert found[1].count == most < statistics(model, str(text), [1], tokens=None, cache=False)[1].count
-    assert found.digest == statistics(model, str(text), [1], tokens=most, cache=False).digest
-
-
-def test_what_was_recorded_before_is_still_all_of_its_text(model):
-    assert RunConfig().text_tokens is RunConfig(text_tokens=ENOUGH).text_tokens is None
-    assert RunConfig(text="a.txt").text_tokens is None
-    assert RunConfig(text="a.txt", text_tokens=ENOUGH).text_tokens == ENOUGH
-    assert not same_statistics(model, "old", "new", "a.txt", [1], ENOUGH)

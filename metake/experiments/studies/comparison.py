@@ -196,8 +196,7 @@ def setting(records: pd.DataFrame) -> pd.DataFrame:
     batches = "in one batch"
     if batch < edits:
         batches = f"in {-(-edits // batch)} consecutive batches of {batch}; the weights accumulate"
-    asked = first.get("text_tokens")
-    tokens = "all" if asked is None else f"{asked:,}" if isinstance(asked, int) else asked
+    tokens = "all" if first.get("text_tokens") is None else f"{first['text_tokens']:,}"
     if told:
         statistics, data = told["statistics"], told["dataset"]
     else:

@@ -18,7 +18,7 @@ from metake.algebra.geometry import InverseCovariance, KeyStatistics, NullSpace
 from metake.editing.editor import Editor
 from metake.editing.keys import KeyReader
 from metake.editing.record import describe
-from metake.editing.statistics import PER_DIMENSION, Statistics, statistics, stream, token_rows
+from metake.editing.statistics import Statistics, statistics, stream, token_rows
 from metake.editing.texts import documents
 from metake.experiments.cases import read_cases, select
 from metake.experiments.decision import Decision, all_of, interval, opposite, undecided, with_interval
@@ -35,7 +35,9 @@ MULTIPLES = (1, 2, 5, 10, 20, 50)
 """Tokens for each dimension of a key: where the statistics are looked at, before all of the text is read."""
 CLAIMED = 10
 """What is said to be enough for MEMIT (Gupta et al. 2025)."""
-MARKS = (CLAIMED, PER_DIMENSION)  # lines of the drawing
+PROPOSED = 50
+"""What might be taken of a text by default, if its verdict holds."""
+MARKS = (CLAIMED, PROPOSED)  # lines of the drawing
 LEAST = 10.0  # points of a score: what counts as a change
 SCORES = ("efficacy", "generalization", "specificity")
 
@@ -300,11 +302,11 @@ def judge(found: pd.DataFrame, method: str) -> dict[str, Any]:
 
 
 def judge_default(found: pd.DataFrame) -> dict[str, Any]:
-    """Holds if with as many tokens for each dimension of a key as the library takes by default, or with the largest
-    amount below that was tried, no score of MEMIT or AlphaEdit lies ten points or more from the one with all of the
-    text, by 95 % intervals over requests; does not hold if one does; else it is inconclusive.
+    """Holds if with fifty tokens for each dimension of a key, or with the largest amount below that was tried, no
+    score of MEMIT or AlphaEdit lies ten points or more from the one with all of the text, by 95 % intervals over
+    requests; does not hold if one does; else it is inconclusive.
     """
-    multiple = found.multiple[found.multiple <= PER_DIMENSION].max()
+    multiple = found.multiple[found.multiple <= PROPOSED].max()
     parts = {method: own for method, own in found[found.multiple == multiple].groupby("method", sort=False)}
     said = "; ".join(f"{style(method).name}: {_farthest(own)}" for method, own in parts.items())
     decision = all_of(_enough(own, multiple) for own in parts.values()).quiet()
