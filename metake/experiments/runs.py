@@ -112,9 +112,8 @@ def edit_sequence(
 
 @dataclass
 class Unedited:
-    """What runs that start from the same model on the same cases need not do again: filled by the first,
-    read by the others.
-
+    """What runs that start from the same model on the same cases need not do again: filled by the first, read by the
+    others.
     before: the evaluation of the unedited model; plans: Stage I of the first batch, by `Editor.plan_key`.
     """
 
@@ -135,7 +134,6 @@ def run(config: RunConfig, out: str | Path, device: str | None = None, shared: U
 
     shared: what runs of the same model, data, edits, batch and seed share; the seconds of their batches then exclude
     the first batch's Stage I.
-
     Returns the evaluation of all edited cases after the last batch. Raises ParameterError if `out` holds anything else.
     """
     out = Path(out)
