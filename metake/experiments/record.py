@@ -38,6 +38,7 @@ from metake.experiments.studies.realized_residual import realized_residual
 from metake.experiments.studies.sensitivity import sensitivity
 from metake.experiments.studies.step_more import RECORDED, step_more
 from metake.experiments.studies.streams import streams
+from metake.experiments.studies.stress import stress
 from metake.experiments.studies.teacher_forcing import teacher_forcing
 from metake.experiments.studies.text_needed import text_needed
 from metake.experiments.studies.trained_editors import COMPARED as COMPARED_EDITORS
@@ -49,7 +50,7 @@ from metake.support.errors import ParameterError, near_misses
 
 # hours on a real model's CPU: only if `only` names them
 LONG = (
-    "streams", "streams_zsre", "sequences", "asking", "portability", "penalty", "outer_prompts", "step_more",
+    "streams", "streams_zsre", "sequences", "asking", "portability", "stress", "penalty", "outer_prompts", "step_more",
     "trained_editors"
 )
 GROWS = "sequences"  # hours a seed: each is added to what is recorded
@@ -60,10 +61,10 @@ FREELY = ("in_prompt", "in_prompt/beside", *HELD_OUT, "memit", "ft", "ft_l")  # 
 STREAMED = ("alphaedit", "metake", "memit", "blue", "sphere", "memit_seq", "prune", "rect")
 # not hidden_states: its maps place the states of all methods together
 OF_METHODS = (
-    "comparison", "sequences", "asking", "portability", "gamma", "bench", "case_study", "general_ability",
+    "comparison", "sequences", "asking", "portability", "stress", "gamma", "bench", "case_study", "general_ability",
     "streams", "streams_zsre", "realized", "kl_strength", "trained_editors"
 )
-BESIDE_TELLING = ("asking", "portability")  # which know the fact in the prompt as a method
+BESIDE_TELLING = ("asking", "portability", "stress")  # which know the fact in the prompt as a method
 COMPARED = STREAMED[:5]  # MetaKE and whom the paper compares it with: on a real model the others would be hours more
 
 
@@ -199,6 +200,11 @@ def _studies(
     asked, kept = common | {"seeds": seeds}, runs / "study"
     others = _of_other_models("open_readings", common["model"])
     return {
+        # of the embedded facts: of those 39 subjects have several
+        "stress": partial(
+            stress, **common, methods=own or FREELY, edits=min(edits, 100), batch=20, subjects=30,
+            prefixes=(0, 16, 50, 200), seed=seeds[0], out=runs / "stress"
+        ),
         "ablation": partial(ablation, **asked, edits=min(edits, 50), data=data, out=kept),
         "realized": partial(
             realized_residual, **asked, methods_=own or PRIMARY, edits=edits, data={"ZsRE": data.get("ZsRE")}, out=kept

@@ -24,7 +24,7 @@ from metake.report.shown import Verdict, provenance, table, verdict
 from metake.report.studies.ability import ability_curves
 from metake.report.studies.claims import claim_panels
 from metake.report.studies.comparison import comparison_dots, comparison_table, forest, tradeoff
-from metake.report.studies.forcing import forced_and_free
+from metake.report.studies.forcing import forced_and_free, stress_curves
 from metake.report.studies.frontier import frontier_curves
 from metake.report.studies.gamma import gamma_auroc, gamma_calibration
 from metake.report.studies.generations import generations, target_shares
@@ -55,4 +55,6 @@ __all__ = [
     "refined_minus_base", "sensitivity_curves", "source", "stage_bars", "state_distances", "state_maps",
     "stream_curves", "style", "suppression", "table",
     "target_shares", "text_curves", "tradeoff", "verdict", "write_joined", "write_recorded",
+    "stream_curves", "stress_curves", "style", "suppression", "table",
+    "target_shares", "tradeoff", "verdict", "write_joined", "write_recorded",
 ]  # fmt: skip

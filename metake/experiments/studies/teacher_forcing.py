@@ -159,7 +159,8 @@ def free_differences(records: pd.DataFrame) -> pd.DataFrame:
     """MetaKE minus every other method on the same cases, in the free answers that hold the new one."""
     metrics = [name for name in FREE if name.endswith("_contained")]
     pairs = {m: "metake" for m in records.method.unique() if m not in ("metake", BEFORE)}
-    return comparison.differences(records, pairs, metrics=metrics)
+    found = comparison.differences(records, pairs, metrics=metrics)
+    return labelled(found.assign(metric=found.metric.str.removesuffix("_contained")), records)
 
 
 def judge_hidden(records: pd.DataFrame) -> dict[str, Any]:

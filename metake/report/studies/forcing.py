@@ -1,4 +1,4 @@
-"""Teacher-forced scores beside what a model writes freely."""
+"""Teacher-forced scores beside what a model writes freely, and free answers under stress."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from metake.report.figure import Figure
-from metake.report.plots import _require
+from metake.report.plots import _legend_below, _require
 from metake.report.studies.comparison import _by_seed, _grid, _number
 from metake.report.style import in_order, style
 
@@ -49,7 +49,8 @@ def forced_and_free(
         if (dataset, method, metric) in means
     )
     alt = f"{' and '.join(metrics)} in percent per method, forced and in free answers. {metrics[0]}: {told}."
-    summary = means.unstack("metric")[columns].reset_index()
+    places = [(d, m) for d in datasets for m in methods if (d, m, metrics[0]) in means]
+    summary = means.unstack("metric").loc[places, columns].reset_index()
     return Figure(draw, records, name, alt, model, summary, digits=1, **layout)
 
 
@@ -63,3 +64,37 @@ def _draw_pair(axes: Any, place: int, method: str, forced: float, held: float, e
     axes.plot(held, place, markersize=6.5, markerfacecolor="none", zorder=4, **looks)
     axes.plot(forced, place, markersize=5.5, markerfacecolor=color, zorder=3, **looks)
     _number(axes, place, f"{forced:.0f} → {held:.0f}", 56, strong=forced - held >= 10)
+
+
+def stress_curves(
+    records: pd.DataFrame, held: str = "efficacy_contained", model: str | None = None, name: str = "under_stress"
+) -> Figure:
+    """Free answers that hold the new object under each stress, a panel a stress, a line a method over its groups.
+
+    records: method, stress, group (in the order in which they are drawn), and `held` as a share, a row an answer.
+    """
+    _require(records, "method", "stress", "group", held)
+    found = (100 * records.groupby(["stress", "method", "group"], sort=False)[held].mean()).reset_index()
+    found.attrs = {k: v for k, v in records.attrs.items() if k in ("label", "provenance", "settings")}
+    stresses, methods = list(records.stress.unique()), in_order(records.method)
+
+    def draw(axes: Any) -> None:
+        for i, stress in enumerate(stresses):
+            here, own = axes[0, i], found[found.stress == stress]
+            groups = list(records[records.stress == stress].group.unique())
+            for method in methods:
+                curve = own[own.method == method].set_index("group")[held].reindex(groups)
+                look = style(method)
+                looks = {"color": look.color, "marker": look.marker, "linestyle": look.line, "label": look.name}
+                here.plot(range(len(groups)), curve, markersize=6, linewidth=1.6, **looks)
+            here.set(ylim=(-4, 104), xticks=range(len(groups)), xlabel=stress)
+            here.set_xticklabels([g.replace(" ", "\n") for g in groups])
+            here.margins(x=0.12)
+        axes[0, 0].set_ylabel("the free answer holds it, %")
+        _legend_below(axes, 3)
+
+    rows = found.itertuples(index=False)
+    told = "; ".join(f"{style(r.method).name}, {r.group} {r.stress}: {r[-1]:.0f}" for r in rows)
+    alt = f"Percent of free answers that hold the new object, per method under {', '.join(stresses)}. {told}."
+    panels = {"ncols": len(stresses), "sharey": True}
+    return Figure(draw, found, name, alt, model, size=(2.6 * len(stresses), 3.9), digits=1, **panels)
