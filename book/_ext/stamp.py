@@ -23,6 +23,7 @@ GPU = "make gpu; make gpu-import FOLDER=runs/gpu"
 # recordings whose sizes follow --edits, and --batch; the others have their own
 BATCHED = ("comparison", "operators", "hidden_states", "gamma")
 SIZED = (*BATCHED, "ablation", "realized", "kl_strength", "sensitivity", "streams", "streams_zsre")
+SEEDED = (*SIZED, "sequences", "asking")
 USUAL = 100  # what `metake record` takes of both, if it is not told
 UNKNOWN = "not known: not built in a git checkout"
 
@@ -89,6 +90,8 @@ def remade(name: str, origin: dict) -> str:
         edits = origin.get("edits", origin.get("requests")) // (10 if part.startswith("streams") else 1)
         given |= {"--edits": edits} if edits != USUAL else {}
         given |= {"--batch": origin["batch"]} if part in BATCHED and origin["batch"] != USUAL else {}
+    if part in SEEDED and (seeds := origin.get("seeds", [0])) != [0]:
+        given["--seeds"] = " ".join(map(str, seeds))
     options = "".join(f" {option} {value}" for option, value in given.items())
     return f".venv/bin/metake record --only {part} --model {origin['model']}{options}"
 
