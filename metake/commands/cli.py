@@ -212,7 +212,8 @@ def _figure(args: argparse.Namespace) -> None:
     from metake.commands import pages
 
     if args.list or not args.name:
-        print("\n".join(f"{name:<24} {title}" for name, title in pages.titles().items()))
+        width = max(map(len, pages.titles())) + 2
+        print("\n".join(f"{name:<{width}}{title}" for name, title in pages.titles().items()))
         return
     out, verdicts = pages.figure(args.name, args.out, args.model, dict(args.p))
     for found in verdicts:

@@ -425,7 +425,7 @@ def test_the_code_in_the_documents_runs(page, monkeypatch, tmp_path):
     for block in blocks:
         exec(compile(block, page, "exec"), names)  # noqa: S102
     assert len(blocks) >= 2 and isinstance(names["editor"], Editor) and names["editor"].refine and names["editor"].post
-    code = re.search(r"def sparse.*?\n\n", blocks[-1], re.DOTALL)[0]
+    code = re.search(r"def sparse.*?\n\n", "\n".join(blocks), re.DOTALL)[0]
     assert len(code.splitlines()) <= 8
 
 
