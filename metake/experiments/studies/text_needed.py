@@ -223,7 +223,8 @@ def geometry(records: pd.DataFrame) -> pd.DataFrame:
         "AlphaEdit turned, °": ("turned", "alphaedit"),
     }
     table = pd.DataFrame({name: wide[place] for name, place in columns.items()}).reset_index()
-    return labelled(table, records)
+    # below a thousandth of a degree there is only rounding
+    return labelled(table.round({name: 3 for name in columns if name.endswith("°")}), records)
 
 
 def scores(records: pd.DataFrame) -> pd.DataFrame:
