@@ -4,6 +4,7 @@ kills       200 runs' worth of SIGKILL at random moments, and every file operati
             or refused by the disk
 fuzz        50,000 damaged files, over every reader
 sequences   300 sequences of actions on a model
+contract    every method on every architecture (the tests try every method on four, in turn)
 mutations   every mistake of tests/mutants.py, each noticed by the test or the page that it names
 
 What passed is written into the book's checklists with its date and counts. Ends with 1 if anything did not.
@@ -12,7 +13,9 @@ What passed is written into the book's checklists with its date and counts. Ends
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -81,6 +84,16 @@ def sequences(folder: Path, scale: float) -> str:
     return f"{count} sequences of up to 50 actions"
 
 
+def contract(_: Path, scale: float) -> str:
+    """Raises AssertionError if a method breaks its contract on any architecture."""
+    words = [sys.executable, "-m", "pytest", "-x", "-q", str(ROOT / "tests" / "test_contract.py")]
+    every = {"METAKE_EVERY_PAIR": "1"} if scale >= 1 else {}
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | every, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    count, where = re.search(r"(\d+) passed", done.stdout)[1], "all" if every else "some"
+    return f"{count} promises of every method on {where} architectures"
+
+
 def mutations(folder: Path, scale: float) -> str:
     """Raises AssertionError naming every mistake that nothing noticed."""
     root, missed = mutants.checkout(folder), []
@@ -99,7 +112,7 @@ def mutations(folder: Path, scale: float) -> str:
 
 
 PARTS: dict[str, Callable[[Path, float], str]] = {
-    "kills": kills, "fuzz": fuzz, "sequences": sequences, "mutations": mutations
+    "kills": kills, "fuzz": fuzz, "sequences": sequences, "contract": contract, "mutations": mutations
 }
 
 
