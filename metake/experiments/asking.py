@@ -69,8 +69,9 @@ def _rows(group: Any, found: Evaluation, wanted: Callable[[str], bool]) -> Itera
             yield {"group": group, "metric": name, "percent": value, "cases": sum(name in row for row in records)}
 
 
-def _only(cases: Iterable[EditCase], kind: str) -> list[EditCase]:
-    return [case._replace(probes=tuple(p for p in case.probes if p.kind == kind)) for case in cases]
+def only(cases: Iterable[EditCase], *kinds: str) -> list[EditCase]:
+    """The cases with their probes of these kinds."""
+    return [case._replace(probes=tuple(p for p in case.probes if p.kind in kinds)) for case in cases]
 
 
 def _edited(lm: LanguageModel, cases: Sequence[EditCase], edits: SavedEdits, asks: bool) -> Iterator[dict[str, Any]]:
@@ -86,7 +87,7 @@ def _edited(lm: LanguageModel, cases: Sequence[EditCase], edits: SavedEdits, ask
         edit.apply(lm)
         last = number + 1 == len(edits)
         if asks and (last or number + 1 < count and (number + 1) % -(-count // POINTS) == 0):
-            for age, own in by_age(_only(cases, "efficacy"), made, min(number, count - 1)).items():
+            for age, own in by_age(only(cases, "efficacy"), made, min(number, count - 1)).items():
                 scores.setdefault(age, []).append(evaluate(lm, own, free=True))
     if asks and len(scores) < 2:
         raise ParameterError("retention needs an edit after which another batch was edited; this run has one batch")
@@ -110,7 +111,7 @@ def _free(lm: LanguageModel, cases: Sequence[EditCase], seed: int) -> Iterator[d
 
 
 def _portability(lm: LanguageModel, cases: Sequence[EditCase], seed: int) -> Iterator[dict[str, Any]]:
-    asked = [case for case in _only(cases, "portability") if case.probes]
+    asked = [case for case in only(cases, "portability") if case.probes]
     if not asked:
         raise ParameterError(
             "the data of this run asks nothing that follows from its edits; run on data with portability, such as "
@@ -126,7 +127,7 @@ def _portability(lm: LanguageModel, cases: Sequence[EditCase], seed: int) -> Ite
 
 def rivals(cases: Iterable[EditCase]) -> list[EditCase]:
     """What follows from the cases' edits, asked for the answers that were right before, where they are known."""
-    own = _only(cases, "portability")
+    own = only(cases, "portability")
     probes = [
         tuple(replace(p, target=p.rival, rival=None, aliases=(), sort="") for p in case.probes if p.rival)
         for case in own
@@ -151,7 +152,7 @@ def after_text(
 ) -> Iterator[tuple[int, list[EditCase]]]:
     """The edited prompts after so many tokens of unrelated text, those that fit the model's window; tell: what stands
     before the text, if anything, such as the facts (`in_prompt`)."""
-    own = _only(cases, "efficacy")
+    own = only(cases, "efficacy")
     for tokens in prefixes:
         asked = tell([case.after(unrelated(lm, tokens, f"{seed}/{case.request.id}")) for case in own])
         fits = [c for c in asked if all(len(encode(lm.tokenizer, p.prompt)) + FREE <= lm.window for p in c.probes)]
@@ -173,7 +174,7 @@ def unrelated(lm: LanguageModel, tokens: int, seed: str) -> str:
 def _subject(lm: LanguageModel, cases: Sequence[EditCase], seed: int) -> Iterator[dict[str, Any]]:
     subjects = [request.subject for case in cases for request in case.requests]
     groups: dict[str, list[EditCase]] = {"shared": [], "its own": []}
-    for case in _only(cases, "efficacy"):
+    for case in only(cases, "efficacy"):
         shared = any(subjects.count(request.subject) > 1 for request in case.requests)
         groups["shared" if shared else "its own"].append(case)
     if not groups["shared"]:

@@ -18,8 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from metake import methods
 from metake.algebra.geometry import KeyStatistics
@@ -76,10 +75,6 @@ class RunConfig:
                 object.__setattr__(self, name, own)
         if self.part not in PARTS:
             raise ParameterError(near_misses(self.part, PARTS, "part of the subjects"))
-        for name, kind in get_type_hints(RunConfig).items():
-            kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-            if not isinstance(value := getattr(self, name), tuple(get_origin(k) or k for k in kinds)):
-                raise ParameterError(f"{name} must be {RunConfig.__annotations__[name]}; found {value!r:.60}")
         for name in ("edits", "batch"):
             if getattr(self, name) < 1:
                 raise ParameterError(f"{name} must be at least 1; found {getattr(self, name)}")

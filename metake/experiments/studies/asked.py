@@ -47,7 +47,7 @@ def asked(
     cases = cases_of(config, lm)
     for method in (BEFORE, *methods):
         own = config if method in (BEFORE, *IN_PROMPT) else replace(config, method=method)
-        told = (what, method, asdict(own), cases.digest)
+        told = (what, method, asdict(own), cases.digest, lm.base(), lm.digest(lm.write_path(0)))
         answer = partial(_answer, ask, method, own, lm, cases, folder, unedited)
         yield method, kept(folder and folder / "asked", told, answer)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from metake.data.requests import EditCase
-from metake.experiments.asking import rivals
+from metake.experiments.asking import only, rivals
 from metake.experiments.cases import read_cases
 from metake.experiments.decision import all_of, any_of, for_and_against, interval, opposite, undecided, with_interval
 from metake.experiments.runs import RunConfig
@@ -58,7 +58,7 @@ def carries(
 
 def _carried(method: str, lm: LanguageModel, cases: Sequence[EditCase], tell: Tell) -> list[dict[str, Any]]:
     """A row a question; of the unedited model also what it gave before: `carries`."""
-    told = [c._replace(probes=tuple(p for p in c.probes if p.kind == "portability")) for c in tell(cases)]
+    told = only(tell(cases), "portability")
     knew = dict(_known(lm, told)) if method == BEFORE else {}
     rows = []
     for case, scored in zip(told, evaluate(lm, told, free=True).cases, strict=True):

@@ -15,7 +15,7 @@ import pandas as pd
 
 from metake.data.requests import EditCase
 from metake.editing.statistics import statistics
-from metake.experiments.asking import after_text, by_age
+from metake.experiments.asking import after_text, by_age, only
 from metake.experiments.cases import read_cases
 from metake.experiments.decision import all_of, any_of, for_and_against, interval, opposite, undecided, with_interval
 from metake.experiments.kept import kept
@@ -61,10 +61,11 @@ def stress(
     for method, found in asked(f"prefix {tuple(prefixes)}", ask, config, methods, folder):
         rows += [{"method": method} | row for row in found]
     lm = load(model)
+    known = lm.base(), lm.digest(lm.write_path(0)), read_cases(data).digest
     for method in (m for m in methods if m not in IN_PROMPT):
         own = replace(config, method=method)
         for name, make in (("company", partial(_company, subjects=subjects)), ("ageing", _ageing)):
-            found = kept(folder and folder / "asked", (name, subjects, own), partial(make, lm, own))
+            found = kept(folder and folder / "asked", (name, subjects, own, *known), partial(make, lm, own))
             rows += [{"method": method} | row for row in found]
     frame = pd.DataFrame(rows).assign(seed=seed)
     told = f"{Path(data).name} sha256:{read_cases(data).digest[:16]}"
@@ -113,7 +114,7 @@ def _company(lm: LanguageModel, config: RunConfig, subjects: int) -> list[dict[s
     rows = []
     for group, more in zip(COMPANIES, ([], second, other), strict=True):
         with edited(lm, [*first, *more], replace(config, batch=2 * subjects)):
-            asked = [c._replace(probes=tuple(p for p in c.probes if p.kind == "efficacy")) for c in first]
+            asked = only(first, "efficacy")
             rows += _rows(COMPANY, group, evaluate(lm, asked, free=True))
     return rows
 
@@ -124,7 +125,7 @@ def _ageing(lm: LanguageModel, config: RunConfig) -> list[dict[str, Any]]:
     given = statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens)
     made = {case.request.id: place // config.batch for place, case in enumerate(cases)}
     points = [*range(config.batch, config.edits, config.batch), config.edits]
-    asked = [c._replace(probes=tuple(p for p in c.probes if p.kind == "efficacy")) for c in cases]
+    asked = only(cases, "efficacy")
     rows = []
     for now, _ in enumerate(visit(lm, editor, cases, given, config.batch, points)):
         for age, own in by_age(asked, made, now).items():

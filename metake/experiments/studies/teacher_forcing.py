@@ -5,25 +5,25 @@ and read token by token, and asked freely, where the model writes until it ends 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from metake.data.requests import EditCase
+from metake.experiments.asking import only
 from metake.experiments.decision import all_of, interval, undecided, with_interval
 from metake.experiments.runs import RunConfig
 from metake.experiments.studies import comparison
 from metake.experiments.studies.asked import BEFORE, IN_PROMPT, Tell, asked, rounded
 from metake.experiments.studies.comparison import FREE, PRIMARY, labelled, place, run_rows, told
+from metake.experiments.studies.study import FORMATS
 from metake.language.model import LanguageModel
 from metake.report.style import style
 from metake.scoring.evaluation import Evaluation, evaluate
 
-DATA = {"CounterFact format": "facts", "ZsRE format": "facts-zsre"}
 KINDS = ("efficacy", "paraphrase", "neighborhood")
 QUICK = KINDS[:2]  # without what is asked of other subjects, most of all questions
 ASKED = ("efficacy", "generalization")
@@ -53,7 +53,7 @@ def teacher_forcing(
     attrs["said"]: of every method and case the edited prompt, what was wanted after it, and what was written, as JSON.
     """
     rows, runs, said = [], [], []
-    for dataset, source in (data or DATA).items():
+    for dataset, source in (data or FORMATS).items():
         for seed in seeds:
             config = RunConfig(model, PRIMARY[0], source, edits, batch, seed, text, text_tokens, part=part)
             ask, named = Freely(kinds, free), f"free, {kinds}, {free}"
@@ -68,7 +68,7 @@ def teacher_forcing(
     frame = pd.DataFrame(rows)
     settings = {"edits": edits, "batch": batch, "seeds": sorted(set(seeds)), "part": part}
     # as text: pandas copies attrs with every step, and the parts of a list one by one
-    frame.attrs = {"said": json.dumps(said), "settings": settings, "asked": asdict(config) | {"data": data or DATA}}
+    frame.attrs = {"said": json.dumps(said), "settings": settings, "asked": asdict(config) | {"data": data or FORMATS}}
     frame.attrs |= {"runs": runs} if runs else {}
     return frame
 
@@ -90,8 +90,8 @@ class Freely:
 
     def __call__(self, method: str, lm: LanguageModel, cases: Sequence[EditCase], tell: Tell) -> list[dict[str, Any]]:
         told = tell(cases)
-        freely = evaluate(lm, _only(told, {*self.kinds} & {*self.free}), free=True)
-        found = freely if {*self.kinds} <= {*self.free} else evaluate(lm, _only(told, self.kinds))
+        freely = evaluate(lm, only(told, *({*self.kinds} & {*self.free})), free=True)
+        found = freely if {*self.kinds} <= {*self.free} else evaluate(lm, only(told, *self.kinds))
         self.before = found if method == BEFORE else self.before
         forced = Evaluation(found.cases, self.before if method != BEFORE else None).records()
         rows = []
@@ -100,10 +100,6 @@ class Freely:
             shown = dict(zip(SAID, (case.request.text, case.request.target, answer), strict=True))
             rows.append(rounded(_without(row, ("answers",)) | _without(own, ("answers",))) | shown)
         return rows
-
-
-def _only(cases: Sequence[EditCase], kinds: Collection[str]) -> list[EditCase]:
-    return [case._replace(probes=tuple(p for p in case.probes if p.kind in kinds)) for case in cases]
 
 
 def summarize(records: pd.DataFrame) -> pd.DataFrame:
@@ -137,22 +133,16 @@ def examples(records: pd.DataFrame, methods: Sequence[str], count: int = 3) -> p
     return labelled(shown[["question", "wanted", "method", "forced score", "written freely"]], records)
 
 
-def lost(records: pd.DataFrame, draws: int = 4000, seed: int = 0) -> pd.DataFrame:
-    """The forced score minus what the free answers hold, in points on the same cases, per data set, method and metric,
-    with a 95 % bootstrap interval over cases; columns as `comparison.differences` has them."""
-    generator, rows = np.random.default_rng(seed), []
-    for (dataset, method), own in records.groupby(["dataset", "method"], sort=False):
-        for metric in ASKED:
-            gap = 100 * (own[metric] - own[f"{metric}_contained"])
-            values = gap.groupby(own.id, sort=False).mean().dropna().to_numpy()
-            low, high = np.percentile(generator.choice(values, (draws, len(values))).mean(1), [2.5, 97.5])
-            rows.append(
-                {
-                    "dataset": dataset, "metric": metric, "method": method, "cases": len(values),
-                    "difference": values.mean(), "low": low, "high": high
-                }
-            )
-    return labelled(pd.DataFrame(rows), records)
+def lost(records: pd.DataFrame) -> pd.DataFrame:
+    """The forced score minus what the free answers hold, in points on the same cases, per data set, method and metric:
+    columns as `comparison.differences` has them."""
+    free = records.assign(**{metric: records[f"{metric}_contained"] for metric in ASKED}, method="free")
+    found = []
+    for method in records.method.unique():
+        own = records.method == method
+        both = pd.concat([records[own].assign(method="forced"), free[own]])
+        found.append(comparison.paired_differences(both, "forced", "free", metrics=ASKED).assign(method=method))
+    return labelled(pd.concat(found, ignore_index=True), records)
 
 
 def free_differences(records: pd.DataFrame) -> pd.DataFrame:

@@ -66,6 +66,6 @@ def _draw(axes: Any, curves: pd.DataFrame, amounts: pd.DataFrame, marks: Sequenc
         here.set_xticks(list(amounts.multiple), labels=[str(m) for m in amounts.multiple])
         here.minorticks_off()
         for mark in marks:
-            here.axvline(mark, color=_soft(0.4), linewidth=1, linestyle=":", zorder=1)
+            here.axvline(mark, color=_soft(0.8), linewidth=1.5, linestyle=":", zorder=1.5)
     axes[1, 1].set_xlabel("tokens for each dimension of a key")
     axes[1, 0].figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
