@@ -40,12 +40,13 @@ def missing() -> str:
 
 
 def settled(page) -> None:
-    """Wait until a page stands still: loaded, its formulas set, two frames drawn."""
+    """Wait until a page stands still: loaded, its formulas set, what it computes by itself shown, two frames drawn."""
     page.wait_for_load_state("load")
     page.wait_for_function(
         "!window.MathJax || (window.MathJax.startup && window.MathJax.startup.promise && "
         "window.MathJax.startup.promise.then(() => true))"
     )
+    page.wait_for_function("!document.querySelector('[data-state=loading], [data-state=busy]')")
     page.evaluate(
         "document.fonts.ready.then(() => new Promise((done) => requestAnimationFrame(() => "
         "requestAnimationFrame(() => done(true)))))"

@@ -15,6 +15,9 @@ PAGE = "book/edit_in_the_page.html"
 EDITS = 50  # that are compared
 NEAR, SMALL = 1e-2, 1e-2  # of keys, γ and β relative to their size; of probabilities
 MOST, SOON = 12e6, 3.0  # bytes of the page with its data; seconds until the first edit is shown
+# A control that a listener meets without a name, however briefly: while the model loads, too.
+UNNAMED = """new MutationObserver(() => { for (const one of document.querySelectorAll('#metake-edit button:not([hidden])'))
+  if (!one.textContent.trim()) console.error('a button without a name'); }).observe(document, { childList: true, subtree: true, attributes: true })"""
 IN_PAGE = """async ([place, method, strength, keys]) => {
   const { model, data } = metakeEdit.page, [id, subject] = data.pairs[place];
   const relation = data.relations.find((one) => one.id === id), request = { prompt: relation.prompt, subject };
@@ -38,6 +41,7 @@ def page(chromium):
     window.on("console", lambda m: window.complaints.append(m.text) if m.type == "error" else None)
     window.on("pageerror", lambda e: window.complaints.append(str(e)))
     window.on("requestfailed", lambda r: window.complaints.append(r.url))
+    window.add_init_script(UNNAMED)
     session = window.context.new_cdp_session(window)
     session.send("Performance.enable", {"timeDomain": "threadTicks"})  # what it computes, however busy the machine
     window.goto((BOOK / PAGE).as_uri())

@@ -5,6 +5,7 @@
   const NAMES = { rome: "ROME", memit: "MEMIT", alphaedit: "AlphaEdit", metake: "MetaKE" };
   const BARS = { prompt: 6, other: 3 };  // tokens shown of the edited prompt, and of every other text
   const FEW = 2;  // paraphrases, and neighbors with the same answer
+  const UNDO = "Undo the edit";
   const STOPS = 8;  // of the slider to either side of the usual λ, four to a factor of ten
 
   // -- what is asked ------------------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@
       ([value, name]) => make("label", {}, make("input", { type: "radio", name: "metake-edit-method", value, checked: value === "metake" }), ` ${name}`)
     ));
     const slider = make("input", { type: "range", min: "0", step: "1" }), strength = make("output", {});
-    const undo = make("button", { type: "button", class: "me-button" });
+    const undo = make("button", { type: "button", class: "me-button", hidden: true, disabled: true }, UNDO);
     const line = make("p", { class: "me-said", role: "status", "aria-live": "polite" });
     const panels = Object.fromEntries(["figures", "prompt", "paraphrase", "neighbor"].map((n) => [n, make("div", { class: `me-${n}` })]));
     const panel = (title, told, inside) => make("section", { class: "me-panel" }, make("p", { class: "me-title" }, title), make("p", { class: "me-told" }, told), inside);
@@ -166,7 +167,7 @@
     // What happened, in one line. after: probabilities of the taught and the new answer at the edited prompt.
     told(subject, object, found, relation, { taught, after }) {
       this.parts.undo.disabled = !found;
-      this.parts.undo.textContent = this.on ? "Undo the edit" : "Make the edit again";
+      this.parts.undo.textContent = this.on ? UNDO : "Make the edit again";
       if (found) {
         if (!this.on) return "Undone: the update is dropped, and the model is what it was, bit for bit.";
         const [was, is] = after.map(metakeEdit.share), wrote = `${NAMES[this.method]} wrote ${subject} → ${object}`;
