@@ -19,8 +19,8 @@ class Ready:
     """This part of a `LanguageModel`."""
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other threads out; this one may enter again. Raises ParameterError if another is in."""
+    def held(self) -> Iterator[bool]:
+        """Keep other threads out; this one may enter again: false then. Raises ParameterError if another is in."""
         attributes, own = vars(self.model), (threading.get_ident(), id(self.model))
         found = attributes.setdefault("_held", own)  # one step: of two threads one is first
         if found[1] != own[1]:  # it came along when a model was copied that was held
@@ -31,7 +31,7 @@ class Ready:
                 "thread a model of its own"
             )
         try:
-            yield
+            yield found is own
         finally:
             if found is own:
                 attributes.pop("_held", None)
@@ -53,7 +53,8 @@ class Ready:
     @contextmanager
     def ready(self, gradients: bool = False) -> Iterator[None]:
         """Hold the model in eval mode (no dropout, no checkpoints), frozen and in its own dtype, gradients of other
-        tensors on or off; then all is as it was. Raises ParameterError where inference mode forbids needed gradients.
+        tensors on or off; then all is as it was. Raises ParameterError where inference mode forbids needed gradients,
+        NumericalError if a weight is not finite (asked by the outermost call alone).
         """
         if gradients and (torch.is_inference_mode_enabled() or any(p.is_inference() for p in self.model.parameters())):
             raise ParameterError(
@@ -62,7 +63,9 @@ class Ready:
             )
         kind = self.device.type
         own_dtype = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-        with self.held(), torch.inference_mode(False), torch.set_grad_enabled(gradients), own_dtype:
+        with self.held() as first, torch.inference_mode(False), torch.set_grad_enabled(gradients), own_dtype:
+            if first:
+                self.check_weights()
             on = [(m, "training") for m in self.model.modules() if m.training]
             on += [(p, "requires_grad") for p in self.model.parameters() if p.requires_grad]
             try:
@@ -96,9 +99,21 @@ class Ready:
             text = self.tokenizer.decode(tokens(int(bad[0])))
             raise NumericalError(f"what {self.name!r} computes at {text!r} is not finite: {self.cause()}")
 
+    def check_weights(self) -> None:
+        """Raise NumericalError unless all weights are finite. What the model computes need not show it: where no score
+        of an attention is a number, torch's for CPUs may give zeros. Cost: weights are read once, as for one token."""
+        sums = [p.detach().sum(dtype=torch.float32).to(self.device) for p in self.model.parameters()]
+        if not torch.stack(sums).isfinite().all() and (broken := self._broken()):
+            raise NumericalError(f"the weights of {self.name!r} are not finite: {broken}")
+
     def cause(self) -> str:
         """Why numbers are not finite, as far as the weights tell, and what to do."""
+        return self._broken() or (
+            f"all weights are, so a number on the way exceeds {self.dtype}; load the model in a wider dtype"
+        )
+
+    def _broken(self) -> str:
         for name, weight in self.model.named_parameters():
             if count := int((~weight.isfinite()).sum()):
                 return f"{count} of {weight.numel()} numbers in {name} are not; undo what changed it, or load it again"
-        return f"all weights are, so a number on the way exceeds {self.dtype}; load the model in a wider dtype"
+        return ""

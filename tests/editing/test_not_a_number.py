@@ -27,6 +27,8 @@ CALLS = {
     "recall": lambda lm, given: mk.recall(lm, CASES),
     "read": lambda lm, given: read(lm, [("Rome", "is"), ("Rome is in", "Berlin")]),
     "sample": lambda lm, given: sample(lm, ["I think", "Rome"], 8),
+    # so few keys that torch's attention, whose vectors they do not fill, gives zeros where no score is a number
+    "sample briefly": lambda lm, given: sample(lm, ["Rome"], 3),
     "answer": lambda lm, given: answer(lm, [("I think that", ("Rome", "Paris"))]),
     "edit": lambda lm, given: EDITOR.edit(lm, REQUESTS, given),
     "targets": lambda lm, given: mk.optimize_targets(lm, REQUESTS, CONTEXTS, 2, mk.TargetRule(steps=1)),
@@ -63,7 +65,10 @@ def test_a_broken_weight_is_named(call, name, number, given):
 
 def test_the_probe_is_named_without_its_padding():
     lm = random_model("gpt2")
-    lm.model.get_parameter("lm_head.weight").data[lm.tokenizer(" Rome")["input_ids"][0], 0] = float("nan")
+    rome = lm.tokenizer(" Rome")["input_ids"][0]
+    lm.model.get_submodule("transformer.wte").register_forward_hook(
+        lambda _, ids, out: out.masked_fill((ids[0] == rome)[..., None], float("nan"))
+    )
     with pytest.raises(NumericalError, match=r"computes at 'I think that you are there because the Rome is' is"):
         read(lm, [("The capital of France is", "Rome"), ("I think that you are there because the Rome is", "a")])
 

@@ -178,8 +178,8 @@ def test_readings_follow_the_seam():
 def test_a_probe_with_a_seam_of_its_own_is_scored_by_it():
     lm = small()
     scores = [evaluate(lm, [case(given=given)]).cases[0].probes[0].target.log_p for given in (None, " ", "")]
-    assert scores[0] == scores[1] != scores[2]
-    assert scores[2] == read(lm, [("The capital of France is", "Rome", "")])[0].log_p
+    assert scores[0] == pytest.approx(scores[1], rel=1e-12) and abs(scores[2] - scores[1]) > 1e-3
+    assert scores[2] == pytest.approx(read(lm, [("The capital of France is", "Rome", "")])[0].log_p, rel=1e-12)
 
 
 def test_what_is_sampled_begins_at_the_seam():

@@ -138,7 +138,7 @@ def test_requests_that_finish_leave_without_a_look_at_the_device(lm):
 
 def test_a_micro_batch_of_the_evaluation_is_read_in_two_transfers(lm):
     asked = [(r.text + " then" * (i % 5), "old Berlin") for i, r in enumerate(requests(9))]
-    with Transfers() as seen:
+    with lm.ready(), Transfers() as seen:  # whether the weights are finite is asked before
         found = read(lm, asked)
     passes = seen.operations["embedding"] / (2 if lm.model.config.model_type == "gpt2" else 1)
     assert len(found) == 9 and passes > 1 and sum(seen.waits.values()) <= 2 * passes, seen.waits
@@ -146,7 +146,7 @@ def test_a_micro_batch_of_the_evaluation_is_read_in_two_transfers(lm):
 
 def test_keys_are_read_in_one_transfer_a_layer(lm):
     reader = KeyReader(lm, requests(9), CONTEXTS, 2)
-    with Transfers() as seen:
+    with lm.ready(), Transfers() as seen:
         reader.read(1)
         reader.read(2)
     assert len(reader.groups) > 1 and sum(seen.waits.values()) <= 2, seen.waits
