@@ -8,7 +8,8 @@ from metake.commands import listing
 from metake.commands.arguments import assignment, number
 from metake.support.errors import ParameterError, near_misses
 
-DTYPES = ("float64", "float32", "bfloat16", "float16")  # as `load` takes them; importing its table would load torch
+# as `load` takes them; importing its table would load torch
+DTYPES = ("float64", "float32", "bfloat16", "float16", "bfloat16+float32")
 DATA = (
     "facts, facts-zsre, facts-portability, or a file of CounterFact, ZsRE, MQuAKE, KnowEdit, RippleEdits, Bi-ZsRE, "
     "WikiBigEdit, or lines of your own; default: %(default)s"
@@ -54,7 +55,8 @@ def model_options(parser: argparse.ArgumentParser, positional: bool = False, met
     parser.add_argument("--text-tokens", type=_COUNT, metavar="N", help="use at most N tokens of it; default: all")
     parser.add_argument(
         "--dtype", choices=DTYPES, metavar="DTYPE",
-        help="float64, float32, bfloat16 or float16; default: float32, float64 for tiny"
+        help="float64, float32, bfloat16, float16, or bfloat16+float32 (bfloat16 whose edits add up in float32 copies "
+        "of the edited matrices); default: float32, float64 for tiny"
     )
     device_option(parser)
 

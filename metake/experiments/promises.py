@@ -68,7 +68,8 @@ def restored(s: Subject) -> str:
         changed = {name for name, told in fingerprint(lm).items() if told != s.before[name]}
         expect(changed == {f"{m}.weight" for m in edit.modules}, f"it changed {sorted(changed)}")
         for u in edit.updates:
-            exact = torch.equal(lm.weight(u.module), (kept[u.module].double() + u.delta.to(lm.device)).to(lm.dtype))
+            total = kept[u.module].double() + u.delta.to(lm.device)
+            exact = torch.equal(lm.weight(u.module), total.to(kept[u.module].dtype))
             expect(exact, f"{u.module} is not its weight plus Δ, rounded once")
         expect(not torch.equal(s.logits(), plain), "the edited model says to the last digit what it said before")
     s.expect_unchanged("after the edit was taken back")

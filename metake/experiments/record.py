@@ -32,6 +32,7 @@ from metake.experiments.studies.hidden_states import hidden_states
 from metake.experiments.studies.kl_strength import kl_strength
 from metake.experiments.studies.open_readings import open_readings
 from metake.experiments.studies.operators import operators
+from metake.experiments.studies.precision import precision
 from metake.experiments.studies.quickstart import quickstart
 from metake.experiments.studies.readings import SETS
 from metake.experiments.studies.realized_residual import realized_residual
@@ -151,6 +152,10 @@ def _parts(
         "quickstart": partial(quickstart, **common),
         "text": partial(
             text_needed, **common, data=data["CounterFact"], edits=min(edits, 30), seed=seeds[0], out=runs / "text"
+        ),
+        "precision": partial(
+            precision, **common, data=data["CounterFact"], edits=min(edits, 40), batch=10, seed=seeds[0],
+            out=runs / "precision"
         ),
         "dispersion": partial(association_dispersion, **common, requests=700, data=data),
         # without fluency and consistency: sampling costs several times the edits on a CPU

@@ -40,6 +40,7 @@ class LanguageModel(Ready):
     origin: dict[str, str] = field(default_factory=dict)
     arity: int = 1  # items that a decoder block returns
     fitted: dict[str, int] = field(default_factory=dict, repr=False)  # micro-batches of what ran out of memory before
+    masters: dict[str, Tensor] | None = field(default=None, repr=False)  # weights in float32 that the model's own round
 
     def __post_init__(self) -> None:
         checks.check_whole(self.model, self.name)
@@ -193,7 +194,19 @@ class LanguageModel(Ready):
     # -- weights ----------------------------------------------------------------------------------------------------
 
     def weight(self, module: str) -> Tensor:
-        """The weight as (d_out, d_in), however its module stores it: a view that follows later edits."""
+        """The weight as (d_out, d_in), however its module stores it: a view that follows later edits.
+
+        With `masters` the float32 copy, of which the model computes with the rounded one; the copy is made anew if
+        the model's own weight is no longer its rounding.
+        """
+        stored = self._stored(module)
+        if self.masters is None:
+            return stored
+        if module not in self.masters or not torch.equal(self.masters[module].to(stored.dtype), stored):
+            self.masters[module] = stored.float()
+        return self.masters[module]
+
+    def _stored(self, module: str) -> Tensor:
         owner = reduce(lambda inside, part: getattr(inside, "_modules", {}).get(part), module.split("."), self.model)
         if found := checks.not_plain(owner):
             raise ArchitectureError(
@@ -204,11 +217,11 @@ class LanguageModel(Ready):
 
     def shape(self, module: str) -> tuple[int, int]:
         """(d_out, d_in) of a weight, whatever its storage."""
-        return tuple(self.weight(module).shape)
+        return tuple(self._stored(module).shape)
 
     def write_weight(self, module: str, weight: Tensor) -> None:
         """Store (d_out, d_in), rounded to the parameter's dtype."""
-        self._fitting(module, weight).copy_(weight)
+        self._settle(module, self._fitting(module, weight).copy_(weight))
 
     def add(self, module: str, update: Any) -> None:
         """W ← W + Δ, summed in float64 and rounded once to the parameter's dtype: finite, or NumericalError."""
@@ -222,7 +235,12 @@ class LanguageModel(Ready):
                 f"{module} is left unchanged: its largest number would be {total.abs().max():.3g}, and {view.dtype} "
                 "does not hold that; load the model in a wider dtype, or edit with shorter targets or a larger ridge"
             )
-        view.copy_(rounded)
+        self._settle(module, view.copy_(rounded))
+
+    def _settle(self, module: str, weight: Tensor) -> None:
+        """With masters, the model's own weight is what was written, rounded."""
+        if self.masters is not None:
+            self._stored(module).copy_(weight)
 
     def _fitting(self, module: str, given: Tensor) -> Tensor:
         view = self.weight(module)
@@ -237,7 +255,8 @@ class LanguageModel(Ready):
 
     def base(self) -> dict[str, Any]:
         """What an edit's record says of the model that it was made on."""
-        dtype, conv1d = str(self.dtype).removeprefix("torch."), isinstance(self.write(0), Conv1D)
+        dtype = str(self.dtype).removeprefix("torch.") if self.masters is None else MASTERED
+        conv1d = isinstance(self.write(0), Conv1D)
         told = {"id": self.name, **self.origin, "dtype": dtype, "device": str(self.device), "conv1d": conv1d}
         return told | {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else told
 
@@ -249,7 +268,12 @@ def kept(width: int, inner: int, blocks: int, vocabulary: int) -> float:
     return (8 * width + 4 * inner) * blocks + 0.75 * vocabulary
 
 
-DTYPES: Mapping[str, torch.dtype] = {k: getattr(torch, k) for k in ("float64", "float32", "bfloat16", "float16")}
+MASTERED = "bfloat16+float32"
+"""A model in bfloat16 whose edited matrices have float32 copies: edits add up in these, and what is too small for
+bfloat16 is rounded away in the model, not in the sum."""
+DTYPES: Mapping[str, torch.dtype] = {k: getattr(torch, k) for k in ("float64", "float32", "bfloat16", "float16")} | {
+    MASTERED: torch.bfloat16
+}
 
 
 def load(
@@ -258,13 +282,14 @@ def load(
 ) -> LanguageModel:
     """Load a model to edit: "tiny", "smollm2-135m", a hub name, or a local folder.
 
-    dtype: default float32 (float64 for `tiny`), never taken silently from a checkpoint; device: default the best here,
-    "auto" to spread the blocks over all GPUs.
+    dtype: default float32 (float64 for `tiny`), never taken silently from a checkpoint; `MASTERED` is one; device:
+    default the best here, "auto" to spread the blocks over all GPUs.
     Raises ParameterError for an unknown name, dtype or device, or a model that cannot be read or does not have the
     tensors and tokens of its configuration; ArchitectureError if the table has no row that it matches.
     """
     name, spread = os.fspath(name), {"device_map": "auto"} if device == "auto" else {}
     place = usable(device) if device and not spread else default_device()
+    masters = {} if dtype == MASTERED else None
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ParameterError(near_misses(dtype, DTYPES, "dtype"))
@@ -286,4 +311,6 @@ def load(
             ) from error
     checks.check_loaded(name, loaded)
     origin = {"origin": found.origin, "revision": found.revision, "note": found.note}
-    return LanguageModel(model if spread else model.to(place), tokenizer, name, origin)
+    lm = LanguageModel(model if spread else model.to(place), tokenizer, name, origin)
+    lm.masters = masters  # after the checks, which look at every layer's weight
+    return lm

@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib.figure
 import matplotlib.style
+import numpy as np
 import pandas as pd
 
 from metake.report import hover
@@ -37,6 +38,7 @@ RC = {
 WIDEST = 7.83  # inches: the column of the book; of a wider drawing the text would shrink with it, below 8 points
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 DPI = 200
+COVERS, RIM = 1.5, 3.0  # pixels within which one mark lies on another; points by which the lower one is wider
 # Within a page a drawing takes the color of the text around it: here where the theme is known, elsewhere as it comes.
 COLORS = sorted({*(look.color for look in METHOD_STYLE.values()), *FALLBACK[0]})
 COLOR = re.compile("|".join(COLORS))
@@ -95,6 +97,7 @@ def _render(
         canvas = matplotlib.figure.Figure(figsize=size, layout="constrained")
         draw(canvas.subplots(squeeze=False, **panels) if panels else canvas.subplots())
         _wrap_titles(canvas, panels.get("ncols", 1))
+        _widen_what_is_covered(canvas)
         marks = hover.name_marks(canvas)
         # the resolution of what is drawn as an image within it
         canvas.savefig(svg, format="svg", dpi=DPI, metadata=NO_METADATA)
@@ -110,6 +113,22 @@ def _wrap_titles(canvas: matplotlib.figure.Figure, across: int) -> None:
     for axes in canvas.axes if across > 1 else ():
         if len(title := axes.get_title(loc="left")) > letters:
             axes.set_title(textwrap.fill(title, letters), loc="left")
+
+
+def _widen_what_is_covered(canvas: matplotlib.figure.Figure) -> None:
+    """A curve on which others lie, mark by mark, is drawn wider than they are: its color shows on both sides."""
+    canvas.draw_without_rendering()  # scales and layout are final
+    for axes in canvas.axes:
+        marked = (line for line in axes.lines if line.get_marker() not in ("None", "", None))
+        curves = sorted((line for line in marked if len(line.get_xdata()) > 1), key=lambda line: line.get_zorder())
+        places = [axes.transData.transform(np.column_stack(line.get_data()).astype(float)) for line in curves]
+        for k, line in enumerate(curves):
+            above = {
+                other.get_color() for other, place in zip(curves[k + 1 :], places[k + 1 :], strict=True)
+                if place.shape == places[k].shape and np.allclose(place, places[k], rtol=0, atol=COVERS, equal_nan=True)
+            } - {line.get_color()}  # fmt: skip
+            wider = RIM * min(len(above), 3)
+            line.set(linewidth=line.get_linewidth() + wider, markersize=line.get_markersize() + wider)
 
 
 def _themed(svg: str, ink: str, key: str, alt: str) -> str:

@@ -16,8 +16,10 @@ EDITS = 50  # that are compared
 NEAR, SMALL = 1e-2, 1e-2  # of keys, γ and β relative to their size; of probabilities
 MOST, SOON = 12e6, 3.0  # bytes of the page with its data; seconds until the first edit is shown
 # A control that a listener meets without a name, however briefly: while the model loads, too.
-UNNAMED = """new MutationObserver(() => { for (const one of document.querySelectorAll('#metake-edit button:not([hidden])'))
-  if (!one.textContent.trim()) console.error('a button without a name'); }).observe(document, { childList: true, subtree: true, attributes: true })"""
+UNNAMED = """new MutationObserver(() => {
+  for (const one of document.querySelectorAll('#metake-edit button:not([hidden])'))
+    if (!one.textContent.trim()) console.error('a button without a name');
+}).observe(document, { childList: true, subtree: true, attributes: true })"""
 IN_PAGE = """async ([place, method, strength, keys]) => {
   const { model, data } = metakeEdit.page, [id, subject] = data.pairs[place];
   const relation = data.relations.find((one) => one.id === id), request = { prompt: relation.prompt, subject };

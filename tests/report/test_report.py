@@ -657,3 +657,32 @@ def test_what_is_recorded_of_further_models_is_shown_beside_the_pages_own(projec
     again = report.if_recorded("operators-smollm2-135m", report.table, caption="On SmolLM2-135M")
     assert str(again) == str(first) and len(shown) == 1 and shown[0].startswith("On gpt2-xl [recorded")
     assert report.of_others("operators-tiny", report.table) is None and len(shown) == 1
+
+
+def test_a_curve_that_others_cover_shows_on_both_sides_of_them():
+    """Two that coincide, to the pixel; one that parts from them at its end; single marks, which are no curves."""
+    drawn = {}
+
+    def draw(axes):
+        for name, color, ys in (
+            ("under", "#d97808", [1, 2, 3]), ("over", "#c70a2c", [1, 2, 3.001]), ("apart", "#00a76b", [1, 2, 2.5]),
+            ("same color", "#c70a2c", [1, 2, 3]),
+        ):  # fmt: skip
+            (drawn[name],) = axes.plot([0, 1, 2], ys, color=color, marker="o", markersize=6, linewidth=2)
+        for color in ("#d97808", "#c70a2c"):
+            (drawn[color],) = axes.plot([1], [1], color=color, marker="o", markersize=6, linewidth=2)
+
+    report.figure.Figure(draw, gammas(3), "covered", "Curves.")
+    widths = {name: (line.get_linewidth(), line.get_markersize()) for name, line in drawn.items()}
+    assert widths.pop("under") > (4, 8) and set(widths.values()) == {(2, 6)}
+
+
+def test_three_curves_in_one_place_are_told_apart_by_their_widths():
+    rows = [
+        {"method": method, "stress": "text", "group": group, "efficacy_contained": share}
+        for method in ("memit", "alphaedit", "metake") for group, share in (("0", 1.0), ("16", 0.5))
+    ]  # fmt: skip
+    svg = report.stress_curves(pd.DataFrame(rows)).svg["light"]
+    found = (re.search(rf"stroke: {c}; stroke-width: ([\d.]+)", svg) for c in ("#00a76b", "#d97808", "#c70a2c"))
+    widths = [float(one[1]) for one in found]
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 3
