@@ -16,11 +16,11 @@ import pytest
 import torch
 from models import random_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import metake as mk
 from metake.editing.keys import KeyReader
 from metake.editing.outer import LastLayer
+from metake.experiments.speed.launched import Launches, launched, of_the_model
 from metake.experiments.studies.answers import answer
 from metake.language.generation import sample
 from metake.language.tokens import continued, pad
@@ -28,19 +28,12 @@ from metake.scoring.evaluation import read
 
 CONTEXTS = ("{}", "So it is. {}")
 SHAPES = {"nonzero", "_unique2", "unique_dim", "masked_select", "equal"}  # how large the result is, the numbers decide
-# what starts nothing on a device: other views of a tensor, and memory for one
-VIEWS = {
-    "view", "t", "transpose", "unsqueeze", "expand", "detach", "slice", "select", "permute", "squeeze", "alias",
-    "split", "split_with_sizes", "_unsafe_view", "lift_fresh", "empty", "empty_like", "new_empty", "as_strided",
-    "unbind", "promote_types"
-}
 
-
-class Transfers(TorchDispatchMode):
+class Transfers(Launches):
     """Counts operations, and what would wait for a device: `waits`."""
 
     def __enter__(self):
-        self.operations, self.waits, self.patches = Counter(), Counter(), []
+        self.waits, self.patches = Counter(), []
         for owner, names in ((torch, ("tensor", "as_tensor")), (Tensor, ("tolist", "cpu", "numpy"))):
             for name in names:
                 told = self.counting(getattr(owner, name), name, sends=owner is torch)
@@ -64,17 +57,12 @@ class Transfers(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation._schema.name.partition("::")[2]
-        self.operations[name] += 1
         chosen = name.startswith("index") and len(args) > 1 and isinstance(args[1], list | tuple) and any(
             t is not None and t.dtype == torch.bool for t in args[1]
         )
         if name in SHAPES or name == "_local_scalar_dense" or chosen:
             self.waits[name] += 1
-        return operation(*args, **(kwargs or {}))
-
-    @property
-    def launched(self) -> int:
-        return sum(count for name, count in self.operations.items() if name not in VIEWS)
+        return super().__torch_dispatch__(operation, types, args, kwargs)
 
 
 def a_step(call: Callable[[int], object], one: int, other: int) -> SimpleNamespace:
@@ -85,7 +73,7 @@ def a_step(call: Callable[[int], object], one: int, other: int) -> SimpleNamespa
         call(other)
     many = other - one
     waits = {k: (n - first.waits[k]) / many for k, n in second.waits.items() if n > first.waits[k]}
-    return SimpleNamespace(waits=waits, launched=(second.launched - first.launched) / many)
+    return SimpleNamespace(waits=waits, launched=(second.launched.total() - first.launched.total()) / many)
 
 
 def requests(number: int) -> list[mk.EditRequest]:
@@ -160,12 +148,18 @@ def test_a_step_of_the_refinement_starts_little_beside_the_model_itself(lm):
     gate = torch.ones(8, lm.shape(lm.write_path(1))[1], dtype=torch.float64) / 100
     with lm.ready(gradients=True):
         outer = LastLayer(lm, rows, CONTEXTS, targets, gate, mk.Refinement(prompts="contexts"))
-        with Transfers() as own:
-            for part in outer.parts:
-                start = type(part.state)(*(t if t is None else t.requires_grad_() for t in part.state))
-                part.run.logits(1, start, part.bucket.places).sum().backward()
+        own = of_the_model(outer).total()
     count = len(outer.parts)
-    assert step - own.launched <= 45 * count + 40, (step, own.launched, count)
+    assert step - own <= 45 * count + 40, (step, own, count)
+
+
+def test_the_page_counts_what_is_launched_and_tells_it_by_name():
+    found = launched(edits=3).set_index("operations")
+    parts = found.drop("all")
+    assert (parts.sum() == found.loc["all"]).all()
+    assert (found["step"] - found["of the model"] == found["beside it"]).all()
+    assert 0 < found["beside it"]["all"] < found["of the model"]["all"]
+    assert found["of the model"]["products"] > 20 and launched(edits=3).equals(found.reset_index())
 
 
 def test_a_mask_knows_its_sum_and_is_else_a_mask():
