@@ -20,7 +20,8 @@ from models import stand_in
 import metake as mk
 from metake.commands import cli, pages
 from metake.editing.statistics import statistics
-from metake.experiments import asking, runs
+from metake.experiments import asking, contract, runs
+from metake.experiments.studies import layers
 
 ROOT = Path(__file__).resolve().parents[2]
 PROSE = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md"))]
@@ -167,9 +168,9 @@ def test_a_mistyped_command_is_noticed(wrong, own_words):
 def small(monkeypatch, tmp_path):
     """The library on a small random model under every name, with little text, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    for module in (mk, runs, asking):
+    for module in (mk, runs, asking, contract, layers):
         monkeypatch.setattr(module, "load", stand_in, raising=False)
-    for module in (mk, runs, asking):
+    for module in (mk, runs, asking, layers):
         monkeypatch.setattr(module, "statistics", partial(statistics, tokens=1500), raising=False)
 
 
@@ -196,8 +197,11 @@ def test_an_edit_runs_as_printed(metake, small):
 
 def test_a_run_is_made_as_printed(metake, small):
     words = printed("metake run --model")
-    code, out, err = metake(*words, "--method", "memit", "--edits", "2", "--text-tokens", "1500", "--layers", "0", "1")
+    sizes = ("--edits", "2", "--batch", "1", "--text-tokens", "1500", "--layers", "0", "1")
+    code, out, err = metake(*words, "--method", "memit", *sizes)
     assert code == 0 and "wrote runs/mine" in out, err
+    code, out, err = metake("eval", "runs/mine", *printed("metake eval RUN --ask free")[2:])
+    assert code == 0 and "free" in out, err
 
 
 def test_a_page_runs_as_printed(metake, monkeypatch, tmp_path):
@@ -210,3 +214,24 @@ def test_a_page_runs_as_printed(metake, monkeypatch, tmp_path):
             monkeypatch.chdir(folder)
             assert metake(*words[1:])[0] == 0
     assert ("attenuation", {"seed": 1}) in asked and len(asked) > 4
+
+
+def test_a_method_is_trained_as_printed(metake, small):
+    sizes = ("--steps", "1", "--edits", "2", "--holdout", "2")
+    code, out, err = metake(*printed("metake train malmen"), *sizes)
+    assert code == 0 and "wrote folder" in out, err
+
+
+def test_a_model_is_checked_and_its_layers_told_as_printed(metake, small):
+    code, out, err = metake(*printed("metake check"), "--layers", "0", "1")
+    failed = [line.split("  ")[0] for line in out.splitlines() if line.startswith("fail")]
+    assert code == len(failed) and len(failed) <= 1, out + err  # an edit need not take in a random model
+    assert "pass       exactly restored" in out and Path("check.json").is_file()
+    code, out, err = metake(*printed("metake layers"), "--edits", "2", "--width", "1", "--last", "1")
+    assert code == 0 and "layers" in out, err
+
+
+def test_a_bench_is_made_as_printed(metake, small):
+    small_sizes = ("--model", "tiny", "--edits", "2", "--steps", "1", "--literal", "1")
+    code, out, err = metake(*printed("metake bench"), *small_sizes)
+    assert code == 0 and not err and "literal" in out and Path("runs/bench.json").is_file()

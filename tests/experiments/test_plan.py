@@ -13,6 +13,8 @@ from transformers import AutoConfig, LlamaConfig
 
 from metake.commands.cli import main
 from metake.experiments.speed.plan import plan, shape_of
+from metake.experiments.speed.sizes import random_model
+from metake.language.model import MASTERED
 from metake.support.errors import MetakeError
 
 SIZES = {
@@ -121,3 +123,11 @@ def test_the_command_prints_it_and_refuses_what_it_does_not_know(capsys):
     for bad in ({"method": "mend"}, {"edits": 1}, {"layers": [9]}, {"dtype": "float31"}):
         with pytest.raises(MetakeError):
             plan("tiny", **{"method": "alphaedit", "edits": 10, "batch": 2} | bad)
+
+
+def test_float32_copies_of_the_edited_matrices_are_planned_for():
+    plain, copied = (plan("gpt2-xl", edits=100, dtype=dtype).held for dtype in ("bfloat16", MASTERED))
+    edited = 5 * 1600 * 6400
+    assert copied["weights"] - plain["weights"] == 4 * edited
+    assert copied["originals of the edited weights"] == 2 * plain["originals of the edited weights"] == 8 * edited
+    assert random_model("tiny", MASTERED).masters == {} and random_model("tiny", "bfloat16").masters is None

@@ -1,7 +1,7 @@
 """What one step of the refinement starts on a device: the model's own operations, and by name what comes beside them.
 
-A GPU computes each in microseconds if it is small, and Python takes some ten for each: what a step starts beside the
-model is time that no faster device saves.
+What is small takes a fast device less time than Python needs to start it: of the operations that a step starts beside
+the model's, each is time that no faster device saves.
 """
 
 from __future__ import annotations

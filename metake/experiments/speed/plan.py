@@ -28,7 +28,7 @@ from metake.experiments.speed.bench import product_rate
 from metake.experiments.speed.sizes import config_of, random_contexts, size_of
 from metake.language.architecture import ARCHITECTURES
 from metake.language.assets import read_tokenizer, resolve
-from metake.language.model import DTYPES, kept
+from metake.language.model import DTYPES, MASTERED, kept
 from metake.language.tokens import Rows
 from metake.support.errors import ArchitectureError, ParameterError, near_misses
 from metake.support.machine import default_device, usable, working_memory
@@ -125,7 +125,7 @@ def plan(
     # one layer's on an accelerator; beside them what a projector is cut from, or a matrix and its factor
     first = len(editor.layers) * _metric(shape, editor, 0) + (statistics if on_cpu else (1 + projected) * square)
     first += 0 if projected else square
-    held, most = _held(shape, editor, tokens, history, itemsize), editor.target.tokens
+    held, most = _held(shape, editor, tokens, history, itemsize, dtype == MASTERED), editor.target.tokens
     if on_cpu:  # as `LanguageModel.room` has it
         token = kept(shape.d_out, shape.d_in, shape.depth - editor.layers[-1], shape.vocabulary) * itemsize
         most = max(1, min(most, int(working_memory(torch.device("cpu")) / token)))
@@ -196,11 +196,14 @@ def _metric(shape: Shape, editor: Editor, remembered: int) -> int:
     return WIDE * shape.d_in**2 // (2 if isinstance(editor.metric, null_space) else 1)
 
 
-def _held(shape: Shape, editor: Editor, tokens: Tokens, history: int, itemsize: int) -> dict[str, int]:
+def _held(
+    shape: Shape, editor: Editor, tokens: Tokens, history: int, itemsize: int, masters: bool
+) -> dict[str, int]:
     count = len(editor.layers)
+    edited = count * shape.d_out * shape.d_in * (4 if masters else itemsize)
     return {
-        "weights": shape.weights * itemsize,
-        "originals of the edited weights": 2 * count * shape.d_out * shape.d_in * itemsize,  # a run's, and a step's
+        "weights": shape.weights * itemsize + (edited if masters else 0),
+        "originals of the edited weights": 2 * edited,  # a run's, and a step's
         "metrics": count * _metric(shape, editor, history),
         "history": count * _history(shape, history),
         "factors of the edit": count * tokens.requests * WIDE * (2 * shape.d_in + 2 * shape.d_out),

@@ -17,7 +17,7 @@ from metake.editing.recipes import recipe
 from metake.editing.statistics import Statistics
 from metake.language import assets
 from metake.language.generation import context_templates
-from metake.language.model import DTYPES, LanguageModel, load
+from metake.language.model import DTYPES, MASTERED, LanguageModel, load
 from metake.support.errors import ParameterError, near_misses
 from metake.support.machine import default_device, usable
 
@@ -64,7 +64,9 @@ def random_model(model: str, dtype: str | None = None, device: str | None = None
     built.tie_weights()  # a part of the initialization that was passed over
     _fill(built)
     origin = {"origin": "random weights", "revision": "", "note": f"of the size of {name}; tokenizer of tiny"}
-    return LanguageModel(built, assets.read_tokenizer(assets.resolve("tiny").path), name, origin)
+    lm = LanguageModel(built, assets.read_tokenizer(assets.resolve("tiny").path), name, origin)
+    lm.masters = {} if dtype == MASTERED else None
+    return lm
 
 
 def random_contexts(seed: int = 0) -> tuple[str, ...]:
