@@ -52,7 +52,10 @@ def model_options(parser: argparse.ArgumentParser, positional: bool = False, met
         help="text of the key statistics: embedded, embedded+tasks, a text file, or hub:owner/name[:config]; or a "
         "folder of .npz files that the code of ROME, MEMIT or AlphaEdit has written; default: %(default)s"
     )
-    parser.add_argument("--text-tokens", type=_COUNT, metavar="N", help="use at most N tokens of it; default: all")
+    parser.add_argument(
+        "--text-tokens", type=_COUNT, metavar="N",
+        help="use at most N tokens of it; default: 50 for each dimension of a key, and the embedded text whole"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, metavar="DTYPE",
         help="float64, float32, bfloat16, float16, or bfloat16+float32 (bfloat16 whose edits add up in float32 copies "

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +34,8 @@ from metake.support.storage import atomic_path, held, load_tensors, reading, rem
 
 log = logging.getLogger("metake")
 PLAIN = (bool, int, float, str, list, dict)
+ENOUGH = 50
+"""Tokens of a text for each dimension of a key, more of which change no score: *How much text does the gate need?*"""
 LONG = 256  # tokens: a line that holds more than a paragraph
 
 
@@ -111,7 +114,7 @@ class _OnDisk(KeyStatistics):
 
 @LanguageModel.entry()
 def statistics(
-    lm: LanguageModel, text: str = "embedded", layers: Sequence[int] | None = None, tokens: int | None = None,
+    lm: LanguageModel, text: str = "embedded", layers: Sequence[int] | None = None, tokens: float | None = None,
     context: int = 256, seed: int = 1, cache: bool = True
 ) -> Statistics:
     """Key statistics of `lm` at the edited layers, over a text; read from the cache if the same was computed before.
@@ -119,11 +122,11 @@ def statistics(
     C_l = E[k kᵀ] over all tokens of the documents              (MEMIT's C₀: uncentred, special tokens included)
 
     text: see `documents`, or what others computed: see `published`; layers: default those of the model's recipe, ()
-    gives none; tokens: at most so many (default: all of them), from documents shuffled by `seed` and cut to `context`
-    tokens; if that would lose most of a file, the rest of its long lines follows in further pieces. Raises
-    StatisticsError if the text is too short to say anything about d_in directions, NumericalError if a key is not
-    finite. Cost: a forward pass over the text up to the last layer that is not cached; one `eigh` each, for methods
-    that project.
+    gives none; tokens: at most so many (math.inf: all; default: all of the embedded text, of another `ENOUGH` for each
+    dimension of a key), from documents shuffled by `seed` and cut to `context` tokens; if that would lose most of a
+    file, the rest of its long lines follows in further pieces. Raises StatisticsError if the text is too short to say
+    anything about d_in directions, NumericalError if a key is not finite. Cost: a forward pass over the text up to the
+    last layer that is not cached; one `eigh` each, for methods that project.
     """
     layers = sorted({*(layers if layers is not None else recipe(lm.name).layers)})
     if not layers:  # of a method that needs none, nothing is read
@@ -138,7 +141,11 @@ def statistics(
         made, count = {i: one for i, (_, one) in theirs.items()}, max(one.count for _, one in theirs.values())
         source = {"text": "/".join(Path(text).absolute().parts[-3:]), "tokens": count, "model": lm.name}
         return Statistics(made, _whole(digests), source)
-    file = text.partition("+")[0] != "embedded" and Path(text).is_file()
+    own = text.partition("+")[0] != "embedded"
+    if tokens is None and own:
+        tokens = ENOUGH * max(lm.shape(lm.write_path(i))[1] for i in layers)
+    tokens = None if tokens is None or tokens == math.inf else int(tokens)
+    file = own and Path(text).is_file()
     found = [] if file else documents(text)
     content = assets.sha256_file(text) if file else hashlib.sha256(repr(found).encode()).hexdigest()
     digests = _digests(lm, [content, tokens, context, seed], layers)

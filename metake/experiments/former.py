@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from metake.editing.published import is_published
-from metake.editing.statistics import documents, token_rows
+from metake.editing.statistics import Statistics, documents, statistics, token_rows
 from metake.language.model import LanguageModel
 
 
@@ -31,6 +32,20 @@ def _digest(lm: LanguageModel, text: str, layers: Sequence[int], tokens: int | N
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def statistics_of(
+    lm: LanguageModel, text: str, layers: Sequence[int], tokens: int | None, recorded: str
+) -> Statistics:
+    """The key statistics of a run whose edits recorded a digest (empty: of none yet): those of all of its text if it
+    was begun when that was the default."""
+    found = statistics(lm, text, layers=layers, tokens=tokens)
+    if recorded and tokens is None and not is_published(text) and not same_statistics(
+        lm, recorded, found.digest, text, layers, tokens
+    ):
+        whole = statistics(lm, text, layers=layers, tokens=math.inf)
+        found = whole if whole.digest == recorded else found
+    return found
 
 
 def same_statistics(

@@ -28,11 +28,10 @@ from metake.editing.editor import Editor
 from metake.editing.gradient.editor import GradientEditor
 from metake.editing.record import digest_of
 from metake.editing.state import EditorState
-from metake.editing.statistics import statistics
 from metake.editing.targets import Targets, optimize_targets
 from metake.experiments.borrowed import borrowed, borrowing
 from metake.experiments.cases import PARTS, part_of, read_cases, select
-from metake.experiments.former import same_statistics
+from metake.experiments.former import same_statistics, statistics_of
 from metake.experiments.made import of_model
 from metake.experiments.parameters import require_kinds
 from metake.experiments.processes import divided, first, place, planned_together
@@ -140,12 +139,13 @@ def run(config: RunConfig, out: str | Path, device: str | None = None, shared: U
         cases = cases_of(config, lm)
         if config.generate:
             require_prompts(cases)
-        state = editor.init(lm, statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens))
+        begun = out / "batches" / "0000"
+        recorded = EditRecord.load(begun).statistics_digest if resumes and begun.is_dir() else ""
+        read = config.text, editor.layers, config.text_tokens
+        state = editor.init(lm, statistics_of(lm, *read, recorded))
         state = replace(state, contexts=first(lambda: state.contexts))  # another GPU might draw others
-        if resumes and (out / "batches" / "0000").is_dir():
-            recorded = EditRecord.load(out / "batches" / "0000").statistics_digest
-            if same_statistics(lm, recorded, state.statistics_digest, config.text, editor.layers, config.text_tokens):
-                state = replace(state, statistics_digest=recorded)
+        if recorded and same_statistics(lm, recorded, state.statistics_digest, *read):
+            state = replace(state, statistics_digest=recorded)
         out.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         original = shared.before if shared and shared.before else _evaluated(lm, cases, config)

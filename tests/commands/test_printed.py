@@ -20,7 +20,7 @@ from models import stand_in
 import metake as mk
 from metake.commands import cli, pages
 from metake.editing.statistics import statistics
-from metake.experiments import asking, contract, runs
+from metake.experiments import asking, contract, former, runs
 from metake.experiments.studies import layers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,8 +170,8 @@ def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for module in (mk, runs, asking, contract, layers):
         monkeypatch.setattr(module, "load", stand_in, raising=False)
-    for module in (mk, runs, asking, layers):
-        monkeypatch.setattr(module, "statistics", partial(statistics, tokens=1500), raising=False)
+    for module in (mk, former, layers):
+        monkeypatch.setattr(module, "statistics", partial(statistics, tokens=1500))
 
 
 def printed(command):

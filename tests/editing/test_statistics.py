@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from same import contents
 
 import metake.algebra.update
 from metake import KeyStatistics, ParameterError, StatisticsError, statistics
-from metake.editing.statistics import Statistics, documents
+from metake.editing.statistics import ENOUGH, Statistics, documents
 from metake.language.tokens import encode
 from metake.scoring.tasks import TASKS, lessons
 
@@ -266,3 +267,17 @@ def test_hub_text_is_streamed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert documents("hub:owner/name:20220301.en") == LINES == documents("hub:owner/name")
     assert calls == [(("owner/name", c), {"split": "train", "streaming": True}) for c in ("20220301.en", None)]
+
+
+def test_of_a_text_of_ones_own_fifty_tokens_for_each_dimension_are_read_unless_others_are_asked_for(tmp_path):
+    lm = random_model("gpt2")
+    width = lm.shape(lm.write_path(0))[1]
+    long = tmp_path / "long.txt"
+    long.write_text("\n".join(f"{line} Once {i} more." for i in range(400) for line in LINES), encoding="utf-8")
+    usual, whole = statistics(lm, str(long), [0]), statistics(lm, str(long), [0], tokens=math.inf)
+    assert usual[0].count == ENOUGH * width == 50 * width < whole[0].count
+    assert same(usual, statistics(lm, str(long), [0], tokens=50 * width)) and usual.digest != whole.digest
+    assert same(whole, statistics(lm, str(long), [0], tokens=10**9)) is False  # another number, the same content
+    assert torch.equal(whole[0].moment, statistics(lm, str(long), [0], tokens=10**9)[0].moment)
+    texts = sum(len(encode(lm.tokenizer, text)[:128]) for text in documents("embedded"))
+    assert statistics(lm, layers=[0])[0].count == texts, "the embedded text is read whole"

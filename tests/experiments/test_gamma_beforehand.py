@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 import metake as mk
 from metake import report
 from metake.editing.statistics import statistics
-from metake.experiments import record, runs
+from metake.experiments import former, record, runs
 from metake.experiments.cases import select
 from metake.experiments.studies import comparison, finished, predictors
 from metake.experiments.studies import gamma_beforehand as module
@@ -115,7 +115,7 @@ def test_runs_that_are_there_are_read(run, monkeypatch):
 
 def test_a_run_of_other_statistics_is_refused(run, monkeypatch):
     monkeypatch.setattr(
-        module, "statistics", lambda lm, text, layers, tokens: statistics(lm, text, layers=layers, tokens=2500)
+        former, "statistics", lambda lm, text, layers, tokens: statistics(lm, text, layers=layers, tokens=2500)
     )
     with pytest.raises(ProvenanceError, match="other key statistics than embedded"):
         module.from_run(run[1] / "facts-memit-0")

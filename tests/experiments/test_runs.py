@@ -4,6 +4,7 @@ not.
 
 import gc
 import json
+import math
 import re
 import shutil
 import weakref
@@ -21,7 +22,7 @@ from metake.algebra.update import Edit, total
 from metake.data.facts import facts_records
 from metake.data.requests import Cases, EditCase, EditRequest, Probe, check_batch
 from metake.editing.editor import Editor
-from metake.experiments import runs
+from metake.experiments import former, runs
 from metake.experiments.cases import read_cases, select
 from metake.experiments.runs import RunConfig, edit_sequence, open_run, reevaluate, run
 from metake.methods import method
@@ -742,3 +743,23 @@ def test_missing_file_is_answered_with_the_near_name(tmp_path):
         read_cases("factz")
     with pytest.raises(ParameterError, match="path of a CounterFact or ZsRE file"):
         read_cases(str(tmp_path))
+
+
+def test_a_run_that_was_begun_while_all_of_a_text_was_read_by_default_goes_on_with_all_of_it(tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    lines = [f"On day {i} the capital of country {i % 60} was moved, and {i} ships were sent." for i in range(2000)]
+    text.write_text("\n".join(lines), encoding="utf-8")
+    config, given = replace(SMALL, text=str(text), text_tokens=None), former.statistics
+    with monkeypatch.context() as before:
+        before.setattr(former, "statistics", lambda lm, text, layers, tokens: given(lm, text, layers, math.inf))
+        run(config, tmp_path / "run")
+    first, last = (json.loads((tmp_path / f"run/batches/000{i}/record.json").read_text()) for i in (0, 1))
+    shutil.rmtree(tmp_path / "run" / "batches" / "0001")
+    (tmp_path / "run" / "cases.jsonl").unlink()
+    run(config, tmp_path / "run")
+    again = json.loads((tmp_path / "run/batches/0001/record.json").read_text())
+    assert again["statistics_digest"].startswith(first["statistics_digest"].partition("+")[0])
+    assert again["statistics_digest"] == last["statistics_digest"]
+    run(config, tmp_path / "fresh")
+    fresh = json.loads((tmp_path / "fresh/batches/0000/record.json").read_text())
+    assert fresh["statistics_digest"] != first["statistics_digest"], "what is begun now reads less"

@@ -12,9 +12,8 @@ from metake import methods
 from metake.data.requests import batches
 from metake.editing.diagnosis import diagnose
 from metake.editing.keys import KeyReader
-from metake.editing.statistics import statistics
 from metake.experiments.borrowed import borrowed
-from metake.experiments.former import same_statistics
+from metake.experiments.former import same_statistics, statistics_of
 from metake.experiments.studies.comparison import PRIMARY, case_rows, comparison
 from metake.experiments.studies.finished import finished
 from metake.language.tokens import continuation
@@ -64,9 +63,9 @@ def from_run(folder: str | Path) -> pd.DataFrame:
     changes = config.changes | {"contexts": edit.record.context_templates}
     with borrowed(config.model, config.recipe, config.layers):
         editor = methods.planning(config.method, config.model, seed=config.seed, **changes)
-    given = statistics(lm, config.text, layers=editor.layers, tokens=config.text_tokens)
-    recorded = edit.record.statistics_digest.partition("+")[0]
-    if not same_statistics(lm, recorded, given.digest, config.text, editor.layers, config.text_tokens):
+    recorded, told = edit.record.statistics_digest.partition("+")[0], (config.text, editor.layers, config.text_tokens)
+    given = statistics_of(lm, *told, recorded)
+    if not same_statistics(lm, recorded, given.digest, *told):
         raise ProvenanceError(
             f"{folder} was made with other key statistics than {config.text} gives now: repeat the run in another "
             "folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ MULTIPLES = (1, 2, 5, 10, 20, 50)
 CLAIMED = 10
 """What is said to be enough for MEMIT (Gupta et al. 2025)."""
 PROPOSED = 50
-"""What might be taken of a text by default, if its verdict holds."""
+"""What was to be taken of a text by default if its verdict holds: `statistics.ENOUGH`."""
 MARKS = (CLAIMED, PROPOSED)  # lines of the drawing
 LEAST = 10.0  # points of a score: what counts as a change
 SCORES = ("efficacy", "generalization", "specificity")
@@ -67,7 +68,7 @@ def text_needed(
     lm = load(model)
     editors = {name: methods.method(name, model) for name in METHODS}
     layers = sorted({layer for editor in editors.values() for layer in editor.layers})
-    whole = statistics(lm, text, layers, text_tokens)
+    whole = statistics(lm, text, layers, text_tokens or math.inf)
     width, total = whole[layers[0]].dim, whole[layers[0]].count
     wanted = [m for m in sorted(multiples) if m * width <= total / 2]
     if not wanted:
