@@ -32,6 +32,16 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group(page or item.path.stem))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session):
+    """Versions of pytest and pytest-xdist that do not understand each other share the groups out again, unasked."""
+    if session.config.getoption("loadgroup", False):
+        grouped = (item.nodeid for item in session.items if item.get_closest_marker("xdist_group"))
+        apart = [name for name in grouped if "@" not in name]
+        if apart:
+            raise pytest.UsageError(f"{apart[0]} is not kept with its group: install what requirements.txt pins")
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
