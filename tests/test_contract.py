@@ -336,10 +336,12 @@ twin = replace(REQUESTS[0], id="twin")
 
 
 def poisoned(lm):
-    lm.model.state_dict()[
+    """Every weight is finite; what the last block makes of them is not."""
+    weight = lm.model.state_dict()[
         f"{lm.architecture.block.format(3)}.mlp."
         + ("c_proj.weight" if lm.name == "random-gpt2" else "gate_proj.weight")
-    ][1, 2] = float("nan")
+    ]
+    weight.fill_(torch.finfo(weight.dtype).max)
 
 
 BAD = {

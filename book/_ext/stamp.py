@@ -24,6 +24,7 @@ GPU = "make gpu; make gpu-import FOLDER=runs/gpu"
 BATCHED = ("comparison", "operators", "hidden_states", "gamma")
 SIZED = (*BATCHED, "ablation", "realized", "kl_strength", "sensitivity", "streams", "streams_zsre")
 SEEDED = (*SIZED, "sequences", "asking")
+TOKENS = "100000"  # of the text, that `metake record` reads if it is not told
 USUAL = 100  # what `metake record` takes of both, if it is not told
 UNKNOWN = "not known: not built in a git checkout"
 
@@ -82,8 +83,11 @@ def remade(name: str, origin: dict) -> str:
         return GPU
     files = [told.split()[0] for told in origin["dataset"].split(", ")]
     given = dict(zip(("--counterfact", "--zsre"), files, strict=False))
-    given["--text"] = origin.get("statistics", "embedded").split(",")[0]
+    text, _, tokens = origin.get("statistics", "embedded").partition(", ")
+    given["--text"] = text
     given = {option: file for option, file in given.items() if file not in ("facts", "facts-zsre", "embedded")}
+    if (tokens := tokens.removesuffix(" tokens")) not in ("", TOKENS):
+        given["--text-tokens"] = tokens
     if tasks := origin.get("tasks"):
         given["--tasks"] = tasks.split()[0]
     if part in SIZED:

@@ -141,14 +141,9 @@ def statistics(
         made, count = {i: one for i, (_, one) in theirs.items()}, max(one.count for _, one in theirs.values())
         source = {"text": "/".join(Path(text).absolute().parts[-3:]), "tokens": count, "model": lm.name}
         return Statistics(made, _whole(digests), source)
-    own = text.partition("+")[0] != "embedded"
-    if tokens is None and own:
-        tokens = ENOUGH * max(lm.shape(lm.write_path(i))[1] for i in layers)
-    tokens = None if tokens is None or tokens == math.inf else int(tokens)
-    file = own and Path(text).is_file()
+    tokens, file = _limit(lm, text, layers, tokens), _is_file(text)
     found = [] if file else documents(text)
-    content = assets.sha256_file(text) if file else hashlib.sha256(repr(found).encode()).hexdigest()
-    digests = _digests(lm, [content, tokens, context, seed], layers)
+    digests = _digests(lm, [_content(text, found), tokens, context, seed], layers)
     paths = {i: assets.cache_dir() / "statistics" / f"{digest}.safetensors" for i, digest in digests.items()}
     with contextlib.ExitStack() as alone:
         for path in paths.values() if cache else ():
@@ -173,6 +168,27 @@ def statistics(
     if cache:
         made = {i: _OnDisk(one, paths[i].with_suffix(".eigh")) for i, one in made.items()}
     return Statistics({i: made[i] for i in layers}, _whole(digests), source)
+
+
+def digest_of(lm: LanguageModel, text: str, layers: Sequence[int], tokens: float | None) -> str:
+    """The digest that `statistics` of a text would have; nothing is computed."""
+    layers, found = sorted({*layers}), [] if _is_file(text) else documents(text)
+    return _whole(_digests(lm, [_content(text, found), _limit(lm, text, layers, tokens), 256, 1], layers))
+
+
+def _is_file(text: str) -> bool:
+    return text.partition("+")[0] != "embedded" and Path(text).is_file()
+
+
+def _content(text: str, found: list[str]) -> str:
+    return assets.sha256_file(text) if _is_file(text) else hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def _limit(lm: LanguageModel, text: str, layers: Sequence[int], tokens: float | None) -> int | None:
+    """At most so many tokens are read; None: all of them."""
+    if tokens is None and text.partition("+")[0] != "embedded":
+        return ENOUGH * max(lm.shape(lm.write_path(i))[1] for i in layers)
+    return None if tokens is None or tokens == math.inf else int(tokens)
 
 
 def _whole(digests: dict[int, str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from metake.editing.published import is_published
-from metake.editing.statistics import Statistics, documents, statistics, token_rows
+from metake.editing.statistics import Statistics, digest_of, documents, statistics, token_rows
 from metake.language.model import LanguageModel
 
 
@@ -39,13 +39,11 @@ def statistics_of(
 ) -> Statistics:
     """The key statistics of a run whose edits recorded a digest (empty: of none yet): those of all of its text if it
     was begun when that was the default."""
-    found = statistics(lm, text, layers=layers, tokens=tokens)
-    if recorded and tokens is None and not is_published(text) and not same_statistics(
-        lm, recorded, found.digest, text, layers, tokens
-    ):
-        whole = statistics(lm, text, layers=layers, tokens=math.inf)
-        found = whole if whole.digest == recorded else found
-    return found
+    asked = recorded and tokens is None and layers and not is_published(text)
+    if asked and recorded != digest_of(lm, text, layers, None):
+        if recorded in (digest_of(lm, text, layers, math.inf), _digest(lm, text, layers, None)):
+            return statistics(lm, text, layers=layers, tokens=math.inf)
+    return statistics(lm, text, layers=layers, tokens=tokens)
 
 
 def same_statistics(

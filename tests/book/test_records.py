@@ -12,6 +12,7 @@ import pytest
 from metake.commands import cli
 from metake.data.facts import facts
 from metake.experiments import record
+from metake.experiments.portable import portable_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "results").glob("*.jsonl"))
@@ -69,6 +70,7 @@ def test_every_data_file_has_the_digest_that_the_recordings_name():
     named = {tuple(told.split()) for file in FILES for told in of(file)}
     kept = {name: one["digest"] for name, one in KEPT["files"].items()}
     kept |= {"facts": facts().digest, "facts-zsre": facts(format="zsre").digest}
+    kept["facts-portability"] = portable_facts().digest
     assert named == {(name, f"sha256:{digest[:16]}") for name, digest in kept.items()}
     for name, one in KEPT["files"].items():
         known = one["records"].split()
