@@ -284,7 +284,8 @@ def test_the_compute_page_reads_the_recordings_and_refuses_damaged_ones(referenc
         "name": "bench-m", "model": "m", "dataset": "counterfact.json sha256:1, facts-zsre sha256:2",
         "statistics": "a.txt, 9 tokens"
     }
-    again = ".venv/bin/metake record --only bench --model m --counterfact counterfact.json --text a.txt"
+    again = ".venv/bin/metake record --only bench --model m --counterfact counterfact.json"
+    again += " --text a.txt --text-tokens 9"
     assert reference.stamp.remade("bench-m", there[0]) == again
     (tmp_path / "results").mkdir()
     with pytest.raises(ExtensionError, match="no recorded run"):

@@ -32,7 +32,7 @@ def test_the_computing_weight_is_the_rounded_copy():
 def test_the_table_names_each_precision_and_a_model_that_did_not_come_back(records):
     broken = records.assign(restored=records.dtype != "bfloat16")
     shown = module.table(broken)
-    assert list(shown.precision) == ["float32", "bfloat16", "bfloat16, edits summed in float32"]
+    assert list(shown.precision) == ["float32", "bfloat16", "bfloat16, summed in float32"]
     assert list(shown["taken back"]) == ["bit for bit", "no", "bit for bit"]
     assert shown.efficacy.between(0, 100).all() and shown.shape[1] == 7
 

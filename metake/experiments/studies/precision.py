@@ -22,7 +22,7 @@ from metake.scoring.evaluation import evaluate
 
 DTYPES = ("float32", "bfloat16", MASTERED)
 SCORES = ("efficacy", "generalization", "specificity")
-NAMES = {MASTERED: "bfloat16, edits summed in float32"}
+NAMES = {MASTERED: "bfloat16, summed in float32"}
 
 
 def precision(
@@ -90,7 +90,8 @@ def table(records: pd.DataFrame) -> pd.DataFrame:
     """One row per precision: percent of each score, and what became of the sequence's ΣΔ."""
     scores = 100 * records.groupby("dtype", sort=False)[list(SCORES)].mean()
     whole = records.groupby("dtype", sort=False)[["norm", "lost", "restored"]].first()
+    whole["lost"] = whole.lost.round(3)
     whole["restored"] = whole.restored.map({True: "bit for bit", False: "no"})
     found = scores.join(whole).rename(index=NAMES).rename_axis("precision").reset_index()
-    named = {"norm": "‖ΣΔ‖", "lost": "rounded away, % of ‖ΣΔ‖", "restored": "taken back"}
+    named = {"norm": "‖ΣΔ‖", "lost": "rounded, %", "restored": "taken back"}
     return labelled(found.rename(columns=named), records)
