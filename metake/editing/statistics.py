@@ -35,7 +35,7 @@ from metake.support.storage import atomic_path, held, load_tensors, reading, rem
 log = logging.getLogger("metake")
 PLAIN = (bool, int, float, str, list, dict)
 ENOUGH = 50
-"""Tokens of a text for each dimension of a key, more of which change no score: *How much text does the gate need?*"""
+"""Tokens of a text for each dimension of a key: with more no score moved by ten points, on the page about it."""
 LONG = 256  # tokens: a line that holds more than a paragraph
 
 
