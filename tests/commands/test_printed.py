@@ -19,9 +19,10 @@ from models import stand_in
 
 import metake as mk
 from metake.commands import cli, pages
+from metake.data.facts import facts_records
 from metake.editing.statistics import statistics
 from metake.experiments import asking, contract, former, runs
-from metake.experiments.studies import layers
+from metake.experiments.studies import layers, quickstart, study, text_needed
 
 ROOT = Path(__file__).resolve().parents[2]
 PROSE = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md"))]
@@ -235,3 +236,29 @@ def test_a_bench_is_made_as_printed(metake, small):
     small_sizes = ("--model", "tiny", "--edits", "2", "--steps", "1", "--literal", "1")
     code, out, err = metake(*printed("metake bench"), *small_sizes)
     assert code == 0 and not err and "literal" in out and Path("runs/bench.json").is_file()
+
+
+@pytest.mark.parametrize(("name", "methods"), [
+    ("quickstart", ()), ("realized", ("--methods", "memit")), ("sequences", ("--methods", "memit")), ("text", ()),
+    ("ablation", ()),
+])  # fmt: skip
+def test_a_recording_is_made_as_printed(metake, small, monkeypatch, name, methods):
+    """On data files of the printed names; what it leaves prints the command that made it."""
+    monkeypatch.syspath_prepend(ROOT / "book" / "_ext")
+    stamp = importlib.import_module("stamp")
+    for module in (quickstart, study, text_needed):
+        monkeypatch.setattr(module, "load", stand_in)
+    [words] = lines(stamp.record_command(ROOT, f"{name}-smollm2-135m"))
+    for option, content in (
+        ("--counterfact", json.dumps(facts_records())), ("--zsre", json.dumps(facts_records("zsre"))),
+        ("--text", (ROOT / "tests" / "models.py").read_text("utf-8")),
+    ):  # fmt: skip
+        if option in words:
+            Path(words[words.index(option) + 1]).write_text(content, "utf-8")
+    sizes = ["--edits", "4", "--batch", "2", "--text-tokens", "1500", "--model", "tiny"]
+    code, out, err = metake(*words[1:], *sizes, "--layers", "0", "1", *methods)
+    assert code == 0 and f"wrote results/{name}-tiny.jsonl" in out, err
+    again = shlex.split(stamp.record_command(Path(), f"{name}-tiny"))
+    given, made = (vars(cli._parser().parse_args(line[1:])) for line in ([*words, *sizes], again))
+    same = ["model", "only", "counterfact", "zsre", "text", "text_tokens", *["edits"] * (name in stamp.SIZED)]
+    assert [made[one] for one in same] == [given[one] for one in same]
