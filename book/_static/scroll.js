@@ -6,6 +6,8 @@
     return caption ? caption.textContent.replace(/\s*#\s*$/, "").trim() : "wider than the page";
   };
   const mark = () => document.querySelectorAll(boxes).forEach((box) => {
+    box.classList.remove("metake-close");
+    box.classList.toggle("metake-close", box.scrollWidth > box.clientWidth + 1 && box.querySelector("table") !== null);
     const scrolls = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX !== "visible";
     const ends = () => box.classList.toggle("metake-at-end", box.scrollLeft + box.clientWidth >= box.scrollWidth - 2);
     box.classList.toggle("metake-scrolls", scrolls);

@@ -18,6 +18,9 @@ UNNAMED = """() => [
 ].map((e) => e.outerHTML.slice(0, 150))"""
 WIDE = """() => document.documentElement.scrollWidth <= innerWidth ? [] : [`page ${document.documentElement.scrollWidth} wide`,
   ...[...document.querySelectorAll('main *')].filter((e) => e.getBoundingClientRect().right > innerWidth + 1).slice(0, 5).map((e) => e.outerHTML.slice(0, 120))]"""
+# Tables of more than eight columns may scroll.
+CUT = """() => [...document.querySelectorAll('.metake-scrolls:has(table)')].map((box) => box.querySelector('table'))
+  .filter((table) => table.rows[0].cells.length <= 8).map((table) => `${table.scrollWidth}: ${table.innerText.slice(0, 120)}`)"""
 # Contrast costs axe a hundred times what its other rules do, and texts that look alike are alike in it: it is asked of
 # one text of each look (letters, what lies under them, what moves over others), in each theme, that no page before had;
 # the rest is asked once a page.
@@ -53,6 +56,7 @@ class Visit:
     failed: list[str] = field(default_factory=list)
     unnamed: list[str] = field(default_factory=list)
     wide: dict[int, list[str]] = field(default_factory=dict)
+    cut: list[str] = field(default_factory=list)  # tables that scroll on a laptop
     axe: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     looks: dict[str, int] = field(default_factory=dict)  # of its texts
     themes: list[str] = field(default_factory=list)
@@ -96,7 +100,7 @@ def visit(request, reader, address, known) -> Visit:
     page.goto(address + request.param)
     settled(page)
     seen.unnamed = page.evaluate(UNNAMED)
-    seen.wide[LAPTOP] = page.evaluate(WIDE)
+    seen.wide[LAPTOP], seen.cut = page.evaluate(WIDE), page.evaluate(CUT)
     page.add_script_tag(path=axe_script())
     for theme, rules in ASKED.items():
         page.emulate_media(color_scheme=theme)
@@ -134,6 +138,10 @@ def test_every_picture_has_an_alternative_text(visit):
 @pytest.mark.parametrize("width", [LAPTOP, PHONE])
 def test_does_not_scroll_sideways(visit, width):
     assert not visit.wide[width]
+
+
+def test_its_tables_fit_a_laptop(visit):
+    assert not visit.cut
 
 
 def test_follows_the_theme_of_the_system(visit):
