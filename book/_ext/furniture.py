@@ -21,7 +21,7 @@ LABEL = re.compile(r'class="label label-(\w+)"')
 CAPTION = re.compile(r"<caption>(.*?)</caption>", re.S)
 TABLE = re.compile(r'<table class="[^"]*metake-table[^"]*">.*?</table>', re.S)
 SHORT = re.compile(r'(<t[hd][^>]* class="text)"(>[^<]{1,22}</)')  # cells that are not worth a line break
-INTERVAL = re.compile(r'(class="num">[^<\[]*)(\[[^\]<]*\])')  # breaks from its value, not within
+INTERVAL = re.compile(r'(class="(?:num|text)[^"]*">[^<\[]*)(\[[^\]<]{1,24}\])')  # breaks from its value, not within
 BREAKS_NOT = r'\1 short"\2'
 WHOLE = r'\1<span class="no-break">\2</span>'
 FOLDED = "tag_folded"  # a cell's tag, as myst-nb makes a class of it

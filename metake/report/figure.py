@@ -6,7 +6,7 @@ import hashlib
 import io
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html import escape
 from typing import Any
 
@@ -14,6 +14,7 @@ import matplotlib.figure
 import matplotlib.style
 import numpy as np
 import pandas as pd
+from matplotlib.text import Text
 
 from metake.report import hover
 from metake.report.files import DEFAULT, artifact_name, figures_dir, portable
@@ -38,6 +39,7 @@ RC = {
 WIDEST = 7.83  # inches: the column of the book; of a wider drawing the text would shrink with it, below 8 points
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 DPI = 200
+GAP, FEWEST, ROUNDS = 6, 8, 4  # pixels between words side by side; letters of a broken line; layouts to fit them in
 COVERS, RIM = 1.5, 3.0  # pixels within which one mark lies on another; points by which the lower one is wider
 # Within a page a drawing takes the color of the text around it: here where the theme is known, elsewhere as it comes.
 COLORS = sorted({*(look.color for look in METHOD_STYLE.values()), *FALLBACK[0]})
@@ -96,7 +98,7 @@ def _render(
     with matplotlib.style.context(["default", RC | {"svg.hashsalt": salt}]):
         canvas = matplotlib.figure.Figure(figsize=size, layout="constrained")
         draw(canvas.subplots(squeeze=False, **panels) if panels else canvas.subplots())
-        _wrap_titles(canvas, panels.get("ncols", 1))
+        _break_what_meets(canvas)
         _widen_what_is_covered(canvas)
         marks = hover.name_marks(canvas)
         # the resolution of what is drawn as an image within it
@@ -107,12 +109,32 @@ def _render(
     return drawing, paletted(png.getvalue(), DPI)
 
 
-def _wrap_titles(canvas: matplotlib.figure.Figure, across: int) -> None:
-    """Titles of panels that stand side by side break before they meet."""
-    letters = int(72 * canvas.get_figwidth() / across / (0.62 * RC["axes.titlesize"]))
-    for axes in canvas.axes if across > 1 else ():
-        if len(title := axes.get_title(loc="left")) > letters:
-            axes.set_title(textwrap.fill(title, letters), loc="left")
+def _break_what_meets(canvas: matplotlib.figure.Figure) -> None:
+    """Titles of panels and names below them break their lines before they meet what stands beside them, or the edge."""
+    for _ in range(ROUNDS):
+        canvas.draw_without_rendering()  # what breaks leaves other places to the rest
+        if not any([_broken(text, room) for text, room in _rooms(canvas)]):
+            break
+
+
+def _rooms(canvas: matplotlib.figure.Figure) -> Iterator[tuple[Text, float]]:
+    """The title and the name below each panel, with the pixels to what stands beside it."""
+    boxes = {axes: axes.get_window_extent() for axes in canvas.axes}
+    for axes, box in boxes.items():
+        beside = (other.x0 for other in boxes.values() if other.x0 > box.x1 and other.y0 < box.y1 and other.y1 > box.y0)
+        room = min([*beside, canvas.bbox.x1]) - box.x0 - GAP
+        title = (t for t in axes.get_children() if isinstance(t, Text) and t.get_text() == axes.get_title("left"))
+        yield from ((text, room) for text in (*title, axes.xaxis.label))
+
+
+def _broken(text: Text, room: float) -> bool:
+    """Break a text's lines until it fits; whether it had to."""
+    words = text.get_text()
+    letters = max(map(len, words.splitlines()), default=0)
+    while letters > FEWEST and text.get_window_extent().width > room:
+        letters -= 1
+        text.set_text(textwrap.fill(words, letters, break_long_words=False))
+    return text.get_text() != words
 
 
 def _widen_what_is_covered(canvas: matplotlib.figure.Figure) -> None:

@@ -21,6 +21,13 @@ WIDE = """() => document.documentElement.scrollWidth <= innerWidth ? [] : [`page
 # Tables of more than eight columns may scroll.
 CUT = """() => [...document.querySelectorAll('.metake-scrolls:has(table)')].map((box) => box.querySelector('table'))
   .filter((table) => table.rows[0].cells.length <= 8).map((table) => `${table.scrollWidth}: ${table.innerText.slice(0, 120)}`)"""
+# Words of a drawing that lie on each other, but for those of one formula.
+MET = """() => [...document.querySelectorAll('.metake-figure > svg')].flatMap((svg) => {
+  const words = [...svg.querySelectorAll('text')].filter((t) => t.textContent.trim()).map((t) => [t, t.getBoundingClientRect()]);
+  const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 3
+    && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 0.4 * Math.min(a.height, b.height);
+  return words.flatMap(([t, a], i) => words.slice(i + 1).filter(([u, b]) => !u.querySelector('tspan') && meet(a, b))
+    .map(([u]) => `${t.textContent.trim()} | ${u.textContent.trim()}`)); })"""
 # Contrast costs axe a hundred times what its other rules do, and texts that look alike are alike in it: it is asked of
 # one text of each look (letters, what lies under them, what moves over others), in each theme, that no page before had;
 # the rest is asked once a page.
@@ -57,6 +64,7 @@ class Visit:
     unnamed: list[str] = field(default_factory=list)
     wide: dict[int, list[str]] = field(default_factory=dict)
     cut: list[str] = field(default_factory=list)  # tables that scroll on a laptop
+    met: list[str] = field(default_factory=list)  # words that lie on others
     axe: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     looks: dict[str, int] = field(default_factory=dict)  # of its texts
     themes: list[str] = field(default_factory=list)
@@ -100,7 +108,7 @@ def visit(request, reader, address, known) -> Visit:
     page.goto(address + request.param)
     settled(page)
     seen.unnamed = page.evaluate(UNNAMED)
-    seen.wide[LAPTOP], seen.cut = page.evaluate(WIDE), page.evaluate(CUT)
+    seen.wide[LAPTOP], seen.cut, seen.met = map(page.evaluate, (WIDE, CUT, MET))
     page.add_script_tag(path=axe_script())
     for theme, rules in ASKED.items():
         page.emulate_media(color_scheme=theme)
@@ -142,6 +150,10 @@ def test_does_not_scroll_sideways(visit, width):
 
 def test_its_tables_fit_a_laptop(visit):
     assert not visit.cut
+
+
+def test_no_words_of_its_drawings_meet(visit):
+    assert not visit.met
 
 
 def test_follows_the_theme_of_the_system(visit):

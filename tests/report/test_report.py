@@ -686,3 +686,25 @@ def test_three_curves_in_one_place_are_told_apart_by_their_widths():
     found = (re.search(rf"stroke: {c}; stroke-width: ([\d.]+)", svg) for c in ("#00a76b", "#d97808", "#c70a2c"))
     widths = [float(one[1]) for one in found]
     assert widths == sorted(widths, reverse=True) and len(set(widths)) == 3
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], ["a reading with a long name", "b"]])
+def test_words_over_and_under_panels_break_before_they_meet(labels):
+    """Beside narrow panels, left of which names of rows take their room; what fits stays on its line."""
+    drawn = []
+
+    def draw(axes):
+        for panel in axes[0]:
+            title = panel.set_title("A title far too long for its panel, and with a formula $x_1$")
+            panel.set(xlabel="what is measured, in units of what it was before", yticks=[0, 1], yticklabels=labels)
+            drawn.append((panel, title, panel.xaxis.label))
+        axes[0, 0].set_title("fits")
+
+    report.figure.Figure(draw, gammas(3), "words", "Panels.", size=(7, 3), ncols=3, sharey=True)
+    assert drawn[0][1].get_text() == "fits" and "\n" in drawn[1][1].get_text()
+    canvas = drawn[0][0].figure
+    canvas.draw_without_rendering()
+    for words in zip(*[one[1:] for one in drawn], strict=True):
+        boxes = [text.get_window_extent() for text in words]
+        assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+        assert boxes[-1].x1 <= canvas.bbox.x1

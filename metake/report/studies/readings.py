@@ -14,7 +14,7 @@ from metake.report.style import style
 
 PANELS = {
     "change": "Its own outer loss,\nafter / before", "gain": "Edited model's F,\nover AlphaEdit's",
-    "paraphrase": "Paraphrases: log p\nover AlphaEdit, nats",
+    "paraphrase": "Paraphrases: log\u00a0p\nover AlphaEdit, nats",
 }
 RATIOS = ("change", "gain")
 MARKS = ("o", "s", "^", "D")  # one a data set

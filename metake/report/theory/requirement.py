@@ -305,8 +305,8 @@ def _draw_sweep(axes: Any, sweep: pd.DataFrame) -> None:
     axes.axvline(1, color=_soft(0.7), linewidth=1, linestyle=":")
     axes.set(
         xscale="log", yscale="log", title="Every λ, tried",
-        xlabel=r"$\tau\sqrt{\lambda_{max}}\,/\,\delta$; above 1 no λ can serve both",
-        ylabel=r"shared λ, in units of $\alpha\sqrt{\lambda_{max}}\,/\,\delta$",
+        xlabel=r"$\tau\lambda_{max}^{1/2}/\delta$; above 1 no λ can serve both",
+        ylabel=r"shared λ, in units of $\alpha\lambda_{max}^{1/2}/\delta$",
     )
     _log_axis(axes.xaxis)
     _log_axis(axes.yaxis)
