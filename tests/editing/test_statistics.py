@@ -52,7 +52,8 @@ def test_streaming_with_padding_equals_a_plain_loop(lm, text):
         "special tokens included"
     )
     for i, given in terms.items():
-        torch.testing.assert_close(found[i].moment, sum(given), rtol=1e-10, atol=1e-10)
+        lost = 1e-5 if lm.name == "random-gptj" else 1e-10  # its attention is computed in 32 bits
+        torch.testing.assert_close(found[i].moment, sum(given), rtol=lost, atol=lost)
 
 
 def test_all_layers_take_one_pass_that_stops_at_the_last(text):
