@@ -60,9 +60,9 @@ def _kernel(arguments: list[str], env: dict[str, str], cwd: str | None, told: Co
     os.chdir(cwd or os.curdir)
     from ipykernel.kernelapp import IPKernelApp
 
+    quiet = ["--log-level=ERROR"] * (not any(word.startswith("--log-level") for word in arguments))
     # the fork's own parent: a kernel ends with the process that it was begun for
-    told = ["--log-level=ERROR", f"--IPKernelApp.parent_handle={os.getppid()}"]
-    IPKernelApp.launch_instance(argv=[*arguments, *told])
+    IPKernelApp.launch_instance(argv=[*arguments, *quiet, f"--IPKernelApp.parent_handle={os.getppid()}"])
 
 
 def fork_kernels() -> None:
