@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
     "own": {},
     "threads": {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
-    "scalar": {"ATEN_CPU_CAPABILITY": "default"},  # torch's own loops without vector instructions
+    # torch's own loops without vector instructions; of attention in bfloat16 it takes those that oneDNN has
+    "scalar": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "mkl": {"MKL_CBWR": "COMPATIBLE"},  # matrix products in the order that every processor can take
     "onednn": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
     "all": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"},
