@@ -22,6 +22,7 @@ from models import random_model, stand_in
 
 from metake import methods, report
 from metake.algebra.update import Edit, EditRecord, LayerUpdate
+from metake.commands import pages
 from metake.data.facts import facts_records
 from metake.editing import statistics as key_statistics
 from metake.editing.gradient import stored
@@ -32,7 +33,7 @@ from metake.experiments.kept import kept
 from metake.experiments.runs import RunConfig, run
 from metake.language import assets
 from metake.support.errors import MetakeError
-from metake.support.storage import load_tensors, write_file
+from metake.support.storage import load_tensors, read_json, write_file
 
 MODULE = "transformer.h.1.mlp.c_proj"
 
@@ -124,6 +125,12 @@ def _nothing(folder: Path) -> None:
     pass
 
 
+def _train(folder: Path) -> None:
+    """What a training writes: the first checkpoint, in a folder that holds nothing yet, and then the editor."""
+    stored._write(folder / "a" / "checkpoint", {}, {"step": 1})
+    stored.save(trained(1), folder / "a")
+
+
 def _read_trained(folder: Path) -> Any:
     return json.loads((folder / "a" / "record.json").read_text())["seed"], sorted(
         p.name for p in (folder / "a").iterdir()
@@ -141,6 +148,10 @@ SCENARIOS = {
     "adapter": Scenario(lambda f: edit(0).to_peft(f / "a"), lambda f: edit(1).to_peft(f / "a"), _adapter),
     "trained editor": Scenario(
         lambda f: stored.save(trained(0), f / "a"), lambda f: stored.save(trained(1), f / "a"), _read_trained
+    ),
+    "trained editor and its first checkpoint": Scenario(_nothing, _train, _read_trained),
+    "page's folder": Scenario(
+        _nothing, lambda f: pages._free(f / "a", {"page": "p"}), lambda f: read_json(f / "a" / "parameters.json")
     ),
     "statistics": Scenario(_nothing, _statistics, lambda f: _expected_statistics()),
     "recording": Scenario(lambda f: _recording(f, 1), lambda f: _recording(f, 2), _rows),
@@ -190,6 +201,7 @@ def strike(scenario: Scenario, folder: Path, at: int, what: str, before: Any, af
 
 # -- a whole run
 
+OPENING = 9  # file operations until a run's folder says what it holds
 CONFIG = RunConfig(method="memit_seq", edits=6, batch=1, seed=5, text_tokens=300)
 
 
@@ -225,21 +237,25 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def killed_runs(config: RunConfig, folder: Path, kills: int, seed: int) -> Iterator[tuple[Path, str]]:
-    """Runs killed again and again, half of the times inside a file operation, and gone on with until they are finished:
-    the folder of each finished one, and how it was killed.
+    """Runs killed once, each at another of the file operations that begin a run, then runs killed again and again, half
+    of the times inside a file operation; all are gone on with until they are finished.
+
+    Yields the folder of each finished one, and how it was killed.
     """
     draw, done = random.Random(seed), 0
     for number in range(kills):
         out, told = folder / f"run{number}", []
         while True:
-            inside = draw.random() < 0.5
-            at, after = draw.randrange(1, 40), 0.6 * draw.random()
+            inside, at, after = draw.random() < 0.5, draw.randrange(1, 40), 0.6 * draw.random()
+            if number < OPENING:
+                inside, at = True, number + 1
+            spared = done >= kills or number < OPENING and told
 
-            def act(out=out, at=at, inside=inside) -> None:
-                with faults(folder, at if inside else 10**9, "SIGKILL"):
+            def act(out=out, at=at if inside and not spared else 10**9) -> None:
+                with faults(folder, at, "SIGKILL"):
                     run(config, out)
 
-            code = forked(act if done < kills else lambda out=out: run(config, out), None if inside else after)
+            code = forked(act, None if inside or spared else after)
             if code == -signal.SIGKILL:
                 done += 1
                 told.append(f"operation {at}" if inside else f"after {after:.2f} s")

@@ -122,10 +122,10 @@ def _value(name: str, text: str, usual: Any) -> Any:
 
 def _free(out: Path, run: dict[str, Any]) -> bool:
     """Note in the folder what it is for; whether it is new. Refuses one that holds something else."""
-    from metake.support.storage import read_json, write_file
+    from metake.support.storage import contents, read_json, write_file
 
     note, new = out / "parameters.json", not out.exists()
-    if not new and (not out.is_dir() or any(out.iterdir())):
+    if not new and (not out.is_dir() or contents(out)):
         try:
             there = read_json(note)
         except (OSError, ValueError):

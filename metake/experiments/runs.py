@@ -42,7 +42,7 @@ from metake.scoring.evaluation import CaseScore, Evaluation, evaluate, require_p
 from metake.support.errors import ParameterError, ProvenanceError, near_misses
 from metake.support.machine import peak_memory, versions
 from metake.support.progress import progress
-from metake.support.storage import held, load_tensors, read_json, reading, write_file
+from metake.support.storage import contents, held, load_tensors, read_json, reading, write_file
 
 log = logging.getLogger("metake")
 
@@ -189,7 +189,7 @@ def holds(out: Path, config: RunConfig) -> bool:
                 "run's settings to resume it"
             )
         return True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or contents(out)):
         raise ParameterError(f"{out} is not empty and holds no run; choose another folder")
     return False
 

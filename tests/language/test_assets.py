@@ -180,8 +180,9 @@ def test_two_at_once_fetch_once(cache):
 
 
 @pytest.mark.parametrize(
-    "name, content", [("model.safetensors", b"dequantize"), ("source.json", b"{"), ("source.json", b"[]")]
-)
+    "name, content", [("model.safetensors", b"dequantize"), ("source.json", b"{"), ("source.json", b"[]"),
+     ("source.json", b'{"files": {"' + b"a" * 300 + b'": {"size": 2, "sha256": ""}}}')]
+)  # fmt: skip
 def test_a_damaged_cache_is_removed_and_fetched_again(cache, caplog, name, content):
     folder = assets.fetch("real-model").path
     (folder / name).write_bytes(content)

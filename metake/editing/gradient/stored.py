@@ -14,7 +14,7 @@ from metake.editing.gradient.editor import GradientEditor
 from metake.editing.gradient.network import Network
 from metake.editing.gradient.rule import GradientRule
 from metake.support.errors import ParameterError, ProvenanceError
-from metake.support.storage import atomic_path, load_tensors, read_json, reading, save_tensors
+from metake.support.storage import atomic_path, contents, load_tensors, read_json, reading, save_tensors
 
 WEIGHTS, RECORD = "editor.safetensors", "record.json"
 
@@ -26,10 +26,9 @@ def _tensors(networks: Sequence[Sequence[Network]]) -> Iterator[tuple[str, Tenso
 
 
 def save(editor: GradientEditor, folder: str | Path) -> Path:
-    """Write networks (safetensors) and record (JSON), whole or not at all. Raises ParameterError if the folder holds
-    anything else."""
+    """Write networks and record, whole. Raises ParameterError if the folder holds something else."""
     folder = Path(folder)
-    if folder.exists() and any(p.name not in (WEIGHTS, RECORD, "checkpoint") for p in folder.iterdir()):
+    if folder.exists() and contents(folder) - {WEIGHTS, RECORD, "checkpoint"}:
         raise ParameterError(f"{folder} exists and holds no trained editor; choose another folder")
     return _write(folder, dict(_tensors(editor.networks)), dict(editor.trained))
 
@@ -101,8 +100,7 @@ def checkpoint(
         for i, own in optimizer.state_dict()["state"].items()
         for name, value in own.items()
     }
-    record = {"told": _same(told), "losses": list(losses)}
-    _write(out / "checkpoint", dict(_tensors(made.networks)) | state, record)
+    _write(out / "checkpoint", dict(_tensors(made.networks)) | state, {"told": _same(told), "losses": list(losses)})
 
 
 def _same(told: Mapping[str, Any]) -> dict[str, Any]:
