@@ -57,7 +57,7 @@ test: $(STAMP)  ## unit, contract and notebook tests
 processors: $(STAMP)  ## tests and pages under other instruction sets and orders of summation (ARGS="scalar -- notebooks --nbval")
 	$(BIN)/python tools/processors.py $(ARGS)
 
-torture: $(STAMP)  ## hours: 200 kills, 50,000 damaged files, sequences of actions, every method on every architecture, every mistake of tests/mutants.py (ARGS="--scale 0.1")
+torture: $(STAMP)  ## a quarter of an hour: 200 kills, 50,000 damaged files, sequences of actions, every method on every architecture, every mistake of tests/mutants.py (ARGS="--scale 0.1")
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tools/torture.py $(ARGS)
 
 browser: $(STAMP)  ## check every page of the built book in a headless Chromium (after `make html`)

@@ -2,7 +2,7 @@
 
     python tools/processors.py [SETTING ...] [-- words for pytest]
 
-Without names all settings run, one after the other, two processes each; without words: tests and notebooks. A page
+Without names all settings run, one after the other, two threads in all each; without words: tests and notebooks. A page
 differs if it prints another digit or another verdict than the committed one. One machine cannot be every processor: the
 settings change how its libraries add up, which is what processors do differently.
 """
@@ -31,8 +31,10 @@ def failures(setting: str, words: list[str]) -> tuple[list[str], int]:
     """What fails under a setting, by name, and how many ran."""
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "told.xml"
-        command = [sys.executable, "-m", "pytest", *words, "-q", "-n", "2", "--dist", "loadfile", f"--junitxml={told}"]
         own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | SETTINGS[setting]
+        processes = str(2 // int(own["OMP_NUM_THREADS"]))  # threads that wait for another process's are slow
+        command = [sys.executable, "-m", "pytest", *words, "-q", "-n", processes, "--dist", "loadfile"]
+        command.append(f"--junitxml={told}")
         done = subprocess.run(command, cwd=ROOT, env=os.environ | own, stdout=subprocess.PIPE, text=True)
         if not told.is_file():
             raise SystemExit(f"{setting}: pytest ended with {done.returncode} and no test:\n{done.stdout[-2000:]}")

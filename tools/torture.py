@@ -1,4 +1,4 @@
-"""Hours against the promises: `make torture` (or `python tools/torture.py --only kills fuzz --scale 0.1`).
+"""Many adversaries against the promises: `make torture` (or `python tools/torture.py --only kills fuzz --scale 0.1`).
 
 kills       200 runs' worth of SIGKILL at random moments, and every file operation of every other way of writing, killed
             or refused by the disk
