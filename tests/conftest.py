@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from models import CONFIGS, random_model
 
 from metake.language.tokens import shared_beginnings
@@ -28,6 +29,15 @@ def session_cache(tmp_path_factory) -> Path:
 def _private_cache(request, monkeypatch, session_cache):
     if not request.node.get_closest_marker("real_model"):
         monkeypatch.setenv("METAKE_CACHE", str(session_cache))
+
+
+@pytest.fixture
+def one_thread():
+    """For a test that copies its process: a copy has none of its threads, and waits for them forever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from metake.experiments.studies.comparison import comparison, summarize
 from metake.methods import GRADIENT, METHODS
 from metake.support.errors import ParameterError, ProvenanceError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 engine = pytest.mark.skipif(
     not importlib.util.find_spec("snakemake_executor_plugin_slurm"),

@@ -18,6 +18,7 @@ from metake.experiments import runs
 from metake.experiments.processes import divided, first, gathered, place
 from metake.support.errors import NumericalError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ["run", "--method", "alphaedit", "--edits", "5", "--batch", "2", "--text-tokens", "3000", "--out"]
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-import torch
 from crashes import SCENARIOS, killed_runs, operations, outcome, prepared, strike
 from faults import forked, leftovers
 
@@ -20,6 +19,8 @@ from metake.editing import statistics as key_statistics
 from metake.experiments.runs import run
 from metake.language import assets
 from metake.support.errors import MetakeError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -35,18 +36,14 @@ def test_whatever_is_interrupted_old_or_new_is_whole(name, tmp_path):
 
 
 def test_a_run_killed_anywhere_and_resumed_is_the_undisturbed_one(tmp_path, monkeypatch):
-    config, threads = prepared(tmp_path, monkeypatch), torch.get_num_threads()
-    torch.set_num_threads(1)  # a copy of this process has none of its threads
-    try:
-        run(config, tmp_path / "undisturbed")
-        expected, kills = outcome(tmp_path / "undisturbed"), 0
-        assert len([name for name in expected if name.endswith("edit.safetensors")]) == 6
-        for folder, told in killed_runs(config, tmp_path, 20, seed=0):
-            assert outcome(folder) == expected, told
-            kills += len(told.split(", "))
-        assert kills >= 20
-    finally:
-        torch.set_num_threads(threads)
+    config = prepared(tmp_path, monkeypatch)
+    run(config, tmp_path / "undisturbed")
+    expected, kills = outcome(tmp_path / "undisturbed"), 0
+    assert len([name for name in expected if name.endswith("edit.safetensors")]) == 6
+    for folder, told in killed_runs(config, tmp_path, 20, seed=0):
+        assert outcome(folder) == expected, told
+        kills += len(told.split(", "))
+    assert kills >= 20
 
 
 @pytest.mark.parametrize("name", ["file", "edit", "edit over another"])
@@ -94,8 +91,7 @@ def noted(file, act):
 
 
 def test_of_two_runs_in_one_folder_one_is_refused_in_a_line(tmp_path, monkeypatch):
-    config, threads = prepared(tmp_path, monkeypatch), torch.get_num_threads()
-    torch.set_num_threads(1)
+    config = prepared(tmp_path, monkeypatch)
 
     def act():
         try:
@@ -106,7 +102,6 @@ def test_of_two_runs_in_one_folder_one_is_refused_in_a_line(tmp_path, monkeypatc
     run(replace(config, edits=1), tmp_path / "warm")  # statistics are there: the two meet in the run
     run(config, tmp_path / "alone")
     assert at_once(act) == [0, 0]
-    torch.set_num_threads(threads)
     assert outcome(tmp_path / "both") == outcome(tmp_path / "alone") and not leftovers(tmp_path)
     assert re.fullmatch(r"another process is at work in .*both; wait for its end, or name another one",
                         (tmp_path / "refused").read_text())  # fmt: skip
@@ -124,10 +119,7 @@ def test_of_two_that_need_the_same_one_waits_and_reads_it(what, tmp_path, monkey
         scenario.act(folder)
         assert scenario.read(folder) == after
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     assert at_once(act, 3) == [0, 0, 0]
-    torch.set_num_threads(threads)
     assert len((tmp_path / "done").read_text().splitlines()) == 1 and not leftovers(folder)
 
 

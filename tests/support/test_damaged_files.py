@@ -11,7 +11,6 @@ import struct
 from pathlib import Path
 
 import pytest
-import torch
 from crashes import edit
 from faults import forked
 from fuzz import READERS, fuzz, words
@@ -26,12 +25,11 @@ RUNNING = {"eval", "exec", "compile", "__import__"}  # as functions by themselve
 LOADING = {("torch", "load"), ("torch", "save"), ("np", "load"), ("pd", "read_pickle"), ("pd", "eval")}
 
 
-def test_damaged_files_are_refused_or_read_right(tmp_path):
+def test_damaged_files_are_refused_or_read_right(tmp_path, one_thread):
     """In a copy of this process, whose memory is bounded; a reader has ten seconds."""
     found = tmp_path / "found"
 
     def act():
-        torch.set_num_threads(1)
         found.write_text("\n".join(fuzz(tmp_path / "files", 1000, seed=0)) or "all right")
 
     assert forked(act) == 0, "the reader's process ended"
