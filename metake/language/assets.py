@@ -227,7 +227,7 @@ def _cached(name: str, source: str, thorough: bool = False) -> Source | None:
 
 
 def _check(path: Path, size: int, sha256: str | None) -> None:
-    found, expected = f"{path.stat().st_size if os.path.isfile(path) else 0} bytes", f"{size} bytes"
+    found, expected = f"{path.stat().st_size if os.path.isfile(path) else 0} bytes", f"{size} bytes"  # Path may raise
     if found == expected and sha256:
         found, expected = f"SHA-256 {sha256_file(path)}", f"SHA-256 {sha256}"
     if found != expected:

@@ -98,7 +98,7 @@ def _restore(path: Path) -> None:
 
 def contents(folder: Path) -> set[str]:
     """The names of what a folder holds, without what a process left there that was killed while it wrote."""
-    return {p.name for p in folder.iterdir() if not (p.name.startswith(".") and p.suffix in (".partial", ".lock"))}
+    return {p.name for p in folder.iterdir() if not (p.match(".*.write.lock") or p.match(f".*.{'?' * 12}.partial"))}
 
 
 def _flush(*paths: Path) -> None:
@@ -122,7 +122,7 @@ def _exchange(one: Path, other: Path) -> bool:
 def whole_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
     """A folder to fill that takes its name when it is whole; a stranger's, without `marker`, stays: ParameterError."""
     folder = Path(folder)
-    if folder.exists() and not (folder / marker).is_file() and (folder.is_file() or contents(folder)):
+    if folder.exists() and not (folder / marker).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise ParameterError(f"{folder} exists and is not of this kind (no {marker} in it); choose another folder")
     with atomic_path(folder) as scratch:
         scratch.mkdir()

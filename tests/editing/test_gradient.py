@@ -390,8 +390,13 @@ def test_a_trained_editor_is_saved_whole_and_belongs_to_its_model(name, tmp_path
     before = contents(tmp_path / "made")
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "mine.txt").write_text("mine")
-    with pytest.raises(ParameterError, match="holds no trained editor"):
-        stored.save(made, tmp_path / "strange")
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / ".mine.lock").write_text("mine")
+    for strange in ("strange", "locked"):
+        with pytest.raises(ParameterError, match="holds no trained editor"):
+            stored.save(made, tmp_path / strange)
+    (tmp_path / "begun" / ".checkpoint.0123456789ab.partial").mkdir(parents=True)  # killed in its first checkpoint
+    assert stored.read(stored.save(made, tmp_path / "begun")).digest == made.digest
     for file, text in (("editor.safetensors", b"x"), ("record.json", b"{")):
         (tmp_path / "made" / file).write_bytes(text)
         with pytest.raises(ProvenanceError, match="damaged"):
