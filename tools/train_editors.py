@@ -1,9 +1,11 @@
-"""Train the editors that ship with the package, on one half of the subjects of the embedded facts, or of a file:
+"""Train the editors that ship with the package, on one half of the subjects of the embedded facts, or of files:
 
-    python tools/train_editors.py [--model tiny] [--data facts] [--steps N] [--edits N] [malmen mend smedit]
+    python tools/train_editors.py [--model tiny] [--data facts ...] [--steps N] [--edits N] [malmen mend smedit]
 
-The other half is what the book asks them. For tiny ten minutes of one core, for SmolLM2-135M with 200 steps of 10 an
-hour; interrupted, it goes on; the same parameters each time on one machine.
+The other half is what the book asks them. --edits: facts a step of the optimizer; MEND, which is trained one edit at a
+time, sums so many gradients. For tiny ten minutes of one core, for SmolLM2-135M with 200 steps of 10 two hours;
+interrupted, it goes on; the same parameters each time on one machine. Editors of other models than tiny stay out of git
+and of the package that is built; `metake record --only trained_editors` finds them here.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 import metake as mk
 from metake.editing.gradient.trained import SHIPPED_RANK
 from metake.editing.gradient.training import train
-from metake.experiments.cases import part_of, read_cases
+from metake.experiments.cases import part_of, read_cases, select
 
 FOLDER = Path(__file__).resolve().parents[1] / "metake" / "data" / "editors"
 
@@ -23,13 +25,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(mk.methods.TRAINED), metavar="METHOD")
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--data", default="facts")
+    parser.add_argument("--data", nargs="+", default=["facts"])
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--edits", type=int, default=None)
     asked = parser.parse_args()
-    lm, cases = mk.load(asked.model), part_of(read_cases(asked.data), "choosing")
-    changes = {name: value for name in ("steps", "edits") if (value := getattr(asked, name))}
+    lm = mk.load(asked.model)
+    cases = [c for data in asked.data for c in select(lm, part_of(read_cases(data), "choosing"), None)]
     for name in asked.names:
+        alone = mk.methods.TRAINED[name][1].edits == 1
+        numbers = {"steps": asked.steps, "accumulate" if alone else "edits": asked.edits}
+        changes = {key: value for key, value in numbers.items() if value}
         rule, modules, training = mk.methods.to_train(name, asked.model, rank=SHIPPED_RANK, **changes)
         editor = train(lm, cases, rule, modules, training, out=FOLDER / f"{asked.model}-{name}")
         first, last = (editor.trained["losses"][i]["after"] for i in (0, -1))

@@ -48,11 +48,13 @@ def part_of(cases: Cases, part: str) -> Cases:
     )
 
 
-def select(lm: LanguageModel, cases: Cases, edits: int, seed: int) -> Cases:
-    """`edits` cases in an order drawn by `seed`; those that this model's tokenizer cannot locate, or whose rows do not
-    fit its window, and second requests about the same prompt and subject, are passed over and counted in `.skipped`."""
+def select(lm: LanguageModel, cases: Cases, edits: int | None, seed: int = 0) -> Cases:
+    """`edits` cases in an order drawn by `seed`, or with None all, in the file's order; those that this model's
+    tokenizer cannot locate, or whose rows do not fit its window, and second requests about the same prompt and subject,
+    are passed over and counted in `.skipped`."""
     order, chosen, seen, skipped, long = list(range(len(cases))), [], set(), dict(cases.skipped), []
-    random.Random(seed).shuffle(order)
+    if edits is not None:
+        random.Random(seed).shuffle(order)
     for i in order:
         if len(chosen) == edits:
             break
@@ -75,7 +77,7 @@ def select(lm: LanguageModel, cases: Cases, edits: int, seed: int) -> Cases:
     if long:
         told = (cases.source, len(long), TOO_LONG, lm.window, ", ".join(long[:9]) + ", …" * (len(long) > 9))
         logging.getLogger("metake").warning("%s: %d records skipped: %s of %d tokens (case_id %s)", *told)
-    if len(chosen) < edits:
+    if len(chosen) < (edits or 0):
         raise ParameterError(
             f"{edits} edits were asked for, but the data has only {len(chosen)} usable cases for this model; "
             f"skipped: {skipped or 'none'}"

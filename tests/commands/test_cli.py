@@ -15,9 +15,10 @@ import metake as mk
 from metake.algebra.update import Edit
 from metake.commands import cli
 from metake.commands.cli import main
+from metake.data.facts import facts_records
 from metake.data.requests import EditRequest
 from metake.experiments import record, runs
-from metake.experiments.cases import select
+from metake.experiments.cases import read_cases, select
 from metake.language import assets
 from metake.language.assets import Source
 
@@ -102,6 +103,24 @@ def test_an_editor_is_trained_and_then_used(metake):
     assert code == 2 and "holds an editor with another ids" in err and err.count("\n") == 1
     code, _, err = metake("train", "memit", "--out", "x")
     assert code == 2 and "unknown method that is trained 'memit'" in err and not os.path.exists("x")
+
+
+def test_a_training_passes_over_what_it_cannot_locate_and_never_sees_what_is_held_out_under_another_id(metake):
+    facts = facts_records()[:12]
+
+    def other(record, number, **changes):
+        return record | {"case_id": number, "requested_rewrite": record["requested_rewrite"] | changes}
+
+    again = [other(r, r["case_id"] + 5000, target_new={"str": "Tokyo"}) for r in facts]
+    torn = other(facts[0], 9000, prompt="They spoke {}ch", subject="Fren")
+    with open("f.json", "w") as file:
+        json.dump([*facts, *again, torn], file)
+    train = ("train", "malmen", "--data", "f.json", "--edits", "2", "--steps", "1", "--holdout", "5", "--out", "made")
+    code, out, err = metake(*train)
+    assert code == 0 and "trained on 7 cases; 5 kept for evaluation" in out, err
+    seen = {int(i) for i in json.loads(open("made/record.json").read())["ids"]}
+    kept = {int(c.request.id) for c in select(mk.load("tiny"), read_cases("f.json"), 5, 0)}
+    assert {i % 5000 for i in kept} | {i % 5000 for i in seen} == {r["case_id"] for r in facts} and len(seen) == 7
 
 
 def test_an_editor_that_is_not_there_is_said_in_one_line(metake):

@@ -6,7 +6,10 @@ import pandas as pd
 import pytest
 
 import metake as mk
+from metake import report
+from metake.editing.record import digest_of
 from metake.experiments.cases import part_of, read_cases
+from metake.experiments.made import settings
 from metake.experiments.studies import comparison
 from metake.experiments.studies import trained_editors as module
 from metake.experiments.studies.frontier import Variant
@@ -59,6 +62,18 @@ def test_what_ships_says_how_it_was_trained():
     found = module.shipped("tiny").set_index("method")
     assert set(found.index) == set(mk.methods.TRAINED)
     assert (found["outer loss, last"] < found["outer loss, first"]).all() and (found.facts > 200).all()
+
+
+def test_a_recording_says_how_its_editors_were_trained_also_when_its_rows_are_made_apart(tmp_path):
+    kept = {"model": "tiny", "edits": 2, "date": "d", "commit": "c"}
+    for write, names in ((report.write_recorded, ("ultraedit", "malmen")), (report.merge_recorded, ("smedit",))):
+        records = module.trained_editors(names=names, edits=2, batches=1, alone=1, data={"d": "facts"})
+        write("trained_editors-t", records, kept | settings(records, 1.0), tmp_path)
+    found = report.recorded("trained_editors-t", tmp_path)
+    ships = module.shipped("tiny").set_index("method")
+    pd.testing.assert_frame_equal(module.trainings(found).set_index("method"), ships.loc[["malmen", "smedit"]])
+    requests = [c.request for c in part_of(read_cases("facts"), "choosing")]
+    assert found.attrs["parts"][0]["trained"][0]["requests"] == f"sha256:{digest_of(requests)[:16]}"
 
 
 def test_a_training_on_the_page_learns_from_subjects_that_it_is_not_asked(monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from metake import methods
+from metake.editing.gradient.editor import GradientEditor
 from metake.editing.statistics import statistics
 from metake.experiments.cases import part_of, read_cases, select
 from metake.experiments.decision import all_of
@@ -18,6 +19,7 @@ from metake.experiments.studies.frontier import SCORES, Variant, scores
 from metake.experiments.studies.study import FORMATS
 from metake.language.model import LanguageModel, load
 from metake.report import style
+from metake.report.files import parts_of
 from metake.scoring.evaluation import evaluate
 
 FAMILY = tuple(methods.GRADIENT)
@@ -54,7 +56,9 @@ def trained_editors(
     frame = pd.concat(
         [single.assign(protocol=ALONE), one.assign(protocol=BATCH), many.assign(protocol=SEQUENCE)], ignore_index=True
     )
-    frame.attrs = {"runs": many.attrs["runs"], "settings": {"edits": edits, "batches": batches, "alone": alone}}
+    told = [trained_as(name, methods.method(name, model)) for name in names if name in methods.TRAINED]
+    numbers = {"edits": edits, "batches": batches, "alone": alone}
+    frame.attrs = {"runs": many.attrs["runs"], "settings": numbers | ({"trained": told} if told else {})}
     return frame
 
 
@@ -139,24 +143,33 @@ def learned(records: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-def shipped(model: str) -> pd.DataFrame:
-    """How the trained editors of a model came about: facts, steps, and the outer loss of its first and last ten steps,
+def trained_as(name: str, editor: GradientEditor) -> dict[str, Any]:
+    """How a trained editor came about: facts, their digest, steps, and the outer loss of its first and last ten steps,
     −log p of the target after the edits and the weighted penalty, means over requests."""
-    rows = []
-    for name in methods.TRAINED:
-        editor = methods.method(name, model)
-        told, losses = editor.trained["training"], editor.trained["losses"]
-        networks = [network for step in editor.networks for network in step]
-        penalty = {"kl": "drift", "norm": "‖Δ‖²"}[editor.rule.penalty]
-        rows.append(
-            {
-                "method": name, "facts": len(editor.trained["ids"]), "facts a step": told["edits"] * told["accumulate"],
-                "steps": len(losses), "penalty": penalty, "outer loss, first": _outer(losses[:10], told, penalty),
-                "outer loss, last": _outer(losses[-10:], told, penalty),
-                "parameters": sum(p.numel() for n in networks for p in n.parameters()),
-            }
-        )
-    return pd.DataFrame(rows)
+    told, losses = editor.trained["training"], editor.trained["losses"]
+    networks = [network for step in editor.networks for network in step]
+    penalty = {"kl": "drift", "norm": "‖Δ‖²"}[editor.rule.penalty]
+    return {
+        "method": name, "facts": len(editor.trained["ids"]), "facts a step": told["edits"] * told["accumulate"],
+        "steps": len(losses), "penalty": penalty, "outer loss, first": _outer(losses[:10], told, penalty),
+        "outer loss, last": _outer(losses[-10:], told, penalty),
+        "parameters": sum(p.numel() for n in networks for p in n.parameters()),
+        "requests": f"sha256:{editor.trained['requests_digest'][:16]}",
+    }  # fmt: skip
+
+
+def shipped(model: str) -> pd.DataFrame:
+    """`trained_as` of the editors that are found for a model."""
+    return _trainings([trained_as(name, methods.method(name, model)) for name in methods.TRAINED])
+
+
+def trainings(records: pd.DataFrame) -> pd.DataFrame:
+    """`trained_as` of the editors of a recording, as its provenance tells it."""
+    return _trainings([told for part in parts_of(records) for told in part.get("trained", ())])
+
+
+def _trainings(told: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(told).drop(columns="requests")
 
 
 def _outer(losses: Sequence[Mapping[str, float]], told: Mapping[str, Any], penalty: str) -> float:
