@@ -94,6 +94,11 @@ def of(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
     return comparison.labelled(records[records.protocol == protocol].reset_index(drop=True), records)
 
 
+def in_sequence(records: pd.DataFrame) -> pd.DataFrame:
+    """`comparison.summarize` of the sequence."""
+    return comparison.summarize(of(records, SEQUENCE))
+
+
 def collapse(records: pd.DataFrame) -> pd.DataFrame:
     """What a sequence leaves of a method: its scores after it minus those of one batch, in points."""
     shares = summarize(records).set_index(["dataset", "method", "protocol"])[list(comparison.METRICS[:3])]
