@@ -141,7 +141,19 @@ def made(shift: float) -> pd.DataFrame:
 @pytest.mark.parametrize("shift, holds", [(0.2, True), (0.0, False), (0.005, False), (-0.2, False)])
 def test_the_verdict_on_the_realized_share_follows_the_rise(shift, holds):
     found = realized_residual.judge(realized_residual.gains(made(shift)))
-    assert found["holds"] is holds and "all layers, initial plan" in found["decided_by"] or shift <= 0
+    assert found["holds"] is holds and ("all layers, initial plan" in found["decided_by"]) == (shift > 0)
+
+
+def test_every_reading_of_metake_is_compared_with_alphaedit():
+    records = made(0.2)
+    found = realized_residual.all_gains(
+        pd.concat([records, records[records.method == "metake"].assign(method="metake/whole", whole_initial=0.0)])
+    )
+    assert list(found.method.unique()) == ["metake", "metake/whole"] and len(found) == 2 * len(realized_residual.READINGS)
+    last = found[found.reading == "all layers, initial plan"].set_index("method")
+    assert last.difference["metake"] == pytest.approx(0.2) and last["its own"]["metake/whole"] == 0.0
+    assert last.difference["metake/whole"] == pytest.approx(-25 / 52), "minus the mean of AlphaEdit's"
+    assert (last["its own"] - last.alphaedit - last.difference).abs().max() < 1e-12
 
 
 def test_bins_are_quantiles_of_gamma():

@@ -239,8 +239,7 @@ def test_suppression_on_a_model():
     for _, own in spectrum.groupby("method"):
         assert (
             own.energy.sum() == pytest.approx(1)
-            and own.sort_values("eigenvalue").beta.is_monotonic_decreasing
-            or own.method.iloc[0] == "alphaedit"
+            and (own.sort_values("eigenvalue").beta.is_monotonic_decreasing or own.method.iloc[0] == "alphaedit")
         )
     assert (
         (bounds.ratio >= 1 - 1e-9).all()

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_whatever_is_interrupted_old_or_new_is_whole(name, tmp_path):
     scenario = SCENARIOS[name]
     done, before, after = operations(scenario, tmp_path / "undisturbed")
-    assert len(done) > 3 and before != after or name == "statistics"
+    assert len(done) > 3 and (before != after or name == "statistics")
     for at in range(1, len(done) + 1):
         strike(scenario, tmp_path / f"killed{at}", at, "killed", before, after)
     for at in range(1, len(done) + 1, 3):

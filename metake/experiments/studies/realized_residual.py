@@ -79,6 +79,14 @@ def gains(
     return labelled(pd.DataFrame(rows), records)
 
 
+def all_gains(records: pd.DataFrame, of: Sequence[str] = ("metake/literal", "metake", "metake/whole")) -> pd.DataFrame:
+    """`gains` of every reading of MetaKE that there is, below each other: "its own" is that of the named method."""
+    there = [name for name in of if name in set(records.method)]
+    found = [gains(records, name).rename(columns={name: "its own"}).assign(method=name) for name in there]
+    table = pd.concat(found, ignore_index=True)
+    return labelled(table[["method", *table.columns.drop("method")]], records)
+
+
 def decide(found: pd.DataFrame, least: float = 0.01) -> Decision:
     """Does β̂ rise by more than `least`, with its interval above zero, in some reading on every data set (holds), or is
     every interval in every reading below `least` (does not hold)?"""
