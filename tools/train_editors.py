@@ -3,9 +3,9 @@
     python tools/train_editors.py [--model tiny] [--data facts ...] [--steps N] [--edits N] [malmen mend smedit]
 
 The other half is what the book asks them. --edits: facts a step of the optimizer; MEND, which is trained one edit at a
-time, sums so many gradients. For tiny ten minutes of one core, for SmolLM2-135M with 200 steps of 10 two hours;
-interrupted, it goes on; the same parameters each time on one machine. Editors of other models than tiny stay out of git
-and of the package that is built; `metake record --only trained_editors` finds them here.
+time, sums so many gradients. For tiny ten minutes of one core, for SmolLM2-135M with 200 steps of 10 an hour and a
+half; interrupted, it goes on; the same parameters each time on one machine. Editors of other models than tiny stay out
+of git; `metake record --only trained_editors` finds them here.
 """
 
 from __future__ import annotations
