@@ -1,6 +1,7 @@
 """Train the editors that ship with the package, on one half of the subjects of the embedded facts, or of files:
 
-    python tools/train_editors.py [--model tiny] [--data facts ...] [--steps N] [--edits N] [malmen mend smedit]
+    python tools/train_editors.py [--model tiny] [--data facts ...] [--steps N] [--edits N] [--keep W]
+        [malmen mend smedit]
 
 The other half is what the book asks them. --edits: facts a step of the optimizer; MEND, which is trained one edit at a
 time, sums so many gradients. For tiny ten minutes of one core, for SmolLM2-135M with 200 steps of 10 an hour and a
@@ -28,17 +29,19 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["facts"])
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--edits", type=int, default=None)
+    parser.add_argument("--keep", type=float, default=None, help="weight of the penalty; default: tiny's")
     asked = parser.parse_args()
     lm = mk.load(asked.model)
     cases = [c for data in asked.data for c in select(lm, part_of(read_cases(data), "choosing"), None)]
     for name in asked.names:
         alone = mk.methods.TRAINED[name][1].edits == 1
-        numbers = {"steps": asked.steps, "accumulate" if alone else "edits": asked.edits}
-        changes = {key: value for key, value in numbers.items() if value}
+        numbers = {"steps": asked.steps, "accumulate" if alone else "edits": asked.edits, "keep": asked.keep}
+        changes = {key: value for key, value in numbers.items() if value is not None}
         rule, modules, training = mk.methods.to_train(name, asked.model, rank=SHIPPED_RANK, **changes)
         editor = train(lm, cases, rule, modules, training, out=FOLDER / f"{asked.model}-{name}")
-        first, last = (editor.trained["losses"][i]["after"] for i in (0, -1))
-        print(f"{name}: −log p of the target after the edits {first:.2f} at first, {last:.2f} at last")
+        losses = [one["after"] for one in editor.trained["losses"]]
+        first, last = (sum(ten) / len(ten) for ten in (losses[:10], losses[-10:]))
+        print(f"{name}: −log p of the target after the edits {first:.2f} in the first ten steps, {last:.2f} in the last")
 
 
 if __name__ == "__main__":

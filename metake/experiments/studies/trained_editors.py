@@ -25,6 +25,7 @@ from metake.scoring.evaluation import evaluate
 FAMILY = tuple(methods.GRADIENT)
 COMPARED = (*FAMILY, "alphaedit", "metake", "metake/whole")
 ALONE, BATCH, SEQUENCE = PROTOCOLS = ("one at a time", "one batch", "sequence")
+ENDS = {"first": slice(10), "last": slice(-10, None)}  # of a training, its steps
 RIVALS = ("mend", "malmen")  # of the family, whom the paper's Table 1 has
 
 
@@ -149,15 +150,19 @@ def learned(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def trained_as(name: str, editor: GradientEditor) -> dict[str, Any]:
-    """How a trained editor came about: facts, their digest, steps, and the outer loss of its first and last ten steps,
-    −log p of the target after the edits and the weighted penalty, means over requests."""
+    """How a trained editor came about: facts, their digest, steps, −log p of the target after the edits, and with the
+    weighted penalty the outer loss; both means over requests of its first and last ten steps."""
     told, losses = editor.trained["training"], editor.trained["losses"]
     networks = [network for step in editor.networks for network in step]
     penalty = {"kl": "drift", "norm": "‖Δ‖²"}[editor.rule.penalty]
+    own = [one["drift"] if penalty == "drift" else one["norm"] ** 2 / told["edits"] for one in losses]
+    target = pd.Series([one["after"] for one in losses])
+    outer = target + told["keep"] * pd.Series(own)
     return {
         "method": name, "facts": len(editor.trained["ids"]), "facts a step": told["edits"] * told["accumulate"],
-        "steps": len(losses), "penalty": penalty, "outer loss, first": _outer(losses[:10], told, penalty),
-        "outer loss, last": _outer(losses[-10:], told, penalty),
+        "steps": len(losses), "penalty": f"{told['keep']:g} × {penalty}",
+        **{f"−log p, {end}": float(target[place].mean()) for end, place in ENDS.items()},
+        **{f"outer loss, {end}": float(outer[place].mean()) for end, place in ENDS.items()},
         "parameters": sum(p.numel() for n in networks for p in n.parameters()),
         "requests": f"sha256:{editor.trained['requests_digest'][:16]}",
     }  # fmt: skip
@@ -175,8 +180,3 @@ def trainings(records: pd.DataFrame) -> pd.DataFrame:
 
 def _trainings(told: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(told).drop(columns="requests")
-
-
-def _outer(losses: Sequence[Mapping[str, float]], told: Mapping[str, Any], penalty: str) -> float:
-    kept = [one["drift"] if penalty == "drift" else one["norm"] ** 2 / told["edits"] for one in losses]
-    return sum(one["after"] + told["keep"] * own for one, own in zip(losses, kept, strict=True)) / len(losses)
