@@ -41,7 +41,7 @@ def main() -> None:
         editor = train(lm, cases, rule, modules, training, out=FOLDER / f"{asked.model}-{name}")
         losses = [one["after"] for one in editor.trained["losses"]]
         first, last = (sum(ten) / len(ten) for ten in (losses[:10], losses[-10:]))
-        print(f"{name}: −log p of the target after the edits {first:.2f} in the first ten steps, {last:.2f} in the last")
+        print(f"{name}: −log p of the target after edits {first:.2f} in its first ten steps, {last:.2f} in the last")
 
 
 if __name__ == "__main__":

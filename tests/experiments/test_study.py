@@ -149,7 +149,7 @@ def test_every_reading_of_metake_is_compared_with_alphaedit():
     found = realized_residual.all_gains(
         pd.concat([records, records[records.method == "metake"].assign(method="metake/whole", whole_initial=0.0)])
     )
-    assert list(found.method.unique()) == ["metake", "metake/whole"] and len(found) == 2 * len(realized_residual.READINGS)
+    assert found.method.value_counts().to_dict() == dict.fromkeys(("metake", "metake/whole"), 4)
     last = found[found.reading == "all layers, initial plan"].set_index("method")
     assert last.difference["metake"] == pytest.approx(0.2) and last["its own"]["metake/whole"] == 0.0
     assert last.difference["metake/whole"] == pytest.approx(-25 / 52), "minus the mean of AlphaEdit's"
