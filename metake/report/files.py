@@ -75,10 +75,11 @@ def write_recorded(
     folder: Path | None = None
 ) -> Path:
     """Write results/<name>.jsonl: the provenance, the number of records and their columns, then one tidy record per
-    line, as a list: names on every line would be two thirds of the file. folder: another one than the project's."""
+    line, as a list: names on every line would be two thirds of the file; numbers to ten significant digits, more than
+    two machines agree in. folder: another one than the project's."""
     path, frame = results_file(name, folder), pd.DataFrame(records)
     rows = [
-        [None if v is pd.NA or v != v else v for v in row.values()]
+        [None if v is pd.NA or v != v else float(f"{v:.10g}") if isinstance(v, float) else v for v in row.values()]
         for row in frame.to_dict("records")
     ]
     lines = [{"provenance": portable(provenance), "records": len(rows), "columns": list(frame.columns)}, *rows]

@@ -512,6 +512,7 @@ def test_recorded_gives_back_what_was_written(project):
     assert path == project / "results" / "quickstart-smollm2-135m.jsonl" and "/home" not in path.read_text()
     head, first, _ = map(json.loads, path.read_text().splitlines())
     assert head == {"provenance": FACTS | {"data": "zsre.json"}, "records": 2, "columns": list(records.columns)}
+    records["fluency"] = [0.3333333333, np.nan]  # ten digits are kept
     assert first == records.iloc[0].tolist()
     found = report.recorded("quickstart-smollm2-135m")
     assert found.attrs["label"] == "recorded" and report.provenance(found).text.startswith(
@@ -525,7 +526,7 @@ def test_recorded_gives_back_what_was_written(project):
 
 def test_a_recording_with_names_on_every_line_opens_as_before(project):
     """As files were written at first."""
-    records = probes().assign(fluency=[1 / 3, np.nan])
+    records = probes().assign(fluency=[0.3333333333, np.nan])
     path = report.write_recorded("quickstart-smollm2-135m", records, FACTS)
     rows = [{k: None if v != v else v for k, v in row.items()} for row in records.to_dict("records")]
     lines = [{"provenance": FACTS, "records": 2}, *rows]
