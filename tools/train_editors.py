@@ -17,7 +17,7 @@ from pathlib import Path
 import metake as mk
 from metake.editing.gradient.trained import SHIPPED_RANK
 from metake.editing.gradient.training import train
-from metake.experiments.cases import part_of, read_cases, select
+from metake.experiments.cases import for_training
 
 FOLDER = Path(__file__).resolve().parents[1] / "metake" / "data" / "editors"
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=None, help="weight of the penalty; default: tiny's")
     asked = parser.parse_args()
     lm = mk.load(asked.model)
-    cases = [c for data in asked.data for c in select(lm, part_of(read_cases(data), "choosing"), None)]
+    cases = [c for data in asked.data for c in for_training(lm, data)]
     for name in asked.names:
         alone = mk.methods.TRAINED[name][1].edits == 1
         numbers = {"steps": asked.steps, "accumulate" if alone else "edits": asked.edits, "keep": asked.keep}

@@ -184,8 +184,9 @@ def _train(args: argparse.Namespace) -> None:
     changes = {k: getattr(args, k) for k in ("edits", "steps", "seed") if getattr(args, k) is not None}
     rule, modules, training = mk.methods.to_train(args.method, args.model, **changes)
     lm, cases = mk.load(args.model, args.dtype, args.device), read_cases(args.data)
-    kept = {c.request.text for c in select(lm, cases, args.holdout, training.seed)} if args.holdout else set()
-    unseen = [c.request.id for c in cases if c.request.text in kept]  # also under another id
+    kept = select(lm, cases, args.holdout, training.seed) if args.holdout else []
+    held = {r.text for c in kept for r in c.requests}
+    unseen = [c.request.id for c in cases if held & {r.text for r in c.requests}]  # also under another id
     editor = train(lm, select(lm, cases, None), rule, modules, training, unseen, args.out)
     first, last = editor.trained["losses"][0], editor.trained["losses"][-1]
     print(f"−log p of the target after the edits: at first {first['after']:.2f}, in the last step {last['after']:.2f}")

@@ -85,6 +85,11 @@ def select(lm: LanguageModel, cases: Cases, edits: int | None, seed: int = 0) ->
     return Cases([cases[i] for i in chosen], cases.format, cases.source, skipped, (*cases.skipped_ids, *long))
 
 
+def for_training(lm: LanguageModel, source: str) -> Cases:
+    """What an editor may be trained on: the usable cases of the part "choosing", in the file's order."""
+    return select(lm, part_of(read_cases(source), "choosing"), None)
+
+
 def _fits(lm: LanguageModel, case: EditCase) -> bool:
     """Whether a case's rows, its request's in any context, fit the model's window."""
     rows = [(request.text, request.target, request.seam, OPENING) for request in case.requests]

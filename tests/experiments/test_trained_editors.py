@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 
 import metake as mk
 from metake import report
+from metake.data.facts import facts_records
 from metake.editing.record import digest_of
-from metake.experiments.cases import part_of, read_cases
+from metake.experiments.cases import for_training, part_of, read_cases
 from metake.experiments.made import settings
 from metake.experiments.studies import comparison
 from metake.experiments.studies import trained_editors as module
@@ -56,6 +59,14 @@ def test_every_protocol_asks_subjects_that_no_training_has_seen():
     assert set(found.id) <= testing
     for name in mk.methods.TRAINED:
         assert not testing & set(mk.methods.method(name, "tiny").trained["ids"])
+
+
+def test_an_editor_is_trained_on_what_can_be_edited_of_the_half_for_choosing(tmp_path):
+    facts, path = facts_records()[:20], tmp_path / "f.json"
+    torn = facts[0]["requested_rewrite"] | {"prompt": "They spoke {}ch", "subject": "Fren"}
+    path.write_text(json.dumps([*facts, facts[0] | {"case_id": 9000, "requested_rewrite": torn}]))
+    half = [c.request.id for c in part_of(read_cases(str(path)), "choosing")]
+    assert half[-1] == "9000" and [c.request.id for c in for_training(mk.load("tiny"), str(path))] == half[:-1]
 
 
 def test_what_ships_says_how_it_was_trained():

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metake import methods
 from metake.editing.gradient.training import begin, meta_gradient
-from metake.experiments.cases import part_of, read_cases
+from metake.experiments.cases import for_training
 from metake.experiments.decision import all_of, interval, undecided, with_interval
 from metake.experiments.studies.comparison import labelled
 from metake.experiments.studies.frontier import LEVEL, Curves, Variant
@@ -40,7 +40,7 @@ def operations(
     One row per batch, number of back-propagation steps, and penalty.
     """
     lm, rows = load(model), []
-    cases = list(part_of(read_cases(data), "choosing"))
+    cases = list(for_training(lm, data))
     for number in range(batches):
         batch = random.Random(f"{seed}/{number}").sample(cases, edits)
         for j in steps:

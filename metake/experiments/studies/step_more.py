@@ -18,7 +18,7 @@ from metake.data.requests import Cases
 from metake.editing.gradient.editor import GradientEditor
 from metake.editing.gradient.rule import GradientRule
 from metake.editing.gradient.training import Training
-from metake.experiments.cases import part_of, read_cases, select
+from metake.experiments.cases import for_training, part_of, read_cases, select
 from metake.experiments.decision import Decision, all_of, interval, one_and_none_against, undecided, with_interval
 from metake.experiments.kept import kept
 from metake.experiments.studies.comparison import labelled
@@ -67,7 +67,7 @@ def step_more(
     changes of all trainings (`methods.to_train`). out: folder of what is finished.
     """
     lm, rows = load(model), []
-    choosing, testing = (part_of(read_cases(data), part) for part in ("choosing", "testing"))
+    choosing, testing = for_training(lm, data), part_of(read_cases(data), "testing")
     for variant in variants:
         for seed in seeds:
             asked = select(lm, testing, cases, seed)

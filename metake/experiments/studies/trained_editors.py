@@ -12,7 +12,7 @@ import pandas as pd
 from metake import methods
 from metake.editing.gradient.editor import GradientEditor
 from metake.editing.statistics import statistics
-from metake.experiments.cases import part_of, read_cases, select
+from metake.experiments.cases import for_training, part_of, read_cases, select
 from metake.experiments.decision import all_of
 from metake.experiments.studies import comparison
 from metake.experiments.studies.frontier import SCORES, Variant, scores
@@ -132,8 +132,8 @@ def live(
     Trained on the half of the subjects that is for choosing, asked `held` facts of the other half, in one batch.
     Stages: "as it begins", networks that are the identity with the moments of one batch; "after {batches} batches".
     """
-    lm, rows, found = load(model), [], read_cases(data)
-    cases, asked = part_of(found, "choosing"), select(lm, part_of(found, "testing"), held, seed)
+    lm, rows = load(model), []
+    cases, asked = for_training(lm, data), select(lm, part_of(read_cases(data), "testing"), held, seed)
     for name in names:
         rule, modules, training = methods.to_train(name, model, seed=seed)
         for stage, learns, count in (("as it begins", "nothing", 1), (f"after {batches} batches", "network", batches)):

@@ -20,7 +20,7 @@ import pandas as pd
 
 from metake.editing.gradient.trained import TRAINED, to_train
 from metake.editing.gradient.training import OUTER, train
-from metake.experiments.cases import part_of, read_cases, select
+from metake.experiments.cases import for_training, select
 from metake.experiments.kept import kept
 from metake.experiments.studies.comparison import harmonic_mean, labelled
 from metake.experiments.studies.frontier import SCORES, scores
@@ -59,7 +59,7 @@ def _asked(
 ) -> pd.DataFrame:
     """variants: columns of the rows, with the method, and what they change of its training."""
     lm, rows = load(model), []
-    cases = part_of(read_cases(data), "choosing")
+    cases = for_training(lm, data)
     for columns, changes in variants:
         for seed in seeds:
             rule, modules, own = to_train(columns["method"], model, **{**changes, "seed": seed, **training})
