@@ -107,14 +107,29 @@ def sphere(model: str, **changes: Any) -> Editor:
     return alphaedit(model, **{"post": (soften_principal(numbers.sphere_ratio, numbers.sphere_strength),)} | changes)
 
 
-def metake(model: str, base: Callable[..., Editor] = alphaedit, **changes: Any) -> Editor:
+CHOSEN: dict[str, Any] = {
+    "step_size": 0.01, "optimizer": "adam", "anchor_norm": "relative", "prompts": "plain",
+    "locality_direction": "post_pre", "locality_position": "subject",
+}  # fmt: skip
+"""The reading of MetaKE's outer level that a rule fixed beforehand chose: `experiments.studies.choosing`."""
+
+WHOLE = CHOSEN | {"look_ahead": "whole", "optimizer": "lbfgs", "step_size": 1.0, "prompts": "contexts"}
+"""The outer level of `metake/whole`: what lowered F of the edit fastest, by the clock, on smollm2-135m."""
+
+LITERAL = CHOSEN | {"step_size": 0.1, "anchor_norm": "sum", "prompts": "contexts", "keep": "last"}
+"""Eqs 79–82 as they are written, with the prompts and the drift of Stage I: what `metake` took at first."""
+
+
+def metake(
+    model: str, base: Callable[..., Editor] = alphaedit, reading: Mapping[str, Any] = CHOSEN, **changes: Any
+) -> Editor:
     """MetaKE (arXiv 2603.12677, §4, Algorithm 1): `base` with its targets refined through the frozen gate."""
-    return base(model, **{"refine": Refinement(recipe(model).refine_steps, **CHOSEN)} | changes)
+    return base(model, **{"refine": Refinement(recipe(model).refine_steps, **reading)} | changes)
 
 
 def metake_whole(model: str, base: Callable[..., Editor] = alphaedit, **changes: Any) -> Editor:
     """MetaKE looking ahead through all edited layers (arXiv 2603.12677, eq. 84): `metake` descending F of its edit."""
-    return metake(model, base, **{"refine": replace(metake(model).refine, **WHOLE)} | changes)
+    return metake(model, base, WHOLE, **changes)
 
 
 def metake_v1(model: str, **changes: Any) -> Editor:
@@ -175,18 +190,6 @@ GRADIENT: dict[str, Callable[..., GradientEditor]] = {
 FINE_TUNING: dict[str, Callable[..., GradientEditor]] = {"ft": ft, "ft_l": ft_l}
 """Baselines: the weights themselves are trained on the requests, at most as many steps as Stage I takes."""
 
-CHOSEN = {
-    "step_size": 0.01, "optimizer": "adam", "anchor_norm": "relative", "prompts": "plain",
-    "locality_direction": "post_pre", "locality_position": "subject",
-}  # fmt: skip
-"""The reading of MetaKE's outer level that a rule fixed beforehand chose: `experiments.studies.choosing`."""
-
-WHOLE = {
-    "look_ahead": "whole", "optimizer": "lbfgs", "step_size": 1.0, "anchor_norm": "relative", "prompts": "contexts",
-    "locality_direction": "post_pre", "locality_position": "subject",
-}  # fmt: skip
-"""The outer level of `metake/whole`: what lowered F of the edit fastest, by the clock, on smollm2-135m."""
-
 METHODS: dict[str, Callable[..., Editor]] = {
     "rome": rome, "memit": memit, "memit_seq": memit_seq, "emmet": emmet, "pmet": pmet, "prune": prune, "rect": rect,
     "alphaedit": alphaedit, "blue": blue, "sphere": sphere, "metake": metake, "metake/whole": metake_whole,
@@ -203,9 +206,14 @@ ABLATIONS: dict[str, Callable[[Editor], Editor]] = {
 
 
 OPERATORS: dict[str, Callable[..., Editor]] = {
-    f"metake/{base.__name__}": partial(metake, base=base) for base in (memit, blue, sphere)
-}
-"""MetaKE's refinement on the gates of other methods, through the same interface."""
+    "metake/memit": partial(metake, base=memit), "metake/blue": partial(metake, base=blue),
+    "metake/sphere": partial(metake, base=sphere), "metake/whole/memit": partial(metake, base=memit, reading=WHOLE),
+    "metake/whole/sphere": partial(metake, base=sphere, reading=WHOLE),
+    "metake/literal/memit": partial(metake, base=memit, reading=LITERAL),
+    "metake/literal/blue": partial(metake, base=blue, reading=LITERAL),
+    "metake/literal/sphere": partial(metake, base=sphere, reading=LITERAL),
+}  # fmt: skip
+"""MetaKE's readings on other methods' gates; a whole look-ahead needs one target for all layers, and BLUE has more."""
 
 
 class Difference(NamedTuple):
@@ -226,22 +234,13 @@ class Difference(NamedTuple):
         """What `make` does instead."""
         return self.code if self.default == "paper" else self.paper
 
-
-LITERAL = {
-    "step_size": 0.1, "optimizer": "adam", "anchor_norm": "sum", "locality_direction": "post_pre",
-    "locality_position": "subject", "prompts": "contexts", "keep": "last",
-}  # fmt: skip
-"""Eqs 79–82 as they are written, with the prompts and the drift of Stage I: what `metake` took at first."""
-
 def _differences(made: Mapping[str, Callable[..., Any]]) -> dict[str, Difference]:
     told = tomllib.loads(packaged("differences.toml"))
     return {name: Difference(make, **told[name]) for name, make in made.items()}
 
 
 DIFFERENCES: dict[str, Difference] = _differences({
-    "metake/literal": lambda model, **changes: metake(
-        model, **{"refine": replace(metake(model).refine, **LITERAL)} | changes
-    ),
+    "metake/literal": partial(metake, reading=LITERAL),
     "prune/added-twice": partial(prune, post=(cap_spectrum(add_twice=True),)),
     "rect/original": partial(rect, post=(keep_largest(0.2, 0.0, strict=True),)),
     "sphere/stored": lambda model, **changes: sphere(

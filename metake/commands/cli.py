@@ -31,7 +31,7 @@ def _methods(_: argparse.Namespace) -> None:
         "Gradient family: no targets, no key statistics": listing.methods("GRADIENT"),
         "Fine-tuning of the same weights: baselines": listing.methods("FINE_TUNING"),
         "MetaKE on the gates of other methods": {
-            name: f"`metake` with `{base}` as its base" for name, base in listing.operators().items()
+            name: f"`{reading}` with `{base}` as its base" for name, (reading, base) in listing.operators().items()
         },
         "Where a paper and its released code differ: what the default does not do": {
             name: f"{own}; by default: {usual}" for name, (own, usual) in listing.differences().items()
@@ -40,7 +40,7 @@ def _methods(_: argparse.Namespace) -> None:
     for title, entries in groups.items():
         print(f"{title}:")
         for name, text in entries.items():
-            print(f"  {name:<18} {text}")
+            print(f"  {name:<21} {text}")
 
 
 def _edit(args: argparse.Namespace) -> None:

@@ -33,9 +33,9 @@ def methods(name: str = "METHODS") -> dict[str, str]:
     }
 
 
-def operators() -> dict[str, str]:
-    """MetaKE on the gates of other methods, `{... for base in (one, another)}`: name → its base."""
-    return {f"metake/{base.id}": base.id for base in _table("OPERATORS").generators[0].iter.elts}
+def operators() -> dict[str, tuple[str, str]]:
+    """MetaKE on the gates of other methods, a table with a key for each: name → the reading of MetaKE, its base."""
+    return {name.value: tuple(name.value.rsplit("/", 1)) for name in _table("OPERATORS").keys}
 
 
 def differences() -> dict[str, tuple[str, str]]:

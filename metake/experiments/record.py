@@ -31,7 +31,7 @@ from metake.experiments.studies.general_ability import general_ability
 from metake.experiments.studies.hidden_states import hidden_states
 from metake.experiments.studies.kl_strength import kl_strength
 from metake.experiments.studies.open_readings import open_readings
-from metake.experiments.studies.operators import operators
+from metake.experiments.studies.operators import operators, twins
 from metake.experiments.studies.precision import precision
 from metake.experiments.studies.quickstart import quickstart
 from metake.experiments.studies.readings import SETS
@@ -45,6 +45,7 @@ from metake.experiments.studies.text_needed import text_needed
 from metake.experiments.studies.trained_editors import COMPARED as COMPARED_EDITORS
 from metake.experiments.studies.trained_editors import trained_editors
 from metake.experiments.studies.training_choices import outer_prompts, penalty
+from metake.experiments.studies.whose import READINGS
 from metake.experiments.theory.proxy_fidelity import proxy_fidelity
 from metake.methods import METHODS, named
 from metake.support.errors import ParameterError, near_misses
@@ -55,7 +56,7 @@ LONG = (
     "trained_editors"
 )
 GROWS = "sequences"  # hours a seed: each is added to what is recorded
-HELD_OUT = ("alphaedit", "metake", "metake/literal", "metake/whole")
+HELD_OUT = ("alphaedit", *READINGS)
 TASKED = "general_ability"  # only if there is task data
 STUDIED = ("memit", "alphaedit", "metake", "sphere", "blue", "rect", "prune", "pmet", "rome")
 FREELY = ("in_prompt", "in_prompt/beside", *HELD_OUT, "memit", "ft", "ft_l")  # what costs least comes first
@@ -63,7 +64,8 @@ STREAMED = ("alphaedit", "metake", "memit", "blue", "sphere", "memit_seq", "prun
 # not hidden_states: its maps place the states of all methods together
 OF_METHODS = (
     "comparison", "sequences", "asking", "portability", "stress", "gamma", "bench", "case_study", "general_ability",
-    "streams", "streams_zsre", "realized", "kl_strength", "trained_editors"
+    "streams", "streams_zsre", "realized", "kl_strength", "trained_editors", "operators",
+    "ablation"
 )
 BESIDE_TELLING = ("asking", "portability", "stress")  # which know the fact in the prompt as a method
 COMPARED = STREAMED[:5]  # MetaKE and whom the paper compares it with: on a real model the others would be hours more
@@ -170,7 +172,7 @@ def _parts(
         "portability": partial(
             carries, **common, methods=own or FREELY, edits=50, batch=50, seed=seeds[0], out=runs / "portability"
         ),
-        "operators": partial(operators, **sequences),
+        "operators": partial(operators, **sequences, methods_=own or twins(readings=READINGS)),
         "hidden_states": partial(
             hidden_states, **common, data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0], out=runs
         ),
@@ -210,7 +212,7 @@ def _studies(
             stress, **common, methods=own or FREELY, edits=min(edits, 100), batch=20, subjects=30,
             prefixes=(0, 16, 50, 200), seed=seeds[0], out=runs / "stress"
         ),
-        "ablation": partial(ablation, **asked, edits=min(edits, 50), data=data, out=kept),
+        "ablation": partial(ablation, **asked, readings=own or READINGS, edits=min(edits, 50), data=data, out=kept),
         "realized": partial(
             realized_residual, **asked, methods_=own or PRIMARY, edits=edits, data={"ZsRE": data.get("ZsRE")}, out=kept
         ),

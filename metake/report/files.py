@@ -97,7 +97,7 @@ def write_recorded(
 
 SAME = ("model", "model_digest", "dataset", "statistics", "dtype", "edits", "batch", "seeds", "accelerator")
 """Of a recording's provenance: what compared rows must have in common; "seeds" where rows have none of their own."""
-OWN = ("model", "dataset", "method", "seed", "file")
+OWN = ("model", "dataset", "reading", "method", "seed", "file")
 """Columns that tell whose a row is, where records have them: new rows take the place of older ones that agree there."""
 
 

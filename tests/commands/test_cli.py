@@ -69,7 +69,7 @@ def test_methods_are_listed_in_five_groups_with_equation_and_source(metake):
         all("Δ" in text or "`" in text or "20" in text for text in methods.values())
         and "arXiv 2603.12677" in methods["metake"]
     )
-    assert all(f"`{name.partition('/')[2]}`" in text for name, text in operators.items())
+    assert all(text == "`{}` with `{}` as its base".format(*name.rsplit("/", 1)) for name, text in operators.items())
     assert (
         differences["rect/original"].startswith("RECT's own code")
         and "by default: AlphaEdit's repository" in differences["rect/original"]

@@ -63,8 +63,12 @@ def test_what_computes_is_seen_to_load(tmp_path):
 def test_the_listed_methods_are_those_that_exist():
     docstrings = {name: " ".join(function.__doc__.split()) for name, function in methods.METHODS.items()}
     assert list(listing.methods().items()) == list(docstrings.items())
-    bases = {name: make.keywords["base"].__name__ for name, make in methods.OPERATORS.items()}
-    assert list(listing.operators().items()) == list(bases.items())
+    readings = {"metake": methods.CHOSEN, "metake/whole": methods.WHOLE, "metake/literal": methods.LITERAL}
+    for name, make in methods.OPERATORS.items():
+        reading, base = listing.operators()[name]
+        assert make.keywords["base"].__name__ == base
+        assert make.keywords.get("reading", methods.CHOSEN) == readings[reading]
+    assert list(listing.operators()) == list(methods.OPERATORS)
     texts = {name: (d.option, d.usual) for name, d in (methods.DIFFERENCES | methods.GRADIENT_DIFFERENCES).items()}
     assert list(listing.differences().items()) == list(texts.items())
     assert listing.names() == list(methods.named())

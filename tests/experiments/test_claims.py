@@ -10,7 +10,8 @@ import pytest
 
 from metake import report
 from metake.experiments.studies import claims, comparison
-from metake.experiments.studies.claims import CHOSEN, CLAIMS, FAR, LITERAL, READINGS, WHOLE_EDIT
+from metake.experiments.studies.claims import CLAIMS, FAR
+from metake.experiments.studies.whose import CHOSEN, LITERAL, NAMES, READINGS, WHOLE_EDIT, as_metake
 
 SCALE = {"model": "smollm2-135m", "edits": 200, "batch": 100}
 
@@ -77,12 +78,12 @@ def test_a_reading_that_is_not_recorded_is_said_so():
 
 def test_old_recordings_hold_the_literal_reading_under_metakes_name():
     old = made({CHOSEN: (0.1, 0.0)}, metake="read literally")
-    assert claims.as_metake(old, CHOSEN) is None
-    own = claims.as_metake(old, LITERAL)
+    assert as_metake(old, CHOSEN) is None
+    own = as_metake(old, LITERAL)
     assert set(own.method) == {"alphaedit", "metake"} and own.attrs == old.attrs
     both = made(RECORDS)
     for reading in READINGS:
-        own = claims.as_metake(both, reading)
+        own = as_metake(both, reading)
         assert set(own.method) == {"alphaedit", "metake"}
         expected = both[both.method == reading].drop(columns="method").reset_index(drop=True)
         found = own[own.method == "metake"].drop(columns="method").reset_index(drop=True)
@@ -98,8 +99,8 @@ def test_the_table_has_a_line_a_claim_and_a_column_a_reading(tmp_path, monkeypat
     report.write_recorded("sequences-smollm2-135m", records, records.attrs["provenance"])
     found = claims.table("smollm2-135m").set_index("in the paper")
     assert list(found.index) == ["Theorem 3", "Paper Table 1, §6.2"] and found.attrs["label"] == "recorded"
-    assert list(found[list(claims.NAMES.values())].loc["Theorem 3"]) == ["does not hold", "holds", "holds"]
-    readings = list(claims.NAMES.values())
+    assert list(found[list(NAMES.values())].loc["Theorem 3"]) == ["does not hold", "holds", "holds"]
+    readings = list(NAMES.values())
     assert list(found[readings].loc["Paper Table 1, §6.2"]) == ["inconclusive", "inconclusive", "holds"]
     assert list(found.edits) == ["200", "200 of 2,000"]
     numbers = claims.numbers("smollm2-135m")
@@ -115,10 +116,10 @@ def test_every_claim_is_judged_as_on_its_own_page(claim):
     if not sources:
         pytest.skip("not recorded")
     source = sources[0]
-    readings = [r for r in READINGS if claims.as_metake(source, r, claim.one) is not None]
+    readings = [r for r in READINGS if as_metake(source, r, claim.one) is not None]
     assert readings
     for reading in readings:
-        own = claims.as_metake(source, reading, claim.one)
+        own = as_metake(source, reading, claim.one)
         shown = claim.shown(own)
         assert list(shown.what) and shown[["difference", "low", "high"]].notna().all(axis=None)
         assert (shown.low <= shown.high).all() and np.isfinite(claim.judge(own)["margin"])

@@ -21,6 +21,7 @@ from metake.editing.statistics import statistics
 from metake.experiments import runs
 from metake.experiments.cases import select
 from metake.experiments.studies import comparison, dispersion, operators, quickstart
+from metake.experiments.studies.whose import READINGS
 from metake.experiments.theory import attenuation
 from metake.support.errors import ParameterError
 
@@ -384,11 +385,33 @@ def test_operators_are_compared_with_their_own_stand_in():
     with pytest.raises(ParameterError, match="no base together with its refined twin"):
         operators.differences(paired([0.1] * 3).query("method == 'metake'"))
     assert set(operators.PAIRS) == {"alphaedit", "memit", "blue", "sphere"}
+    with pytest.raises(ParameterError, match="no base together with its refined twin"):
+        operators.differences(refined({"memit": 0.1}), "metake/whole")
+
+
+def test_each_reading_is_compared_with_the_bases_that_it_refines():
+    records = refined(dict.fromkeys(operators.PAIRS, 0.0))
+    others = [
+        own.assign(method=twin, efficacy=own.efficacy + shift)
+        for reading, shift in (("metake/literal", -0.2), ("metake/whole", 0.3))
+        for base, twin in operators.pairs(reading).items()
+        for own in [records[records.method == base]]
+    ]
+    every = pd.concat([records, *others])
+    assert operators.readings(every) == ["metake/literal", "metake", "metake/whole"]
+    found = operators.all_differences(every).query("metric == 'efficacy'").groupby("method").difference.mean()
+    assert len(found) == 4 + 4 + 3 and set(found.round(6)) == {-20, 0, 30}
+    assert found["metake/whole/sphere"] == pytest.approx(30) and "metake/whole/blue" not in found
+    told = operators.by_base(every).set_index("method").helps
+    assert told["metake/whole"] == "yes" and told["metake/literal/blue"] == "no" and told["metake/memit"] == "open"
+    assert [operators.judge(every, r)["holds"] for r in operators.readings(every)] == [False, None, True]
+    assert operators.twins(["blue"], READINGS) == ["blue", "metake/literal/blue", "metake/blue"]
 
 
 def test_operators_bring_the_outer_loss_of_every_refined_request(tmp_path):
     found = operators.operators(
-        bases=("memit",), edits=3, batch=2, text_tokens=3000, data={"CounterFact format": "facts"}, out=tmp_path
+        "tiny", operators.twins(["memit"]), edits=3, batch=2, text_tokens=3000,
+        data={"CounterFact format": "facts"}, out=tmp_path
     )
     assert (found.outer_first.notna() == (found.method == "metake/memit")).all() and len(found) == 9
     told = [Edit.load(f).record.trace for f in sorted((tmp_path / "facts-metake-memit-0" / "batches").iterdir())]

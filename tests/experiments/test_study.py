@@ -15,7 +15,7 @@ from metake.editing.keys import KeyReader
 from metake.editing.targets import TargetRule
 from metake.experiments.studies import ablation, realized_residual
 from metake.experiments.studies import study as module
-from metake.methods import ABLATIONS, alphaedit, blue, memit, metake
+from metake.methods import ABLATIONS, alphaedit, blue, memit, metake, method
 from metake.support.errors import ParameterError
 
 RULE = TargetRule(steps=4, step_size=0.5, clamp=2.0)
@@ -117,23 +117,48 @@ def test_the_verdict_on_the_ablation_follows_the_intervals(rows, holds):
     assert found["holds"] is holds and "ablations" in found["decided_by"]
 
 
-def test_the_ablation_compares_all_parts(monkeypatch):
+def test_the_ablation_compares_all_parts_of_each_reading(monkeypatch):
     asked = {}
-    monkeypatch.setattr(ablation, "study", lambda model, editors, **settings: asked.update(editors) or settings)
-    assert ablation.ablation("tiny", edits=3) == {"edits": 3}
-    assert list(asked) == ["metake", *ABLATIONS] and asked["stop-gradient"].refine == replace(
-        asked["metake"].refine, feedback=False
-    )
+
+    def study(model, editors, **settings):
+        asked.update(editors)
+        rows = [
+            {"dataset": "F", "seed": 0, "method": name, "id": i, "efficacy": 0.1 * place, "generalization": 0.0,
+             "specificity": 0.0, "planned": 1.0, "moved": 0.01 * place, "whole": 1.0}
+            for place, name in enumerate(editors) for i in range(3)
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(ablation, "study", study)
+    found = ablation.ablation("tiny", ("metake/literal", "metake"), edits=3)
+    assert list(asked) == [(r, m) for r in ("metake/literal", "metake") for m in ("metake", *ABLATIONS)]
+    for reading in ("metake/literal", "metake"):
+        full = method(reading, "tiny").refine
+        assert asked[reading, "metake"].refine == full and asked[reading, "without bi-level"].refine is None
+        assert asked[reading, "stop-gradient"].refine == replace(full, feedback=False)
+    assert (found.reading == ["metake/literal"] * 12 + ["metake"] * 12).all()
+    assert list(ablation.by_name(found).method.unique()) == [
+        "metake/literal", "without bi-level", "key-only gate (literal)", "stop-gradient (literal)", "metake",
+        "key-only gate", "stop-gradient",
+    ]  # fmt: skip
+    each = ablation.all_differences(found).query("metric == 'efficacy'").set_index("method").difference
+    assert each.to_dict() == pytest.approx({
+        "without bi-level (literal)": -10, "key-only gate (literal)": -20, "stop-gradient (literal)": -30,
+        "without bi-level": -10, "key-only gate": -20, "stop-gradient": -30,
+    })  # fmt: skip
+    with pytest.raises(ParameterError, match="memit has no outer level to ablate; name readings of MetaKE: metake/lit"):
+        ablation.ablation("tiny", ("metake", "memit"))
+    assert ablation.moved(ablation.by_name(found)).set_index("method")["moved, %"]["metake"] == 4
 
 
 def made(shift: float) -> pd.DataFrame:
     """26 requests whose β̂ rises with γ; `shift`: MetaKE's in the last reading."""
     rows = []
-    for method, gain in (("alphaedit", 0.0), ("metake", shift)):
+    for name, gain in (("alphaedit", 0.0), ("metake", shift)):
         for i in range(26):
             readings = dict.fromkeys(realized_residual.READINGS, i / 26) | {"whole_initial": i / 26 + gain}
             rows.append(
-                {"dataset": "F", "seed": 0, "method": method, "id": str(i), "percentile": 100 * (i + 1) / 26} | readings
+                {"dataset": "F", "seed": 0, "method": name, "id": str(i), "percentile": 100 * (i + 1) / 26} | readings
             )
     return pd.DataFrame(rows)
 

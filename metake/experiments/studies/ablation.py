@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -10,14 +11,38 @@ from metake import methods
 from metake.experiments.decision import all_of, with_interval
 from metake.experiments.studies import comparison
 from metake.experiments.studies.study import study
+from metake.experiments.studies.whose import CHOSEN, READINGS
+from metake.support.errors import ParameterError
+
+WITHOUT = "without bi-level"
 
 
-def ablation(model: str = "tiny", **settings: Any) -> pd.DataFrame:
-    """MetaKE and its ablations (`methods.ABLATIONS`) on one batch; settings and rows: see `study`."""
-    full = methods.metake(model)
-    return study(
-        model, {"metake": full} | {name: change(full) for name, change in methods.ABLATIONS.items()}, **settings
-    )
+def ablation(model: str = "tiny", readings: Sequence[str] = (CHOSEN,), **settings: Any) -> pd.DataFrame:
+    """Each of these readings of MetaKE ("metake" in column `method`) and its ablations (`methods.ABLATIONS`) on one
+    batch; settings and rows: see `study`. `reading`: whose row it is. Raises ParameterError for a method that refines
+    nothing."""
+    full = {reading: methods.planning(reading, model) for reading in readings}
+    if plain := [reading for reading, editor in full.items() if not editor.refine]:
+        raise ParameterError(f"{plain[0]} has no outer level to ablate; name readings of MetaKE: {', '.join(READINGS)}")
+    changes = {"metake": lambda editor: editor} | methods.ABLATIONS
+    editors = {(reading, name): change(full[reading]) for reading in readings for name, change in changes.items()}
+    found = study(model, editors, **settings)
+    return found.assign(reading=[r for r, _ in found.method], method=[m for _, m in found.method])
+
+
+def by_name(records: pd.DataFrame) -> pd.DataFrame:
+    """The records of several readings with a name for each editor; without the bi-level refinement all are the same,
+    which stands once."""
+    own = records[(records.method != WITHOUT) | (records.reading == records.reading.iloc[0])]
+    names = [m if m == WITHOUT else _name(r, m) for r, m in zip(own.reading, own.method, strict=True)]
+    return comparison.labelled(own.assign(method=names), records)
+
+
+def _name(reading: str, method: str) -> str:
+    """What a reading's own row is called: its ablations say whose they are, those of "metake" aside."""
+    if method == "metake" or reading == "metake":
+        return reading if method == "metake" else method
+    return f"{method} ({reading.rpartition('/')[2]})"
 
 
 def moved(records: pd.DataFrame) -> pd.DataFrame:
@@ -33,9 +58,19 @@ def moved(records: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def differences(records: pd.DataFrame) -> pd.DataFrame:
-    """The full method minus each ablation on the same requests, in points, with bootstrap intervals."""
-    return comparison.differences(records, dict.fromkeys(methods.ABLATIONS, "metake"))
+def differences(records: pd.DataFrame, reading: str = CHOSEN) -> pd.DataFrame:
+    """A reading's full method minus each ablation on the same requests, in points, with bootstrap intervals."""
+    own = comparison.labelled(records[records.reading == reading], records)
+    return comparison.differences(own, dict.fromkeys(methods.ABLATIONS, "metake"))
+
+
+def all_differences(records: pd.DataFrame) -> pd.DataFrame:
+    """`differences` of every reading that there is, below each other, each ablation under a name of its own."""
+    found = []
+    for reading in records.reading.unique():
+        own = differences(records, reading)
+        found.append(own.assign(method=[_name(reading, method) for method in own.method]))
+    return comparison.labelled(pd.concat(found, ignore_index=True), records)
 
 
 def judge(differences: pd.DataFrame) -> dict[str, Any]:

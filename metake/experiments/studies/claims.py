@@ -28,9 +28,9 @@ from metake.experiments.studies import (
     streams,
 )
 from metake.experiments.studies.choosing import DESCENDS
+from metake.experiments.studies.whose import NAMES, READINGS, as_metake
 from metake.language.model import load
 
-LITERAL, CHOSEN, WHOLE_EDIT = READINGS = ("metake/literal", "metake", "metake/whole")
 FEWER, SMALLER = 10, 20
 """How many times fewer edits, and fewer parameters, than the paper's smallest experiment a record may be of."""
 SMALLEST = 1.3e9  # parameters of the smallest model that the paper edits: Phi-1.5 (App. D.2)
@@ -164,8 +164,8 @@ CLAIMS = (
         2000, "points", lambda r: ablation.judge(ablation.differences(r)), _parts
     ),
     Claim(
-        "It helps on other operators", "efficacy or generalization above on every base, neither below", "§4.3",
-        ("operators",), 2000, "points", operators.judge, _bases, one=True
+        "It helps on other operators", "efficacy or generalization above on each base, neither below", "§4.3",
+        ("operators",), 2000, "points", operators.judge, _bases
     ),
     Claim(
         "It realizes more of its plans", "β̂ above AlphaEdit's by more than 0.01", "Paper Fig. 4, §6.3", ("realized",),
@@ -194,21 +194,6 @@ CLAIMS = (
         0, "% of continuations", lambda r: case_study.judge(case_study.summarize(r)), _written, math.nan
     ),
 )  # fmt: skip
-
-
-def as_metake(records: pd.DataFrame, reading: str, one: bool = False) -> pd.DataFrame | None:
-    """The records with one reading of MetaKE in MetaKE's place, the other readings left out; None if it is not there.
-
-    Recordings made before a reading was chosen call the literal one "metake"; their provenance says so.
-    """
-    old = records.attrs.get("provenance", {}).get("metake") == "read literally"
-    own = records.assign(method=records.method.replace({CHOSEN: LITERAL})) if old else records
-    if reading not in set(own.method) and not (one and reading == (LITERAL if old else CHOSEN)):
-        return None
-    own = own[~own.method.isin(set(READINGS) - {reading})]
-    own = own.assign(method=own.method.replace({reading: CHOSEN}))
-    own.attrs = dict(records.attrs)
-    return own
 
 
 def recordings(claim: Claim, model: str) -> list[pd.DataFrame]:
@@ -271,9 +256,6 @@ def table(model: str, records: pd.DataFrame | None = None) -> pd.DataFrame:
         row[NAMES[one.reading]] = one.verdict
         row["edits"] = max(row["edits"], _edits(one), key=lambda text: int(text.split()[0].replace(",", "")))
     return _stamped(pd.DataFrame(list(rows.values())), model, records)
-
-
-NAMES = {LITERAL: "read literally", CHOSEN: "chosen reading", WHOLE_EDIT: "whole look-ahead"}
 
 
 def _edits(one: Asked) -> str:

@@ -19,6 +19,7 @@ from metake.experiments.decision import (
     opposite,
     with_interval,
 )
+from metake.experiments.studies import whose
 from metake.experiments.studies.comparison import PRIMARY, labelled
 from metake.experiments.studies.study import study
 
@@ -79,7 +80,7 @@ def gains(
     return labelled(pd.DataFrame(rows), records)
 
 
-def all_gains(records: pd.DataFrame, of: Sequence[str] = ("metake/literal", "metake", "metake/whole")) -> pd.DataFrame:
+def all_gains(records: pd.DataFrame, of: Sequence[str] = whose.READINGS) -> pd.DataFrame:
     """`gains` of every reading of MetaKE that there is, below each other: "its own" is that of the named method."""
     there = [name for name in of if name in set(records.method)]
     found = [gains(records, name).rename(columns={name: "its own"}).assign(method=name) for name in there]
