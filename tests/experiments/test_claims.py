@@ -71,6 +71,14 @@ def test_a_reading_is_asked_of_the_first_recording_that_has_it(monkeypatch):
     assert found["Paper Table 1, §6.2", LITERAL] == (FAR, 100)
 
 
+def test_a_page_says_its_own_verdict_of_every_reading_that_it_has():
+    found = claims.by_reading("It edits better than AlphaEdit", made(RECORDS)).set_index("reading")
+    assert list(found.verdict) == ["inconclusive", "inconclusive", "holds"]
+    assert list(found.index) == list(NAMES.values())
+    assert found["decided by"].str.contains("in points").all() and found.attrs["label"] == "recorded"
+    assert list(claims.by_reading("Every part adds", made({}).assign(reading=WHOLE_EDIT).iloc[:0])) == []
+
+
 def test_a_reading_that_is_not_recorded_is_said_so():
     found = claims.judge(made({CHOSEN: (0.1, 1.0)}), LITERAL)
     assert found["holds"] is None and "not recorded" in found["decided_by"]

@@ -244,6 +244,17 @@ def _of_reading(claim: Claim, sources: Sequence[pd.DataFrame], reading: str) -> 
     return next((own for own in found if own is not None and (claim.shown is not falls or "outer_after" in own)), None)
 
 
+def by_reading(title: str, records: pd.DataFrame) -> pd.DataFrame:
+    """What the page of a claim says of each reading of MetaKE that its records have: reading, verdict, decided by."""
+    claim, rows = next(claim for claim in CLAIMS if claim.title == title), []
+    for reading in READINGS:
+        if (own := as_metake(records, reading, claim.one)) is not None:
+            found = claim.judge(own)
+            said = {"verdict": WORDS[found["holds"]], "decided by": found["decided_by"]}
+            rows.append({"reading": NAMES[reading]} | said)
+    return comparison.labelled(pd.DataFrame(rows), records)
+
+
 def table(model: str, records: pd.DataFrame | None = None) -> pd.DataFrame:
     """A line a claim: what the paper says, and the verdict on each reading; – where it is not recorded."""
     rows: dict[str, dict[str, str]] = {}
