@@ -11,32 +11,32 @@ import metake as mk
 from metake import report
 from metake.data.facts import facts_records
 from metake.editing.record import digest_of
-from metake.experiments.cases import for_training, part_of, read_cases
+from metake.experiments.cases import for_training, part_of, read_cases, select
 from metake.experiments.made import settings
 from metake.experiments.studies import comparison
 from metake.experiments.studies import trained_editors as module
-from metake.experiments.studies.frontier import Variant
+from metake.experiments.studies.frontier import SCORES, Variant, scores
 from metake.experiments.studies.trained_editors import ALONE, BATCH, PROTOCOLS, SEQUENCE
 
 
-def made(scores: dict[str, float], count: int = 40) -> pd.DataFrame:
+def made(means: dict[str, float], count: int = 40) -> pd.DataFrame:
     """Cases of one data set: each method's share of success, the same after a batch and, less by 0.1, a sequence."""
     rows = [
         {"protocol": protocol, "dataset": "d", "method": method, "seed": 0, "id": f"{i}"}
         | dict.fromkeys(comparison.METRICS[:3], float(i < round(count * (share - 0.1 * (protocol == SEQUENCE)))))
         for protocol in PROTOCOLS
-        for method, share in scores.items()
+        for method, share in means.items()
         for i in range(count)
     ]
     return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize("scores, holds", [
+@pytest.mark.parametrize("means, holds", [
     ({"mend": 0.3, "malmen": 0.5, "metake": 0.9}, True), ({"mend": 0.3, "malmen": 0.95, "metake": 0.6}, False),
     ({"mend": 0.3, "malmen": 0.9, "metake": 0.9}, None),
 ])  # fmt: skip
-def test_the_verdict_asks_for_both_rivals(scores, holds):
-    found = module.judge(made(scores))
+def test_the_verdict_asks_for_both_rivals(means, holds):
+    found = module.judge(made(means))
     assert found["holds"] is holds and "MEND: efficacy d" in found["decided_by"] and "MALMEN" in found["decided_by"]
 
 
@@ -73,6 +73,18 @@ def test_what_ships_says_how_it_was_trained():
     found = module.shipped("tiny").set_index("method")
     assert set(found.index) == set(mk.methods.TRAINED)
     assert (found["outer loss, last"] < found["outer loss, first"]).all() and (found.facts > 200).all()
+
+
+@pytest.mark.parametrize("name, batch, bars", [
+    ("malmen", 20, (0.70, 0.30, 0.70)), ("smedit", 20, (0.92, 0.40, 0.55)),
+    ("mend", 1, (0.60, 0.25, 0.60)),  # 0.35 was hoped for: three trainings reach 0.30, 0.33 and 0.415
+])  # fmt: skip
+def test_what_ships_edits_facts_that_it_has_not_seen(name, batch, bars):
+    """Efficacy, generalization and specificity on a hundred facts of the subjects for testing."""
+    lm = mk.load("tiny")
+    held = select(lm, part_of(read_cases("facts"), "testing"), 100, 0)
+    found = pd.DataFrame(scores(lm, mk.methods.method(name, "tiny"), held, batch))[list(SCORES)].mean()
+    assert len(held) == 100 and (found >= bars).all(), found.to_dict()
 
 
 def test_a_recording_says_how_its_editors_were_trained_also_when_its_rows_are_made_apart(tmp_path):
