@@ -53,7 +53,7 @@ from metake.support.errors import ParameterError, near_misses
 # hours on a real model's CPU: only if `only` names them
 LONG = (
     "streams", "streams_zsre", "sequences", "asking", "portability", "stress", "penalty", "outer_prompts", "step_more",
-    "trained_editors"
+    "trained_editors", "states_by_reading"
 )
 GROWS = "sequences"  # hours a seed: each is added to what is recorded
 HELD_OUT = ("alphaedit", *READINGS)
@@ -175,6 +175,11 @@ def _parts(
         "operators": partial(operators, **sequences, methods_=own or twins(readings=READINGS)),
         "hidden_states": partial(
             hidden_states, **common, data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0], out=runs
+        ),
+        # apart, so that the maps of all methods need not be made again with them
+        "states_by_reading": partial(
+            hidden_states, **common, methods_=HELD_OUT, data=data, edits=edits, batch=batch, held_out=100,
+            seed=seeds[0], out=runs
         ),
         "gamma": partial(gamma_beforehand, **sequences, **({"methods_": own} if own else {})),
         # MEMIT's batch is AlphaEdit's but for the solve

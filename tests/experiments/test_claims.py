@@ -124,10 +124,10 @@ def test_every_claim_is_judged_as_on_its_own_page(claim):
     if not sources:
         pytest.skip("not recorded")
     source = sources[0]
-    readings = [r for r in READINGS if as_metake(source, r, claim.one) is not None]
+    readings = [r for r in READINGS if as_metake(source, r) is not None]
     assert readings
     for reading in readings:
-        own = as_metake(source, reading, claim.one)
+        own = as_metake(source, reading)
         shown = claim.shown(own)
         assert list(shown.what) and shown[["difference", "low", "high"]].notna().all(axis=None)
         assert (shown.low <= shown.high).all() and np.isfinite(claim.judge(own)["margin"])

@@ -124,6 +124,19 @@ def test_the_verdict_follows_the_distances(factor, holds):
     assert ratios[ratios.method == "alphaedit"].value.to_numpy() == pytest.approx(other / one)
 
 
+def test_every_reading_of_metake_is_measured_against_the_others():
+    states = made(0.5)
+    states.after["metake/whole"] = states.before + 2 * (states.after["alphaedit"] - states.before)
+    found = measured(states)
+    for reading, factor, holds in (("metake", 0.5, True), ("metake/whole", 2.0, False)):
+        own = hidden_states.ratios(found, reading)
+        shift = own[(own.method == "alphaedit") & (own.measure == "mean shift")]
+        assert shift.value.to_list() == pytest.approx([factor] * 2) and hidden_states.judge(own)["holds"] is holds
+        assert set(own.method) == {"memit", "alphaedit", "metake", "metake/whole"} - {reading}
+    del states.after["metake"], states.after["metake/whole"]
+    assert hidden_states.judge(hidden_states.ratios(measured(states)))["holds"] is None
+
+
 def test_uncertain_distances_decide_nothing():
     rows = [
         ("F", "edited", "Fréchet", "alphaedit", 0.8, 0.6, 1.1),

@@ -32,6 +32,7 @@ from metake.experiments.decision import (
 from metake.experiments.runs import RunConfig, open_run
 from metake.experiments.studies.comparison import comparison, labelled
 from metake.experiments.studies.finished import finished
+from metake.experiments.studies.whose import CHOSEN, READINGS
 from metake.language.model import LanguageModel, load
 from metake.report.style import in_order
 from metake.support.errors import ParameterError
@@ -75,7 +76,7 @@ def hidden_states(
     distance  dataset, method, group, measure, value, low, high; chance: its 95 % level if before and after are
     exchanged at
               random within each fact (a permutation: what no systematic change looks like)
-    ratio     the same for MetaKE's distance over that method's, on the same facts
+    ratio     the same for MetaKE's distance over that method's, on the same facts; `reading`: which reading of MetaKE's
 
     Distances are in units of the spread √(tr Σ_before), see `apart`. Intervals: 95 %, value · exp(± 1.96 s), s the
     standard deviation of the logarithm over bootstrap draws of facts, the same draws for all methods.
@@ -114,15 +115,15 @@ def distances(records: pd.DataFrame) -> pd.DataFrame:
     return _of_kind(records, "distance")
 
 
-def ratios(records: pd.DataFrame) -> pd.DataFrame:
-    """The rows of MetaKE's distances over the others'."""
-    return _of_kind(records, "ratio")
+def ratios(records: pd.DataFrame, reading: str = CHOSEN) -> pd.DataFrame:
+    """The rows of the distances of a reading of MetaKE over the others'."""
+    own = records[records.reading == reading] if "reading" in records else records  # without MetaKE there are none
+    return labelled(_of_kind(own, "ratio").drop(columns="reading", errors="ignore"), records)
 
 
 def _of_kind(records: pd.DataFrame, kind: str) -> pd.DataFrame:
-    return labelled(
-        records[records.kind == kind].dropna(axis=1, how="all").drop(columns="kind").reset_index(drop=True), records
-    )
+    own = records[records.kind == kind].drop(columns="kind").reset_index(drop=True)
+    return labelled(own if own.empty else own.dropna(axis=1, how="all"), records)
 
 
 def read_states(folders: Sequence[Path], held_out: int) -> States:
@@ -230,13 +231,14 @@ def _measured(states: States, group: str, draws: int, seed: int) -> list[dict[st
             result.append(
                 {"kind": "distance", "method": method, "group": group, "measure": name} | told | {"chance": chance[k]}
             )
-    for method in [m for m in found if "metake" in found and m != "metake"]:
+    for reading, method in [(r, m) for r in READINGS if r in found for m in found if m != r]:
         for k, name in enumerate(MEASURES):
             told = _interval(
-                found["metake"][k] / max(found[method][k], 1e-12),
-                (spreads["metake"] - spreads[method])[:, k].std(ddof=1),
+                found[reading][k] / max(found[method][k], 1e-12),
+                (spreads[reading] - spreads[method])[:, k].std(ddof=1),
             )
-            result.append({"kind": "ratio", "method": method, "group": group, "measure": name} | told)
+            whose = {"kind": "ratio", "reading": reading, "method": method, "group": group, "measure": name}
+            result.append(whose | told)
     return result
 
 

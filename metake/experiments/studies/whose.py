@@ -12,7 +12,7 @@ LITERAL, CHOSEN, WHOLE_EDIT = READINGS = ("metake/literal", "metake", "metake/wh
 NAMES = {LITERAL: "read literally", CHOSEN: "chosen reading", WHOLE_EDIT: "whole look-ahead"}
 
 
-def as_metake(records: pd.DataFrame, reading: str, one: bool = False) -> pd.DataFrame | None:
+def as_metake(records: pd.DataFrame, reading: str) -> pd.DataFrame | None:
     """The records with one reading of MetaKE in MetaKE's place, the other readings left out; None if it is not there.
 
     Recordings made before a reading was chosen call the literal one "metake"; their provenance says so.
@@ -22,7 +22,7 @@ def as_metake(records: pd.DataFrame, reading: str, one: bool = False) -> pd.Data
         return None if own.empty else labelled(own.assign(reading=CHOSEN), records)
     old = records.attrs.get("provenance", {}).get("metake") == "read literally"
     told = [_reading(m, old) for m in records.method]
-    if reading not in {r for r, _ in told} and not (one and reading == (LITERAL if old else CHOSEN)):
+    if reading not in {r for r, _ in told}:
         return None
     own = records.assign(method=[base if r is None else CHOSEN + base for r, base in told])
     own = own[[r in (None, reading) for r, _ in told]]
