@@ -172,15 +172,7 @@ def _parts(
         "portability": partial(
             carries, **common, methods=own or FREELY, edits=50, batch=50, seed=seeds[0], out=runs / "portability"
         ),
-        "operators": partial(operators, **sequences, methods_=own or twins(readings=READINGS)),
-        "hidden_states": partial(
-            hidden_states, **common, data=data, edits=edits, batch=batch, held_out=100, seed=seeds[0], out=runs
-        ),
-        # apart, so that the maps of all methods need not be made again with them
-        "states_by_reading": partial(
-            hidden_states, **common, methods_=HELD_OUT, data=data, edits=edits, batch=batch, held_out=100,
-            seed=seeds[0], out=runs
-        ),
+        **_of_runs(sequences, own),
         "gamma": partial(gamma_beforehand, **sequences, **({"methods_": own} if own else {})),
         # MEMIT's batch is AlphaEdit's but for the solve
         "bench": partial(
@@ -202,6 +194,17 @@ def _parts(
             name: partial(streams, **one_stream, **_stream(edits), data=source, out=runs / name)
             for name, source in (("streams", data["CounterFact"]), ("streams_zsre", data.get("ZsRE")))
         },
+    }
+
+
+def _of_runs(sequences: dict[str, Any], own: Sequence[str]) -> dict[str, Callable[..., pd.DataFrame]]:
+    """Those that read the comparison's runs."""
+    states = {k: v for k, v in sequences.items() if k != "seeds"} | {"held_out": 100, "seed": sequences["seeds"][0]}
+    return {
+        "operators": partial(operators, **sequences, methods_=own or twins(readings=READINGS)),
+        "hidden_states": partial(hidden_states, **states),
+        # apart, so that the maps of all methods need not be made again with them
+        "states_by_reading": partial(hidden_states, **states, methods_=HELD_OUT),
     }
 
 
