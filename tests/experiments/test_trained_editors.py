@@ -61,6 +61,15 @@ def test_every_protocol_asks_subjects_that_no_training_has_seen():
         assert not testing & set(mk.methods.method(name, "tiny").trained["ids"])
 
 
+def test_what_a_fact_alone_gave_is_kept(monkeypatch, tmp_path):
+    asked = {"names": ("malmen", "smedit"), "edits": 2, "batches": 1, "alone": 2, "data": {"d": "facts"}}
+    found = module.trained_editors(**asked, out=tmp_path)
+    monkeypatch.setattr(module, "_asked", lambda *_: pytest.fail("it is kept"))
+    pd.testing.assert_frame_equal(module.trained_editors(**asked, out=tmp_path), found)
+    with pytest.raises(pytest.fail.Exception, match="it is kept"):
+        module.trained_editors(**asked | {"names": ("ultraedit",)}, out=tmp_path)
+
+
 def test_an_editor_is_trained_on_what_can_be_edited_of_the_half_for_choosing(tmp_path):
     facts, path = facts_records()[:20], tmp_path / "f.json"
     torn = facts[0]["requested_rewrite"] | {"prompt": "They spoke {}ch", "subject": "Fren"}

@@ -19,6 +19,7 @@ from metake.algebra.solve import association, attenuation
 from metake.algebra.update import Edit
 from metake.data.requests import Cases, EditRequest
 from metake.editing.editor import Editor
+from metake.editing.gradient.editor import GradientEditor
 from metake.editing.record import describe
 from metake.editing.state import EditorState
 from metake.editing.statistics import Statistics, statistics
@@ -132,11 +133,13 @@ def one(
 ) -> list[dict[str, Any]]:
     """What one editor does to a batch, a row a request, as `study` says; state: of `Editor.init`, if it is at hand."""
     state = state or editor.init(batch.lm, batch.statistics)
-    told = (
-        describe(editor), state.contexts, state.statistics_digest, batch.lm.base(),
-        batch.lm.digest(batch.lm.write_path(0)), batch.cases.digest
-    )
+    told = (*circumstances(batch.lm, editor, state), batch.cases.digest)
     return kept(out, told, lambda: _measured(batch, editor, state))
+
+
+def circumstances(lm: LanguageModel, editor: Editor | GradientEditor, state: EditorState) -> tuple[Any, ...]:
+    """Everything but the requests that decides what an edit of the unedited model is: for `kept`."""
+    return describe(editor), state.contexts, state.statistics_digest, lm.base(), lm.digest(lm.write_path(0))
 
 
 def _measured(batch: Batch, editor: Editor, state: EditorState) -> list[dict[str, Any]]:

@@ -10,13 +10,17 @@ from typing import Any
 import pandas as pd
 
 from metake import methods
+from metake.data.requests import Cases
+from metake.editing.editor import Editor
 from metake.editing.gradient.editor import GradientEditor
+from metake.editing.state import EditorState
 from metake.editing.statistics import statistics
 from metake.experiments.cases import for_training, part_of, read_cases, select
 from metake.experiments.decision import all_of
+from metake.experiments.kept import kept
 from metake.experiments.studies import comparison
 from metake.experiments.studies.frontier import SCORES, Variant, scores
-from metake.experiments.studies.study import FORMATS
+from metake.experiments.studies.study import FORMATS, circumstances
 from metake.language.model import LanguageModel, load
 from metake.report import style
 from metake.report.files import parts_of
@@ -45,7 +49,7 @@ def trained_editors(
     unedited model; a batch of `edits`; and `batches` of them in sequence, all evaluated after the last.
 
     One row per protocol, data set, method and case, and per data set and case of "pre-edit": as `comparison`, with a
-    column "protocol". out: folder of the runs, which are resumable.
+    column "protocol". out: folder of the runs, which are resumable, and of what every fact alone gave.
     """
     shared = {"model": model, "methods": names, "data": dict(data or FORMATS), "seeds": (seed,), "text": text,
               "text_tokens": text_tokens, "part": "testing"}  # fmt: skip
@@ -53,7 +57,7 @@ def trained_editors(
         folder = Path(out or scratch)
         one = comparison.comparison(**shared, edits=edits, batch=edits, out=folder / "batch")
         many = comparison.comparison(**shared, edits=edits * batches, batch=edits, out=folder / "sequence")
-    single = _alone(load(model), names, shared, alone, seed)
+    single = _alone(load(model), names, shared, alone, seed, out and Path(out) / "alone")
     frame = pd.concat(
         [single.assign(protocol=ALONE), one.assign(protocol=BATCH), many.assign(protocol=SEQUENCE)], ignore_index=True
     )
@@ -64,7 +68,7 @@ def trained_editors(
 
 
 def _alone(
-    lm: LanguageModel, names: Sequence[str], shared: Mapping[str, Any], count: int, seed: int
+    lm: LanguageModel, names: Sequence[str], shared: Mapping[str, Any], count: int, seed: int, out: Path | None
 ) -> pd.DataFrame:
     rows = []
     for dataset, source in shared["data"].items():
@@ -74,12 +78,18 @@ def _alone(
             given = statistics(lm, shared["text"], layers=editor.layers, tokens=shared["text_tokens"])
             state = editor.init(lm, given)
             for case in cases:
-                before = evaluate(lm, [case])
-                edit = editor.finished(lm, *editor.step(lm, [case.request], state))
-                with edit.applied(lm):
-                    found = evaluate(lm, [case], before=before).records()
+                one = Cases([case], cases.format, cases.source)
+                told = (*circumstances(lm, editor, state), one.digest)
+                found = kept(out, told, lambda one=one, editor=editor, state=state: _asked(lm, editor, state, one))
                 rows += [{"dataset": dataset, "method": name, "seed": seed} | row for row in found]
     return pd.DataFrame(rows)
+
+
+def _asked(lm: LanguageModel, editor: Editor | GradientEditor, state: EditorState, one: Cases) -> list[dict[str, Any]]:
+    """The row of a fact that is edited alone."""
+    before = evaluate(lm, one)
+    with editor.finished(lm, *editor.step(lm, [case.request for case in one], state)).applied(lm):
+        return evaluate(lm, one, before=before).records()
 
 
 def summarize(records: pd.DataFrame) -> pd.DataFrame:
