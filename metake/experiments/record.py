@@ -97,8 +97,9 @@ def record(
     """
     data = {"CounterFact": counterfact or "facts", "ZsRE": zsre or "facts-zsre"}
     common: dict[str, Any] = {"model": model, "text": text, "text_tokens": tokens}
-    # of one folder: what one part has run, the other reads
-    runs = report.project_root() / "runs" / "-".join([f"record-{Path(model).name}", *_borrowed(model)])
+    # one folder for all of a size: what one part has run, the other reads
+    size = f"{edits}x{batch}"
+    runs = report.project_root() / "runs" / "-".join([f"record-{Path(model).name}", *_borrowed(model), size])
     folder = Path(out) if out else report.project_root() / "results"
     runs = folder / "work" if out else runs
     parts = _parts(common, data, edits, batch, seeds, runs, tasks or "", list(methods or ()))
@@ -149,6 +150,8 @@ def _parts(
 ) -> dict[str, Callable[..., pd.DataFrame]]:
     """Every recording by name; runs: folder of what is finished; own: the methods to compare, if not the usual ones."""
     sequences = common | {"data": data, "edits": edits, "batch": batch, "seeds": seeds, "out": runs}
+    # on the subjects on which nothing was chosen
+    held_out = sequences | {"edits": 2 * batch, "part": "testing", "out": runs / "testing"}
     one_stream = common | {"methods": own or (STREAMED if common["model"] == "tiny" else COMPARED), "seed": seeds[0]}
     return {
         "quickstart": partial(quickstart, **common),
@@ -162,12 +165,9 @@ def _parts(
         "dispersion": partial(association_dispersion, **common, requests=700, data=data),
         # without fluency and consistency: sampling costs several times the edits on a CPU
         "comparison": partial(comparison, **sequences, methods=own or list(METHODS)),
-        # on the subjects on which nothing was chosen
-        "sequences": partial(
-            comparison, **sequences | {"edits": 2 * batch}, methods=own or HELD_OUT, part="testing"
-        ),
+        "sequences": partial(comparison, **held_out, methods=own or HELD_OUT),
         # those same runs and the baselines, asked freely too: what is edited already is only asked
-        "asking": partial(teacher_forcing, **sequences | {"edits": 2 * batch}, methods=own or FREELY, part="testing"),
+        "asking": partial(teacher_forcing, **held_out, methods=own or FREELY),
         # of the embedded facts, in one batch: those that have consequences are 55
         "portability": partial(
             carries, **common, methods=own or FREELY, edits=50, batch=50, seed=seeds[0], out=runs / "portability"

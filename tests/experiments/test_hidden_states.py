@@ -323,3 +323,13 @@ def test_the_recording_reads_the_comparisons_runs(monkeypatch, project, run):
     for part in (hidden_states.points, hidden_states.distances, hidden_states.ratios):
         pd.testing.assert_frame_equal(part(again), part(run[0]), check_dtype=False)
     assert again.attrs["provenance"]["held_out"] == 4 and hidden_states.ratios(again).attrs["label"] == "recorded"
+
+
+def test_what_cannot_be_one_run_stands_in_folders_apart(monkeypatch, project):
+    """Runs of the recordings by folder: another size, or other subjects, is another run of the same name."""
+    folders = []
+    monkeypatch.setattr(record, "provenance", lambda *_: {"model": "tiny"})
+    monkeypatch.setattr(record, "comparison", lambda **s: folders.append(s["out"]) or pd.DataFrame({"id": ["1"]}))
+    for name, edits, batch in (("comparison", 7, 5), ("comparison", 7, 7), ("comparison", 6, 5), ("sequences", 7, 5)):
+        list(record.record("tiny", only=[name], edits=edits, batch=batch))
+    assert len(set(folders)) == 4 and all(f.is_relative_to(project / "runs") for f in folders)
