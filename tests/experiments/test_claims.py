@@ -11,7 +11,7 @@ import pytest
 from metake import report
 from metake.experiments.studies import claims, comparison
 from metake.experiments.studies.claims import CLAIMS, FAR
-from metake.experiments.studies.whose import CHOSEN, LITERAL, NAMES, READINGS, WHOLE_EDIT, as_metake
+from metake.experiments.studies.whose import CHOSEN, LITERAL, NAMES, READINGS, WHOLE_EDIT, as_metake, preferred
 
 SCALE = {"model": "smollm2-135m", "edits": 200, "batch": 100}
 
@@ -96,6 +96,12 @@ def test_old_recordings_hold_the_literal_reading_under_metakes_name():
         expected = both[both.method == reading].drop(columns="method").reset_index(drop=True)
         found = own[own.method == "metake"].drop(columns="method").reset_index(drop=True)
         pd.testing.assert_frame_equal(found, expected)
+
+
+def test_a_page_judges_the_chosen_reading_where_it_is_recorded():
+    assert [preferred(there) for there in (READINGS, READINGS[::2], [WHOLE_EDIT, None], [])] == [
+        CHOSEN, LITERAL, WHOLE_EDIT, CHOSEN
+    ]  # fmt: skip
 
 
 def test_the_table_has_a_line_a_claim_and_a_column_a_reading(tmp_path, monkeypatch):

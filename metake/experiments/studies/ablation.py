@@ -11,7 +11,7 @@ from metake import methods
 from metake.experiments.decision import all_of, with_interval
 from metake.experiments.studies import comparison
 from metake.experiments.studies.study import study
-from metake.experiments.studies.whose import CHOSEN, READINGS
+from metake.experiments.studies.whose import CHOSEN, READINGS, preferred
 from metake.support.errors import ParameterError
 
 WITHOUT = "without bi-level"
@@ -58,9 +58,10 @@ def moved(records: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def differences(records: pd.DataFrame, reading: str = CHOSEN) -> pd.DataFrame:
-    """A reading's full method minus each ablation on the same requests, in points, with bootstrap intervals."""
-    own = comparison.labelled(records[records.reading == reading], records)
+def differences(records: pd.DataFrame, reading: str = "") -> pd.DataFrame:
+    """A reading's full method minus each ablation on the same requests, in points, with bootstrap intervals; default:
+    see `preferred`."""
+    own = comparison.labelled(records[records.reading == (reading or preferred(records.reading))], records)
     return comparison.differences(own, dict.fromkeys(methods.ABLATIONS, "metake"))
 
 

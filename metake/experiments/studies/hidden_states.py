@@ -32,7 +32,7 @@ from metake.experiments.decision import (
 from metake.experiments.runs import RunConfig, open_run
 from metake.experiments.studies.comparison import comparison, labelled
 from metake.experiments.studies.finished import finished
-from metake.experiments.studies.whose import CHOSEN, READINGS
+from metake.experiments.studies.whose import READINGS, preferred
 from metake.language.model import LanguageModel, load
 from metake.report.style import in_order
 from metake.support.errors import ParameterError
@@ -115,10 +115,11 @@ def distances(records: pd.DataFrame) -> pd.DataFrame:
     return _of_kind(records, "distance")
 
 
-def ratios(records: pd.DataFrame, reading: str = CHOSEN) -> pd.DataFrame:
-    """The rows of the distances of a reading of MetaKE over the others'."""
-    own = records[records.reading == reading] if "reading" in records else records  # without MetaKE there are none
-    return labelled(_of_kind(own, "ratio").drop(columns="reading", errors="ignore"), records)
+def ratios(records: pd.DataFrame, reading: str = "") -> pd.DataFrame:
+    """The rows of the distances of a reading of MetaKE over the others'; default: see `preferred`."""
+    if "reading" in records:  # without MetaKE there are none
+        records = labelled(records[records.reading == (reading or preferred(records.reading))], records)
+    return _of_kind(records, "ratio").drop(columns="reading", errors="ignore")
 
 
 def _of_kind(records: pd.DataFrame, kind: str) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 from metake import methods
 from metake.experiments.decision import Decision, all_of
 from metake.experiments.studies import comparison
-from metake.experiments.studies.whose import CHOSEN, READINGS
+from metake.experiments.studies.whose import CHOSEN, READINGS, preferred
 from metake.report import style
 from metake.report.studies.comparison import signed
 from metake.support.errors import ParameterError
@@ -46,9 +46,12 @@ def operators(model: str = "tiny", methods_: Sequence[str] = (), **settings: Any
     return found
 
 
-def differences(records: pd.DataFrame, reading: str = CHOSEN, **bootstrap: Any) -> pd.DataFrame:
-    """Refined minus base on the same cases, in points, per recorded base (column `method`), data set and metric."""
-    there = set(records.method)
+def differences(records: pd.DataFrame, reading: str = "", **bootstrap: Any) -> pd.DataFrame:
+    """Refined minus base on the same cases, in points, per recorded base (column `method`), data set and metric.
+
+    reading: of MetaKE; default: see `preferred`.
+    """
+    reading, there = reading or preferred(readings(records)), set(records.method)
     own = {base: refined for base, refined in pairs(reading).items() if {base, refined} <= there}
     if not own:
         raise ParameterError(
@@ -120,10 +123,10 @@ def _decided(
         yield {"method": pairs(reading)[base], "base": style(base).name, "helps": helps, "decided_by": text}, decision
 
 
-def judge(records: pd.DataFrame, reading: str = CHOSEN) -> dict[str, Any]:
+def judge(records: pd.DataFrame, reading: str = "") -> dict[str, Any]:
     """A reading's refinement helps: holds if it helps on all bases, does not hold if it harms on one, else
     inconclusive."""
-    found = list(_decided(records, reading))
+    found = list(_decided(records, reading or preferred(readings(records))))
     words = {"yes": "helps", "no": "harms", "open": "open"}
     parts = [f"on {row['base']} {words[row['helps']]} ({row['decided_by']})" for row, _ in found]
     return all_of(decision for _, decision in found).quiet().verdict(

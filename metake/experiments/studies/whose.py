@@ -4,6 +4,8 @@ with the look-ahead through the whole edit.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pandas as pd
 
 from metake.experiments.studies.comparison import labelled
@@ -28,6 +30,12 @@ def as_metake(records: pd.DataFrame, reading: str) -> pd.DataFrame | None:
     own = own[[r in (None, reading) for r, _ in told]]
     own.attrs = dict(records.attrs)
     return own
+
+
+def preferred(there: Iterable[str]) -> str:
+    """The reading that a page judges, of those that its records have: the chosen one, or else the first."""
+    known = set(there)
+    return next((reading for reading in (CHOSEN, *READINGS) if reading in known), CHOSEN)
 
 
 def _reading(method: str, old: bool) -> tuple[str | None, str]:
