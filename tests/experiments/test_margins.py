@@ -45,7 +45,7 @@ def of_ablation(d: float, *_):
 def of_operators(d: float, patch):
     found = [rows(v, metric="efficacy", dataset="F", method=m) for v, m in ((FAR, "memit"), (d, "blue"))]
     patch.setattr(operators, "differences", lambda *_, **__: pd.concat(found).reset_index())
-    return operators.judge(pd.DataFrame())
+    return operators.judge(pd.DataFrame(), "metake")
 
 
 def of_dispersion(d: float, *_):
