@@ -204,7 +204,7 @@ def _of_runs(sequences: dict[str, Any], own: Sequence[str]) -> dict[str, Callabl
         "operators": partial(operators, **sequences, methods_=own or twins(readings=READINGS)),
         "hidden_states": partial(hidden_states, **states),
         # apart, so that the maps of all methods need not be made again with them
-        "states_by_reading": partial(hidden_states, **states, methods_=HELD_OUT),
+        "states_by_reading": partial(hidden_states, **states, methods_=HELD_OUT, maps=False),
     }
 
 

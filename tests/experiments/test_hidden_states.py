@@ -245,6 +245,9 @@ def test_runs_that_are_there_are_read_and_give_the_same(run, monkeypatch):
     found, out = run
     monkeypatch.setattr(comparison, "run", lambda *_, **__: pytest.fail("a finished run was made again"))
     pd.testing.assert_frame_equal(hidden_states.hidden_states(**SETTINGS, out=out), found, check_exact=True)
+    plain = hidden_states.hidden_states(**SETTINGS, out=out, maps=False)
+    assert hidden_states.points(found).size and set(plain.kind) == {"distance", "ratio"}
+    pd.testing.assert_frame_equal(hidden_states.ratios(plain), hidden_states.ratios(found), check_exact=True)
 
 
 def test_a_run_of_other_data_or_another_model_is_refused(run, monkeypatch):

@@ -63,11 +63,12 @@ def hidden_states(
     perplexity: float = 30.0,
     draws: int = 200,
     out: str | Path | None = None,
+    maps: bool = True,
 ) -> pd.DataFrame:
     """States at the last edited layer at the subject's last token, of edited facts and of facts about other subjects.
 
     The runs are `comparison`'s: those already in the folder `out` are read, the others made. batch:
-    None for all in one.
+    None for all in one; maps: whether there are rows of the kind "point".
     One frame of three kinds of rows, told by the column `kind`, taken apart by `points`, `distances` and `ratios`:
 
     point     dataset, method ("pre-edit" too), group, id, x, y: one t-SNE of all states of a data set (fixed seed),
@@ -96,7 +97,7 @@ def hidden_states(
         ).attrs["runs"]
         for name in dict.fromkeys(run["dataset"] for run in made):
             states = read_states([folder / run["folder"] for run in made if run["dataset"] == name], held_out)
-            found = [row | {"kind": "point"} for row in _map(states, perplexity, seed)]
+            found = [row | {"kind": "point"} for row in _map(states, perplexity, seed)] if maps else []
             found += [row for group in (EDITED, HELD_OUT) for row in _measured(states, group, draws, seed)]
             rows += [{"dataset": name} | row for row in found]
     frame = pd.DataFrame(rows)
