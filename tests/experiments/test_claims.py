@@ -89,6 +89,11 @@ def test_old_recordings_hold_the_literal_reading_under_metakes_name():
     assert as_metake(old, CHOSEN) is None
     own = as_metake(old, LITERAL)
     assert set(own.method) == {"alphaedit", "metake"} and own.attrs == old.attrs
+    joined = made({CHOSEN: (0.1, 0.0), WHOLE_EDIT: (0.2, 1.0)}, metake="read literally")  # made again for one reading
+    own = as_metake(joined, WHOLE_EDIT)
+    assert set(own[own.method == "metake"].efficacy) == {0.7} and as_metake(joined, CHOSEN) is None
+    own = as_metake(joined, LITERAL)
+    assert set(own[own.method == "metake"].efficacy) == {0.6}
     both = made(RECORDS)
     for reading in READINGS:
         own = as_metake(both, reading)

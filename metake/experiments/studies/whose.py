@@ -42,5 +42,5 @@ def _reading(method: str, old: bool) -> tuple[str | None, str]:
     """Of which reading of MetaKE a method is, and what of its name remains: ("metake/whole", "/memit")."""
     for reading in (LITERAL, WHOLE_EDIT, CHOSEN):  # the shortest name last
         if f"{method}/".startswith(f"{reading}/"):
-            return LITERAL if old else reading, method.removeprefix(reading)
+            return LITERAL if old and reading == CHOSEN else reading, method.removeprefix(reading)
     return None, method
