@@ -266,6 +266,15 @@ def test_the_gradient_family_differs_where_its_papers_do():
     assert method("ultraedit", "tiny", seed=3).seed == 3
 
 
+def test_the_literal_reading_is_that_of_the_equations_whatever_the_rule_chose():
+    found = method("metake/literal", "tiny").refine
+    assert found == Refinement(
+        found.steps, step_size=0.1, optimizer="adam", anchor_norm="sum", prompts="contexts",
+        locality_direction="post_pre", locality_position="subject", look_ahead="last", keep="last",
+    )  # fmt: skip
+    assert all(method(f"metake/literal/{base}", "tiny").refine == found for base in ("memit", "blue", "sphere"))
+
+
 def test_what_is_not_trained_or_not_there_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr("metake.editing.gradient.trained.SHIPPED", tmp_path)  # whoever trained one has it there
     with pytest.raises(ParameterError, match="no trained editor of malmen for 'smollm2-135m'; make one with: metake t"):
